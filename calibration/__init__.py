@@ -1,0 +1,1 @@
+"""Drives the engine on a GPU and writes the profiles that the planner reads."""

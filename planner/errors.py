@@ -1,0 +1,27 @@
+"""The one exception that reaches a user as a sentence."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """Bad input: what was wrong, where, and what would be right, in one sentence.
+
+    The command line prints the message and exits with code 2; a library caller sees a `ValueError`.
+    """
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str], where_to_look: str) -> UserError:
+    """The error for a name that is in no list: it suggests the nearest one that is.
+
+    Args:
+        kind: what the name should have named, e.g. "model".
+        name: what the user wrote.
+        known: the names that exist.
+        where_to_look: the command or file that lists them.
+    """
+    nearest = difflib.get_close_matches(name.lower(), list(known), n=1, cutoff=0.3)
+    hint = f"did you mean {nearest[0]!r}? " if nearest else ""
+    return UserError(f"unknown {kind} {name!r}: {hint}{where_to_look}")
