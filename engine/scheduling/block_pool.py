@@ -38,6 +38,8 @@ class BlockPool:
         if num_blocks < 2:
             raise ValueError(f"a block pool needs at least 2 blocks (one is the null block), not {num_blocks}")
         self.num_blocks = num_blocks
+        # The low-water mark of num_free.
+        self.fewest_free = num_blocks - 1
         self._blank = list(range(num_blocks - 1, 0, -1))
         self._retained: OrderedDict[int, None] = OrderedDict()
         self._references: dict[int, int] = {}
@@ -54,6 +56,11 @@ class BlockPool:
         """Blocks that requests hold."""
         return self.num_blocks - 1 - self.num_free
 
+    @property
+    def peak_used(self) -> int:
+        """The most blocks that requests have held at once."""
+        return self.num_blocks - 1 - self.fewest_free
+
     def take(self, count: int) -> list[int]:
         """Take `count` blank or evicted blocks. Taking n at once gives the blocks that n single takes would.
 
@@ -61,6 +68,11 @@ class BlockPool:
             ValueError: if fewer are free; nothing is taken then.
         """
         blank = self._blank
+        free = len(blank) + len(self._retained) - count
+        if free < 0:
+            raise ValueError(f"cannot take {count} blocks: {self.num_free} are free")
+        if free < self.fewest_free:
+            self.fewest_free = free
         if count <= len(blank):
             if count == 1:
                 return [blank.pop()]
@@ -68,8 +80,6 @@ class BlockPool:
             if count:
                 del blank[-count:]
             return taken
-        if count > self.num_free:
-            raise ValueError(f"cannot take {count} blocks: {self.num_free} are free")
         taken = blank[::-1]
         blank.clear()
         for _ in range(count - len(taken)):
@@ -126,6 +136,7 @@ class BlockPool:
                 references[block] = count + 1
                 if count == 0:
                     del retained[block]
+        self.fewest_free = min(self.fewest_free, self.num_free)
 
     def register(self, group: int, block: int, block_hash: Hashable) -> None:
         """Make a private block findable. If the hash is taken by another block, this one stays private."""

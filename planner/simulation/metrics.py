@@ -1,0 +1,317 @@
+"""The result of a simulation: the metrics as `vllm bench serve` defines them, and a verdict on saturation."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from enum import StrEnum
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
+from planner.errors import UserError
+from planner.simulation.log import ReplicaLog, RequestLog
+from planner.step_time import TICKS_PER_SECOND, Evidence
+from planner.workload import Workload
+
+PERCENTILES = (50.0, 90.0, 95.0, 99.0)
+TIMELINE_POINTS = 120
+
+# A queue that is still this share of all arrivals when they end, and has grown, was not being served.
+_BACKLOG_SHARE = 0.02
+_MIN_BACKLOG = 8
+
+
+@dataclass(frozen=True, slots=True)
+class SLO:
+    """Limits at a percentile of requests; None where nothing is asked.
+
+    Attributes:
+        ttft_ms, tpot_ms, e2el_ms: limits in milliseconds.
+        percentile: the share of requests that must be within each limit, 0 to 100.
+    """
+
+    ttft_ms: float | None = None
+    tpot_ms: float | None = None
+    e2el_ms: float | None = None
+    percentile: float = 99.0
+
+    def __post_init__(self) -> None:
+        for name, limit in self.limits().items():
+            if not (math.isfinite(limit) and limit > 0):
+                raise UserError(f"the SLO on {name} must be a positive number of milliseconds, not {limit}")
+        if not 0 < self.percentile <= 100:
+            raise UserError(f"the SLO's percentile must be above 0 and at most 100, not {self.percentile}")
+
+    def limits(self) -> dict[str, float]:
+        """The limits that are set, by metric name."""
+        named = {"ttft": self.ttft_ms, "tpot": self.tpot_ms, "e2el": self.e2el_ms}
+        return {name: limit for name, limit in named.items() if limit is not None}
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Distribution(_Record):
+    """A metric over requests (or, for ITL, over gaps between tokens), in milliseconds."""
+
+    mean: float
+    p50: float
+    p90: float
+    p95: float
+    p99: float
+    max: float
+    at_slo_percentile: float = Field(description="at the percentile that the SLO names")
+
+
+class Verdict(StrEnum):
+    """Whether the system kept up with its load."""
+
+    STABLE = "stable"
+    SATURATED = "saturated"
+
+
+class TimelinePoint(_Record):
+    """The state of all replicas together at one instant."""
+
+    time_s: float
+    running: int
+    waiting: int
+    kv_usage: float = Field(description="share of all replicas' KV blocks that are held, 0 to 1")
+    preemptions: int = Field(description="so far")
+
+
+class SimulationResult(_Record):
+    """What one simulation found. Times are of requests that arrived after the warm-up and finished."""
+
+    workload: str
+    seed: int
+    replicas: int
+    evidence: Evidence = Field(description="what the step times rest on")
+    step_time: str = Field(description="where the step times come from")
+    num_requests: int
+    num_finished: int
+    num_aborted: int
+    num_rejected: int
+    num_measured: int = Field(description="finished requests that arrived after the warm-up")
+    warmup_s: float
+    duration_s: float = Field(description="first arrival to last token")
+    ttft_ms: Distribution | None = Field(description="arrival to first token: queue and prefill")
+    queue_ms: Distribution | None = Field(description="arrival to first being scheduled")
+    prefill_ms: Distribution | None = Field(description="first scheduled to first token")
+    tpot_ms: Distribution | None = Field(description="(E2EL - TTFT) / (output tokens - 1), requests of 2 or more")
+    itl_ms: Distribution | None = Field(description="gaps between consecutive output events, of all requests")
+    e2el_ms: Distribution | None = Field(description="arrival to last token")
+    request_throughput_per_s: float
+    output_throughput_tokens_per_s: float
+    total_throughput_tokens_per_s: float
+    goodput_per_s: float | None = Field(description="finished requests per second that meet every SLO limit")
+    slo_attainment: float | None = Field(description="share of measured requests that meet every SLO limit")
+    slo_met: bool | None = Field(description="each limit holds at the SLO's percentile and the system kept up")
+    verdict: Verdict
+    num_kv_blocks: int = Field(description="of one replica")
+    kv_usage_peak: float = Field(description="of the fullest replica, 0 to 1")
+    kv_usage_mean: float
+    max_running: int = Field(description="most running requests of one replica")
+    mean_running: float = Field(description="time-average over all replicas together")
+    mean_waiting: float
+    num_preemptions: int
+    preempted_share: float = Field(description="share of requests preempted at least once")
+    prefix_cache_hit_rate: float = Field(description="share of prompt tokens found in the cache")
+    num_steps: int
+    mean_acceptance_length: float | None = Field(description="tokens per verification round, the bonus token included")
+    draft_acceptance_rate: float | None = Field(description="accepted drafts over verified drafts")
+    warnings: tuple[str, ...]
+    timeline: tuple[TimelinePoint, ...]
+
+    def metric_ms(self, name: str) -> Distribution | None:
+        """The distribution behind an SLO limit: "ttft", "tpot" or "e2el"."""
+        return {"ttft": self.ttft_ms, "tpot": self.tpot_ms, "e2el": self.e2el_ms}[name]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Everything the simulator hands over for evaluation."""
+
+    workload: Workload
+    requests: RequestLog
+    replicas: list[ReplicaLog]
+    num_kv_blocks: int
+    peak_used_blocks: list[int]
+    num_steps: int
+    evidence: Evidence
+    step_time: str
+    speculative: bool
+
+
+def evaluate(outcome: Outcome, slo: SLO, warmup_s: float, seed: int) -> SimulationResult:
+    """Compute every metric of a finished simulation."""
+    workload, log = outcome.workload, outcome.requests
+    arrival = workload.arrival_s
+    measured = (arrival >= warmup_s) & np.isfinite(log.e2el_s)
+    queue, ttft, e2el = log.queue_s[measured], log.ttft_s[measured], log.e2el_s[measured]
+    output = log.output_tokens[measured]
+    several = output > 1
+    tpot = (e2el[several] - ttft[several]) / (output[several] - 1)
+    end_s = float(np.nanmax(log.end_s)) if np.isfinite(log.end_s).any() else 0.0
+    # Throughput over the arrivals' own span: the tail in which the last requests drain is nobody's load.
+    span_s = float(arrival[-1]) - warmup_s
+    in_span = np.isfinite(log.e2el_s) & (log.end_s >= warmup_s) & (log.end_s <= arrival[-1])
+    if span_s <= 0 or not in_span.any():
+        span_s, in_span = max(end_s - warmup_s, 1e-9), np.isfinite(log.e2el_s) & (log.end_s >= warmup_s)
+    good = _meets(slo, ttft, e2el, output)
+    good_in_span = good[in_span[measured]].sum() if slo.limits() else 0
+    q = slo.percentile
+    ms = 1e3
+    distributions = {
+        "ttft_ms": _distribution(ttft * ms, q),
+        "queue_ms": _distribution(queue * ms, q),
+        "prefill_ms": _distribution((ttft - queue) * ms, q),
+        "tpot_ms": _distribution(tpot * ms, q),
+        "itl_ms": _gap_distribution(outcome.replicas, q),
+        "e2el_ms": _distribution(e2el * ms, q),
+    }
+    verdict = _verdict(arrival, log.end_s, warmup_s)
+    met = None
+    if slo.limits():
+        shown = {name: distributions[f"{name}_ms"] for name in slo.limits()}
+        met = verdict is Verdict.STABLE and all(
+            d is None or d.at_slo_percentile <= slo.limits()[name] for name, d in shown.items()
+        )
+        met = met and bool(measured.any())
+    timeline, mean_running, mean_waiting, mean_used = _timeline(outcome, end_s)
+    blocks = outcome.num_kv_blocks
+    rounds = sum(replica.num_rounds for replica in outcome.replicas)
+    drafted = sum(replica.num_drafted for replica in outcome.replicas)
+    accepted = sum(replica.num_accepted for replica in outcome.replicas)
+    return SimulationResult(
+        workload=workload.name,
+        seed=seed,
+        replicas=len(outcome.replicas),
+        evidence=outcome.evidence,
+        step_time=outcome.step_time,
+        num_requests=len(workload),
+        num_finished=log.num_finished,
+        num_aborted=log.num_aborted,
+        num_rejected=log.num_rejected,
+        num_measured=int(measured.sum()),
+        warmup_s=warmup_s,
+        duration_s=end_s,
+        **distributions,
+        request_throughput_per_s=float(in_span.sum() / span_s),
+        output_throughput_tokens_per_s=float(log.output_tokens[in_span].sum() / span_s),
+        total_throughput_tokens_per_s=float((log.output_tokens + workload.input_tokens)[in_span].sum() / span_s),
+        goodput_per_s=float(good_in_span / span_s) if slo.limits() else None,
+        slo_attainment=float(good.mean()) if slo.limits() and measured.any() else None,
+        slo_met=met,
+        verdict=verdict,
+        num_kv_blocks=blocks,
+        kv_usage_peak=max(outcome.peak_used_blocks) / blocks,
+        kv_usage_mean=mean_used / (blocks * len(outcome.replicas)),
+        max_running=max((s[1] for replica in outcome.replicas for s in replica.samples), default=0),
+        mean_running=mean_running,
+        mean_waiting=mean_waiting,
+        num_preemptions=int(log.preemptions.sum()),
+        preempted_share=float((log.preemptions > 0).mean()),
+        prefix_cache_hit_rate=float(log.cached_tokens.sum() / workload.input_tokens.sum()),
+        num_steps=outcome.num_steps,
+        mean_acceptance_length=1 + accepted / rounds if rounds else None,
+        draft_acceptance_rate=accepted / drafted if drafted else None,
+        warnings=(),
+        timeline=timeline,
+    )
+
+
+def _meets(slo: SLO, ttft_s: np.ndarray, e2el_s: np.ndarray, output_tokens: np.ndarray) -> np.ndarray:
+    """Which requests are within every limit. A request of one token has no TPOT; it counts as 0, as in vLLM."""
+    good = np.ones(len(ttft_s), bool)
+    limits = slo.limits()
+    if "ttft" in limits:
+        good &= ttft_s * 1e3 <= limits["ttft"]
+    if "tpot" in limits:
+        good &= (e2el_s - ttft_s) * 1e3 <= limits["tpot"] * (output_tokens - 1)
+    if "e2el" in limits:
+        good &= e2el_s * 1e3 <= limits["e2el"]
+    return good
+
+
+def _distribution(values: np.ndarray, slo_percentile: float) -> Distribution | None:
+    if values.size == 0:
+        return None
+    p50, p90, p95, p99, at_slo = np.percentile(values, [*PERCENTILES, slo_percentile]).tolist()
+    return Distribution(
+        mean=float(values.mean()), p50=p50, p90=p90, p95=p95, p99=p99, max=float(values.max()), at_slo_percentile=at_slo
+    )
+
+
+def _gap_distribution(replicas: list[ReplicaLog], slo_percentile: float) -> Distribution | None:
+    """Percentiles of all gaps between tokens, each step's gap weighted by the requests that saw it."""
+    runs = [run for replica in replicas for run in replica.runs]
+    if not runs:
+        return None
+    first, increment, steps, batch = np.array(runs, dtype=np.int64).T
+    ends = np.cumsum(steps)
+    place = np.arange(ends[-1]) - np.repeat(ends - steps, steps)
+    gaps = np.repeat(first, steps) + np.repeat(increment, steps) * place
+    weights = np.repeat(batch, steps)
+    order = np.argsort(gaps, kind="stable")
+    gaps, total = gaps[order], np.cumsum(weights[order])
+
+    def at(percentile: float) -> float:
+        rank = math.ceil(percentile / 100 * int(total[-1]))
+        return float(gaps[np.searchsorted(total, max(rank, 1))]) / TICKS_PER_SECOND * 1e3
+
+    # Sums of ticks can exceed 64 bits; a float sum in sorted order is the same however the runs were cut.
+    mean = float((gaps * weights[order].astype(float)).sum() / total[-1]) / TICKS_PER_SECOND * 1e3
+    return Distribution(
+        mean=mean, p50=at(50), p90=at(90), p95=at(95), p99=at(99), max=at(100), at_slo_percentile=at(slo_percentile)
+    )
+
+
+def _verdict(arrival_s: np.ndarray, end_s: np.ndarray, warmup_s: float) -> Verdict:
+    """Saturated if requests piled up: more in the system when arrivals end than half-way, and by a lot.
+
+    A system that keeps up holds a number of requests that fluctuates about a mean, however long the load lasts; one
+    that does not holds a share of everything that ever arrived.
+    """
+    ends = np.sort(end_s[np.isfinite(end_s)])
+
+    def in_system(instant: float) -> int:
+        return int(np.searchsorted(arrival_s, instant, side="right") - np.searchsorted(ends, instant, side="right"))
+
+    last = float(arrival_s[-1])
+    # Averages over stretches, so that one burst at the very end does not decide.
+    early = np.mean([in_system(warmup_s + (last - warmup_s) * share) for share in np.linspace(0.30, 0.50, 21)])
+    late = np.mean([in_system(warmup_s + (last - warmup_s) * share) for share in np.linspace(0.80, 1.00, 21)])
+    arrived = len(arrival_s) - int(np.searchsorted(arrival_s, warmup_s))
+    # Between the middles of the two stretches half of the load arrived.
+    grown = late - early
+    if grown > max(_MIN_BACKLOG, _BACKLOG_SHARE * arrived / 2, 0.5 * early):
+        return Verdict.SATURATED
+    return Verdict.STABLE
+
+
+def _timeline(outcome: Outcome, end_s: float) -> tuple[tuple[TimelinePoint, ...], float, float, float]:
+    """The state over time on a regular grid, and time-averages of running, waiting and used blocks."""
+    grid = np.linspace(0.0, end_s, TIMELINE_POINTS)
+    at_grid = np.zeros((4, TIMELINE_POINTS))
+    means = np.zeros(4)
+    for replica in outcome.replicas:
+        if not replica.samples:
+            continue
+        times = np.array([s[0] / TICKS_PER_SECOND for s in replica.samples])
+        values = np.array([s[1:] for s in replica.samples], dtype=float).T
+        place = np.searchsorted(times, grid, side="right") - 1
+        at_grid += np.where(place >= 0, values[:, np.maximum(place, 0)], 0.0)
+        lasting = np.diff(np.append(times, max(end_s, times[-1])))
+        if end_s > 0:
+            means += (values * lasting).sum(axis=1) / end_s
+    blocks = outcome.num_kv_blocks * len(outcome.replicas)
+    points = tuple(
+        TimelinePoint(
+            time_s=float(t), running=int(running), waiting=int(waiting), kv_usage=used / blocks, preemptions=int(count)
+        )
+        for t, running, waiting, used, count in zip(grid, *at_grid.tolist(), strict=True)
+    )
+    return points, float(means[0]), float(means[1]), float(means[2])

@@ -1,0 +1,260 @@
+"""One replica: the engine's scheduler, driven by predicted step times.
+
+Time advances by engine steps. While the batch does not change, the replica leaps over many of them at once; whatever
+happens in between cuts the leap at a step boundary. Leaping and stepping give identical results.
+"""
+
+from __future__ import annotations
+
+import simpy
+
+from engine.scheduling import Request, RequestStatus, Scheduler, Step
+from planner.simulation.log import ReplicaLog
+from planner.step_time import DecodeRun, StepTime
+
+# Order of events at one instant: a step's end is seen by what arrives at that very instant, and the next step starts
+# only after everything has arrived.
+STEP_END = 0
+ARRIVAL = 1
+ABORT = 2
+STEP_START = 3
+
+
+class Timer(simpy.Event):
+    """Calls back after a delay, with a chosen place among the events of that instant."""
+
+    __slots__ = ("generation",)
+
+    def __init__(self, env: simpy.Environment, delay: int, priority: int, callback, generation: int = 0) -> None:
+        super().__init__(env)
+        self._ok = True
+        self._value = None
+        self.generation = generation
+        self.callbacks.append(callback)
+        env.schedule(self, priority, delay)
+
+
+class SimulatedRequest(Request):
+    """A request with the instants of its life, in ticks; -1 until they happen.
+
+    Attributes:
+        index: its place in the workload.
+        accepted: how many drafts each of its verification rounds would accept, None without speculation.
+        round: the next of these rounds.
+        last_token: when it last sampled, where that is not simply the end of the previous step.
+    """
+
+    __slots__ = ("accepted", "arrival", "finish", "first_token", "index", "last_token", "round", "scheduled")
+
+    def __init__(self, index: int, num_prompt_tokens: int, max_output_tokens: int, block_hashes, arrival: int) -> None:
+        super().__init__(index, num_prompt_tokens, max_output_tokens, block_hashes)
+        self.index = index
+        self.arrival = arrival
+        self.scheduled = -1
+        self.first_token = -1
+        self.last_token = -1
+        self.finish = -1
+        self.accepted: list[int] | None = None
+        self.round = 0
+
+
+class Replica:
+    """Runs steps back to back while it has requests."""
+
+    def __init__(
+        self,
+        env: simpy.Environment,
+        scheduler: Scheduler,
+        step_time: StepTime,
+        log: ReplicaLog,
+        num_speculative_tokens: int = 0,
+        leap: bool = True,
+    ) -> None:
+        self.env = env
+        self.scheduler = scheduler
+        self.step_time = step_time
+        self.log = log
+        self.num_speculative_tokens = num_speculative_tokens
+        self.leap = leap
+        self._idle = True
+        self._starting = False
+        # At most one of the two is under way, since `_began`.
+        self._step: Step | None = None
+        self._run: DecodeRun | None = None
+        self._run_steps = 0
+        self._began = 0
+        # SimPy cannot cancel an event; a timer of an older generation is stale.
+        self._generation = 0
+
+    @property
+    def num_outstanding(self) -> int:
+        return self.scheduler.num_outstanding
+
+    # ---- what the outside does -------------------------------------------------------------------------------------
+
+    def submit(self, request: SimulatedRequest) -> None:
+        """A request arrives now."""
+        scheduler = self.scheduler
+        blocked = bool(scheduler.waiting) or len(scheduler.running) >= scheduler.config.max_num_seqs
+        scheduler.add(request)
+        if self._idle:
+            self._idle = False
+            self._start_soon()
+        elif self._run is not None and not blocked:
+            # It may join the batch at the next step boundary. Behind a blocked queue it could not.
+            self._cut(self._run.steps_until(self.env.now - self._began))
+
+    def abort(self, request: SimulatedRequest) -> None:
+        """The client gives up now, unless the request has ended."""
+        if request.status.is_finished:
+            return
+        if self._run is not None:
+            self._interrupt_run()
+        self.scheduler.abort(request)
+        self.log.aborted(request, self.env.now)
+
+    # ---- steps -----------------------------------------------------------------------------------------------------
+
+    def _start_soon(self) -> None:
+        """Start a step after everything else that happens at this instant."""
+        if not self._starting:
+            self._starting = True
+            Timer(self.env, 0, STEP_START, self._start)
+
+    def _start(self, _event: simpy.Event | None = None) -> None:
+        self._starting = False
+        scheduler = self.scheduler
+        if self.leap:
+            steps = scheduler.steady_steps()
+            if steps > 1:
+                contexts = [request.num_computed_tokens for request in scheduler.running]
+                self._run = run = self.step_time.decode_run(contexts, steps)
+                self._run_steps = run.steps
+                self._wait(run.cumulative(run.steps))
+                return
+        self._step = step = self._schedule()
+        if step is None:
+            self._idle = True
+        else:
+            self._wait(self.step_time.ticks(step.shape))
+
+    def _schedule(self) -> Step | None:
+        """The scheduler's next step, with what it admitted and preempted noted; None if it has nothing to run."""
+        scheduler, now = self.scheduler, self.env.now
+        while True:
+            step = scheduler.schedule()
+            for request in step.preempted:
+                if request.first_token >= 0 and request.last_token < 0:
+                    request.last_token = now
+            for request in step.admitted:
+                if request.scheduled < 0:
+                    request.scheduled = now
+            if step.admitted or step.preempted:
+                self.log.sample(now, scheduler)
+            if not step.is_empty:
+                return step
+            if not step.preempted:
+                return None
+            # The only running request preempted itself; it is now at the head of the queue.
+
+    def _wait(self, ticks: int) -> None:
+        self._began = self.env.now
+        self._generation += 1
+        Timer(self.env, ticks, STEP_END, self._end, self._generation)
+
+    def _cut(self, steps: int) -> None:
+        """End the leap under way after fewer steps."""
+        if steps < self._run_steps:
+            self._run_steps = steps
+            self._generation += 1
+            end = self._began + self._run.cumulative(steps)
+            Timer(self.env, end - self.env.now, STEP_END, self._end, self._generation)
+
+    def _interrupt_run(self) -> None:
+        """Turn the leap under way into its completed steps and the single step that is in flight now."""
+        run, began, now = self._run, self._began, self.env.now
+        done = run.steps_until(now - began)
+        end = began + run.cumulative(done)  # the next step boundary, or this very instant
+        if end > now:
+            done -= 1
+        if done:
+            self._advance(done)
+        self._run = None
+        self._generation += 1
+        if end == now:
+            self._start_soon()
+        else:
+            self._step = self._schedule()
+            self._began = began + run.cumulative(done)
+            Timer(self.env, end - now, STEP_END, self._end, self._generation)
+
+    def _end(self, event: Timer) -> None:
+        if event.generation != self._generation:
+            return
+        if self._run is not None:
+            self._advance(self._run_steps)
+            self._run = None
+        else:
+            self._update(self._step)
+            self._step = None
+        if self.env.peek() > self.env.now:
+            self._start()
+        else:
+            self._start_soon()
+
+    def _advance(self, steps: int) -> None:
+        scheduler = self.scheduler
+        batch = len(scheduler.running)
+        for first, increment, count in self._run.segments(steps):
+            self.log.decoded(first, increment, count, batch)
+        finished = scheduler.advance(steps)
+        if finished:
+            self._finish(finished)
+
+    def _update(self, step: Step) -> None:
+        now = self.env.now
+        if self.num_speculative_tokens:
+            finished = self._update_speculative(step)
+        else:
+            live = [r for r in step.decode_requests if r not in step.detached] if step.detached else step.decode_requests
+            if live:
+                self.log.decoded(now - self._began, 0, 1, len(live))
+            finished = self.scheduler.update(step)
+        for request, (count, context) in zip(step.prefill_requests, step.shape.prefills, strict=True):
+            if context + count >= request.num_prefill_tokens and request.status is not RequestStatus.ABORTED:
+                self._sampled_after_prefill(request)
+        if finished:
+            self._finish(finished)
+
+    def _sampled_after_prefill(self, request: SimulatedRequest) -> None:
+        now = self.env.now
+        if request.first_token < 0:
+            request.first_token = now
+        else:
+            self.log.decoded(now - request.last_token, 0, 1, 1)
+        request.last_token = now if self.num_speculative_tokens else -1
+
+    def _update_speculative(self, step: Step) -> list[SimulatedRequest]:
+        scheduler, now, k = self.scheduler, self.env.now, self.num_speculative_tokens
+        num_sampled = []
+        for request, (query, _) in zip(step.verify_requests, step.shape.verifies, strict=True):
+            accepted = min(request.accepted[request.round], query - 1)
+            request.round += 1
+            num_sampled.append(accepted + 1)
+            self.log.verified(query - 1, accepted)
+        finished = scheduler.update(step, num_sampled)
+        for request in step.decode_requests + step.verify_requests:
+            if request.status is not RequestStatus.ABORTED:
+                self.log.decoded(now - request.last_token, 0, 1, 1)
+                request.last_token = now
+        for request in step.requests():
+            if request.status is RequestStatus.RUNNING:
+                scheduler.set_drafts(request, k)
+        return finished
+
+    def _finish(self, finished: list[SimulatedRequest]) -> None:
+        now = self.env.now
+        for request in finished:
+            request.finish = now
+            self.log.finished(request)
+        self.log.sample(now, self.scheduler)

@@ -1,0 +1,153 @@
+"""How long one engine step takes: the one thing that differs between the engine's clock and the simulator's.
+
+A step-time model implements `predict`. Everything else has a default that follows from it, so that a measured profile
+replaces the roofline without a change to the simulator.
+
+The simulator's clock counts integer ticks of one femtosecond. Integers add up to the same sum in any order, which is
+what lets it leap over many steps and land on exactly the tick that single steps reach.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from enum import StrEnum
+from math import isqrt
+
+from engine.scheduling import StepShape
+from planner.errors import UserError
+
+TICKS_PER_SECOND = 10**15
+
+# A step that takes an hour is a broken profile, not a slow GPU.
+MAX_STEP_SECONDS = 3600.0
+
+
+class Evidence(StrEnum):
+    """What a predicted step time rests on."""
+
+    UNCALIBRATED = "uncalibrated"
+    MEASURED = "measured"
+    INTERPOLATED = "interpolated"
+    EXTRAPOLATED = "extrapolated"
+
+
+class DecodeRun(ABC):
+    """The durations of consecutive decode steps of one fixed batch, whose contexts grow by one token a step.
+
+    Attributes:
+        steps: how many it covers, at least 1; possibly fewer than were asked for.
+    """
+
+    steps: int
+
+    @abstractmethod
+    def cumulative(self, steps: int) -> int:
+        """Ticks that the first `steps` steps take."""
+
+    @abstractmethod
+    def segments(self, steps: int) -> Iterator[tuple[int, int, int]]:
+        """The durations of the first `steps` steps as (first, increment, count) runs, in ticks."""
+
+    def steps_until(self, elapsed: int) -> int:
+        """The fewest steps, at least 1, that take `elapsed` ticks or more; all of them if none do."""
+        low, high = 0, self.steps
+        while high - low > 1:
+            middle = (low + high) // 2
+            if self.cumulative(middle) >= elapsed:
+                high = middle
+            else:
+                low = middle
+        return high
+
+
+class AffineRun(DecodeRun):
+    """Durations that grow by the same increment each step: contexts grow, and each cached token costs the same."""
+
+    __slots__ = ("first", "increment", "steps")
+
+    def __init__(self, first: int, increment: int, steps: int) -> None:
+        self.first = first
+        self.increment = increment
+        self.steps = steps
+
+    def cumulative(self, steps: int) -> int:
+        return self.first * steps + self.increment * (steps * (steps - 1) // 2)
+
+    def segments(self, steps: int) -> Iterator[tuple[int, int, int]]:
+        yield self.first, self.increment, steps
+
+    def steps_until(self, elapsed: int) -> int:
+        first, increment = self.first, self.increment
+        if increment == 0:
+            steps = -(-elapsed // first)
+        else:
+            # The positive root of increment/2 n^2 + (first - increment/2) n = elapsed, then made exact.
+            linear = 2 * first - increment
+            steps = (isqrt(linear * linear + 8 * increment * elapsed) - linear) // (2 * increment)
+            while self.cumulative(steps) < elapsed:
+                steps += 1
+        return min(max(steps, 1), self.steps)
+
+
+class TableRun(DecodeRun):
+    """Durations listed one by one."""
+
+    __slots__ = ("_cumulative", "durations", "steps")
+
+    def __init__(self, durations: list[int]) -> None:
+        self.durations = durations
+        self.steps = len(durations)
+        self._cumulative = [0]
+        for duration in durations:
+            self._cumulative.append(self._cumulative[-1] + duration)
+
+    def cumulative(self, steps: int) -> int:
+        return self._cumulative[steps]
+
+    def segments(self, steps: int) -> Iterator[tuple[int, int, int]]:
+        for duration in self.durations[:steps]:
+            yield duration, 0, 1
+
+
+class StepTime(ABC):
+    """Predicts step times. Same shape, same time: it holds no state that a prediction changes."""
+
+    #: What the predictions rest on.
+    evidence: Evidence = Evidence.UNCALIBRATED
+    #: One line for people: where the times come from.
+    description: str = ""
+
+    @abstractmethod
+    def predict(self, step: StepShape) -> float:
+        """Seconds from the start of a step to its sampled tokens, for a step with at least one request."""
+
+    def ticks(self, step: StepShape) -> int:
+        """`predict` in ticks, at least 1 so that the clock cannot stall.
+
+        Raises:
+            UserError: if the prediction is not a number between 0 and an hour.
+        """
+        return to_ticks(self.predict(step), step)
+
+    def decode_run(self, contexts: list[int], steps: int) -> DecodeRun:
+        """The next `steps` plain decode steps of a batch with these context lengths, or as many as it cares to cover.
+
+        Step j must last exactly `ticks(StepShape(decode_contexts=[c + j for c in contexts]))`.
+        """
+        shapes = (StepShape(decode_contexts=[c + j for c in contexts]) for j in range(min(steps, 64)))
+        return TableRun([self.ticks(shape) for shape in shapes])
+
+
+def to_ticks(seconds: float, what: object) -> int:
+    """A predicted duration in ticks, at least 1.
+
+    Raises:
+        UserError: if it is not a number between 0 and an hour.
+    """
+    if not (math.isfinite(seconds) and 0 <= seconds <= MAX_STEP_SECONDS):
+        raise UserError(
+            f"the step-time model predicts {seconds} s for {what}; a step takes between 0 and {MAX_STEP_SECONDS:g} s"
+        )
+    return max(1, round(seconds * TICKS_PER_SECOND))
