@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Sequence
 from enum import StrEnum
 from math import isqrt
 
@@ -47,7 +47,7 @@ class DecodeRun(ABC):
         """Ticks that the first `steps` steps take."""
 
     @abstractmethod
-    def segments(self, steps: int) -> Iterator[tuple[int, int, int]]:
+    def segments(self, steps: int) -> Sequence[tuple[int, int, int]]:
         """The durations of the first `steps` steps as (first, increment, count) runs, in ticks."""
 
     def steps_until(self, elapsed: int) -> int:
@@ -75,8 +75,8 @@ class AffineRun(DecodeRun):
     def cumulative(self, steps: int) -> int:
         return self.first * steps + self.increment * (steps * (steps - 1) // 2)
 
-    def segments(self, steps: int) -> Iterator[tuple[int, int, int]]:
-        yield self.first, self.increment, steps
+    def segments(self, steps: int) -> Sequence[tuple[int, int, int]]:
+        return ((self.first, self.increment, steps),)
 
     def steps_until(self, elapsed: int) -> int:
         first, increment = self.first, self.increment
@@ -106,9 +106,8 @@ class TableRun(DecodeRun):
     def cumulative(self, steps: int) -> int:
         return self._cumulative[steps]
 
-    def segments(self, steps: int) -> Iterator[tuple[int, int, int]]:
-        for duration in self.durations[:steps]:
-            yield duration, 0, 1
+    def segments(self, steps: int) -> Sequence[tuple[int, int, int]]:
+        return [(duration, 0, 1) for duration in self.durations[:steps]]
 
 
 class StepTime(ABC):

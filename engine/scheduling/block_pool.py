@@ -92,16 +92,18 @@ class BlockPool:
 
     def release(self, table: Sequence[int]) -> None:
         """Give back a request's blocks, last first, so that the tail of a sequence is evicted before its head."""
+        if table and table[0] == NULL_BLOCK:
+            # A window moves from the front, so null blocks are always a prefix of the table.
+            table = [block for block in table if block != NULL_BLOCK]
         references = self._references
         if not references:
-            self._blank.extend(block for block in reversed(table) if block != NULL_BLOCK)
+            self._blank.extend(table[::-1])
             return
         blank, retained = self._blank, self._retained
         for block in reversed(table):
             count = references.get(block)
             if count is None:
-                if block != NULL_BLOCK:
-                    blank.append(block)
+                blank.append(block)
             else:
                 references[block] = count - 1
                 if count == 1:

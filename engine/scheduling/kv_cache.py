@@ -10,6 +10,7 @@ keeps every page; a sliding one gives back the pages that its window has moved p
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 from engine.scheduling.block_pool import NULL_BLOCK, BlockPool
@@ -67,6 +68,8 @@ class KVCacheManager:
         self.windows = config.windows
         self.pool = BlockPool(config.num_blocks, len(config.windows))
         self._full_groups = [g for g, window in enumerate(config.windows) if window is None]
+        # The tables of a request with no page yet.
+        self.no_pages: list[list[int]] = [[] for _ in config.windows]
         self._sliding_groups = [(g, window) for g, window in enumerate(config.windows) if window is not None]
 
     @property
@@ -99,7 +102,7 @@ class KVCacheManager:
             pages = reach
         return pages * self.block_size, [table[:pages] for table in tables]
 
-    def _window_pages(self, group: int, window: int, hashes, pages: int) -> tuple[list[int], int]:
+    def _window_pages(self, group: int, window: int, hashes: Sequence[Hashable], pages: int) -> tuple[list[int], int]:
         """Pages [0, pages) of a sliding group, null outside the window, and how long a prefix they allow."""
         first = max(0, pages * self.block_size - window + 1) // self.block_size
         table = [NULL_BLOCK] * pages
@@ -123,9 +126,10 @@ class KVCacheManager:
 
     def adopt_prefix(self, request: Request, num_cached_tokens: int, tables: list[list[int]]) -> None:
         """Start a request's block tables with its cached pages."""
-        for table in tables:
-            self.pool.hold(table)
-        request.block_tables = tables
+        if num_cached_tokens:
+            for table in tables:
+                self.pool.hold(table)
+        request.block_tables = [list(table) for table in tables]
         request.num_slots = len(tables[0]) * self.block_size
         request.num_hashed_blocks = len(tables[0])
         request.num_computed_tokens = num_cached_tokens
@@ -158,6 +162,20 @@ class KVCacheManager:
             table.extend(pool.take(new_pages))
         request.num_slots += new_pages * self.block_size
         return True
+
+    def add_pages(self, requests: Sequence[Request]) -> None:
+        """One more page for each entry, in order, where no group has a window. The pool must have enough."""
+        block_size = self.block_size
+        blocks = iter(self.pool.take(len(requests) * len(self.windows)))
+        if len(self.windows) == 1:
+            for request, block in zip(requests, blocks, strict=True):
+                request.block_tables[0].append(block)
+                request.num_slots += block_size
+            return
+        for request in requests:
+            for table in request.block_tables:
+                table.append(next(blocks))
+            request.num_slots += block_size
 
     def _release_behind_windows(self, request: Request) -> None:
         # Steps in flight still read from the position before their own tokens.

@@ -229,10 +229,9 @@ class Scheduler:
         config, kv = self.config, self.kv
         while self.waiting and budget and len(self.running) < config.max_num_seqs and not self._head_is_blocked:
             request = self.waiting[0]
+            cached, tables = 0, kv.no_pages
             if self._enable_prefix_caching and request.block_hashes:
                 cached, tables = kv.find_prefix(request)
-            else:
-                cached, tables = 0, [[] for _ in kv.windows]
             count = request.num_tokens - cached
             if count > budget:
                 if not config.enable_chunked_prefill and budget < config.max_num_batched_tokens:
@@ -443,9 +442,9 @@ class Scheduler:
         """The most steps, up to `steps`, whose new pages fit the free blocks even if no window returns any."""
         block_size = self.kv.block_size
         free_pages = self.kv.pool.num_free // len(self.kv.windows)
-        slack = [request.num_slots - request.num_computed_tokens for request in self.running]
-        if len(slack) * (-(-steps // block_size)) <= free_pages:
+        if len(self.running) * (-(-steps // block_size)) <= free_pages:
             return steps
+        slack = [request.num_slots - request.num_computed_tokens for request in self.running]
 
         def pages(count: int) -> int:
             return sum(-(-(count - free) // block_size) for free in slack if count > free)
@@ -485,33 +484,42 @@ class Scheduler:
 
     def _cross_page_boundaries(self, steps: int) -> None:
         """Take (and commit) pages in the order in which single steps would: by step, then by running order."""
-        block_size, kv = self.kv.block_size, self.kv
-        hashing = self._enable_prefix_caching
-        events: list[tuple[int, int, int]] = []
-        for index, request in enumerate(self.running):
+        block_size, running = self.kv.block_size, self.running
+        new_pages: list[tuple[int, int]] = []
+        for index, request in enumerate(running):
             first = request.num_slots - request.num_computed_tokens
             if first < steps:
-                events.extend((step, 1, index) for step in range(first, steps, block_size))
-            if hashing and request.num_hashed_blocks < len(request.block_hashes):
-                # A block fills at the end of one step, before anything is allocated for the next.
-                fill = block_size - request.num_computed_tokens % block_size
-                events.extend((step, 0, index) for step in range(fill, steps + 1, block_size))
-        if not events:
-            return
-        events.sort()
+                new_pages.append((first, index))
+                if first + block_size < steps:
+                    new_pages += [(step, index) for step in range(first + block_size, steps, block_size)]
+        commits: list[tuple[int, int]] = []
+        if self._enable_prefix_caching:
+            for index, request in enumerate(running):
+                if request.num_hashed_blocks < len(request.block_hashes):
+                    fill = block_size - request.num_computed_tokens % block_size
+                    commits.extend((step, index) for step in range(fill, steps + 1, block_size))
+        if commits or (new_pages and self.kv.has_sliding_groups):
+            self._cross_one_by_one(new_pages, commits)
+        elif new_pages:
+            new_pages.sort()
+            self.kv.add_pages([running[index] for _, index in new_pages])
+
+    def _cross_one_by_one(self, new_pages: list[tuple[int, int]], commits: list[tuple[int, int]]) -> None:
+        """The same where the order of taking, releasing and committing matters."""
+        # A block fills at the end of one step, before anything is allocated for the next.
+        events = [(step, 0, index) for step, index in commits] + [(step, 1, index) for step, index in new_pages]
         bases = [request.num_computed_tokens for request in self.running]
-        for step, allocates, index in events:
+        for step, allocates, index in sorted(events):
             request = self.running[index]
             request.num_computed_tokens = bases[index] + step
             if allocates:
-                room = kv.allocate(request, request.num_computed_tokens + 1)
+                room = self.kv.allocate(request, request.num_computed_tokens + 1)
                 assert room, "steady_steps promised free blocks"
             else:
-                kv.commit(request, request.num_computed_tokens)
+                self.kv.commit(request, request.num_computed_tokens)
         for request, base in zip(self.running, bases, strict=True):
             request.num_computed_tokens = base
-        if kv.has_sliding_groups or hashing:
-            self._head_is_blocked = False
+        self._head_is_blocked = False
 
     # ---- checks ----------------------------------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -64,22 +65,23 @@ class ReplicaLog:
     """What one replica did.
 
     Attributes:
-        runs: (first, increment, steps, batch): `steps` consecutive gaps between tokens, each growing by `increment`
-            ticks, in each of `batch` requests.
-        samples: (time, running, waiting, used blocks, preemptions so far) whenever the batch changed.
+        runs: four integers each, (first, increment, steps, batch): `steps` consecutive gaps between tokens, each longer
+            than the one before by `increment` ticks, in each of `batch` requests.
+        samples: five floats each, (time_s, running, waiting, used blocks, preemptions so far), whenever the batch
+            changed.
         num_drafted, num_accepted, num_rounds: of speculation.
     """
 
     def __init__(self, requests: RequestLog) -> None:
         self.requests = requests
-        self.runs: list[tuple[int, int, int, int]] = []
-        self.samples: list[tuple[int, int, int, int, int]] = []
+        self.runs = array("q")
+        self.samples = array("d")
         self.num_rounds = 0
         self.num_drafted = 0
         self.num_accepted = 0
 
     def decoded(self, first: int, increment: int, steps: int, batch: int) -> None:
-        self.runs.append((first, increment, steps, batch))
+        self.runs.extend((first, increment, steps, batch))
 
     def verified(self, drafted: int, accepted: int) -> None:
         self.num_rounds += 1
@@ -94,4 +96,6 @@ class ReplicaLog:
 
     def sample(self, now: int, scheduler: Scheduler) -> None:
         used = scheduler.kv.pool.num_used
-        self.samples.append((now, len(scheduler.running), len(scheduler.waiting), used, scheduler.num_preemptions))
+        self.samples.extend(
+            (now / TICKS_PER_SECOND, len(scheduler.running), len(scheduler.waiting), used, scheduler.num_preemptions)
+        )

@@ -209,7 +209,7 @@ def evaluate(outcome: Outcome, slo: SLO, warmup_s: float, seed: int) -> Simulati
         num_kv_blocks=blocks,
         kv_usage_peak=max(outcome.peak_used_blocks) / blocks,
         kv_usage_mean=mean_used / (blocks * len(outcome.replicas)),
-        max_running=max((s[1] for replica in outcome.replicas for s in replica.samples), default=0),
+        max_running=int(max((max(replica.samples[1::5], default=0) for replica in outcome.replicas))),
         mean_running=mean_running,
         mean_waiting=mean_waiting,
         num_preemptions=int(log.preemptions.sum()),
@@ -247,23 +247,24 @@ def _distribution(values: np.ndarray, slo_percentile: float) -> Distribution | N
 
 def _gap_distribution(replicas: list[ReplicaLog], slo_percentile: float) -> Distribution | None:
     """Percentiles of all gaps between tokens, each step's gap weighted by the requests that saw it."""
-    runs = [run for replica in replicas for run in replica.runs]
-    if not runs:
+    runs = np.concatenate([np.asarray(replica.runs, dtype=np.int64) for replica in replicas]).reshape(-1, 4)
+    if not runs.size:
         return None
-    first, increment, steps, batch = np.array(runs, dtype=np.int64).T
+    first, increment, steps, batch = runs.T
     ends = np.cumsum(steps)
     place = np.arange(ends[-1]) - np.repeat(ends - steps, steps)
     gaps = np.repeat(first, steps) + np.repeat(increment, steps) * place
     weights = np.repeat(batch, steps)
-    order = np.argsort(gaps, kind="stable")
+    order = np.argsort(gaps)
     gaps, total = gaps[order], np.cumsum(weights[order])
 
     def at(percentile: float) -> float:
         rank = math.ceil(percentile / 100 * int(total[-1]))
         return float(gaps[np.searchsorted(total, max(rank, 1))]) / TICKS_PER_SECOND * 1e3
 
-    # Sums of ticks can exceed 64 bits; a float sum in sorted order is the same however the runs were cut.
-    mean = float((gaps * weights[order].astype(float)).sum() / total[-1]) / TICKS_PER_SECOND * 1e3
+    # In Python's integers, which neither overflow nor depend on how the runs were cut.
+    ticks = sum(b * (f * n + i * (n * (n - 1) // 2)) for f, i, n, b in runs.tolist())
+    mean = ticks / int(total[-1]) / TICKS_PER_SECOND * 1e3
     return Distribution(
         mean=mean, p50=at(50), p90=at(90), p95=at(95), p99=at(99), max=at(100), at_slo_percentile=at(slo_percentile)
     )
@@ -300,8 +301,8 @@ def _timeline(outcome: Outcome, end_s: float) -> tuple[tuple[TimelinePoint, ...]
     for replica in outcome.replicas:
         if not replica.samples:
             continue
-        times = np.array([s[0] / TICKS_PER_SECOND for s in replica.samples])
-        values = np.array([s[1:] for s in replica.samples], dtype=float).T
+        times, *values = np.asarray(replica.samples).reshape(-1, 5).T
+        values = np.array(values)
         place = np.searchsorted(times, grid, side="right") - 1
         at_grid += np.where(place >= 0, values[:, np.maximum(place, 0)], 0.0)
         lasting = np.diff(np.append(times, max(end_s, times[-1])))

@@ -26,11 +26,13 @@ class Timer(simpy.Event):
     __slots__ = ("generation",)
 
     def __init__(self, env: simpy.Environment, delay: int, priority: int, callback, generation: int = 0) -> None:
-        super().__init__(env)
-        self._ok = True
+        # As simpy.Timeout does: what Event.__init__ sets, already triggered.
+        self.env = env
+        self.callbacks = [callback]
         self._value = None
+        self._ok = True
+        self._defused = False
         self.generation = generation
-        self.callbacks.append(callback)
         env.schedule(self, priority, delay)
 
 
