@@ -4,7 +4,7 @@ A block is in exactly one of four states::
 
     blank     nobody holds it, its content is of no use       -> `_blank`, a stack
     private   one request holds it, no hash                   -> only in that request's table
-    shared    n >= 1 requests hold it, found by its hash      -> `_references[block] = n`
+    shared    n >= 1 requests hold it, found by its hash      -> `_references[block]` = n
     retained  nobody holds it, still found by its hash        -> `_retained`, oldest first
 
     blank --take--> private --register--> shared <--hold/release--> retained --take (evict)--> private
@@ -21,6 +21,8 @@ from collections.abc import Hashable, Sequence
 
 # Stands in block tables where a sliding window has moved past a page. Never handed out; its memory is a scratch page.
 NULL_BLOCK = 0
+
+_NOT_HASHED = -1
 
 
 class BlockPool:
@@ -42,9 +44,11 @@ class BlockPool:
         self.fewest_free = num_blocks - 1
         self._blank = list(range(num_blocks - 1, 0, -1))
         self._retained: OrderedDict[int, None] = OrderedDict()
-        self._references: dict[int, int] = {}
+        # By block: how many requests hold a hashed block, _NOT_HASHED for all others; its hash; the group of the hash.
+        self._references = [_NOT_HASHED] * num_blocks
+        self._hash_of: list[Hashable] = [None] * num_blocks
+        self._group_of = [0] * num_blocks
         self._index: list[dict[Hashable, int]] = [{} for _ in range(num_groups)]
-        self._hash_of: dict[int, tuple[int, Hashable]] = {}
 
     @property
     def num_free(self) -> int:
@@ -82,27 +86,32 @@ class BlockPool:
             return taken
         taken = blank[::-1]
         blank.clear()
-        for _ in range(count - len(taken)):
-            block, _ = self._retained.popitem(last=False)
-            group, block_hash = self._hash_of.pop(block)
-            del self._index[group][block_hash]
-            del self._references[block]
-            taken.append(block)
+        self._evict(count - len(taken), taken)
         return taken
+
+    def _evict(self, count: int, taken: list[int]) -> None:
+        """Move the `count` least recently used retained blocks to `taken`, their hashes forgotten."""
+        index, hash_of, group_of, references = self._index, self._hash_of, self._group_of, self._references
+        pop_oldest = self._retained.popitem
+        for _ in range(count):
+            block, _ = pop_oldest(last=False)
+            del index[group_of[block]][hash_of[block]]
+            hash_of[block] = None
+            references[block] = _NOT_HASHED
+            taken.append(block)
 
     def release(self, table: Sequence[int]) -> None:
         """Give back a request's blocks, last first, so that the tail of a sequence is evicted before its head."""
         if table and table[0] == NULL_BLOCK:
             # A window moves from the front, so null blocks are always a prefix of the table.
             table = [block for block in table if block != NULL_BLOCK]
-        references = self._references
-        if not references:
+        if not any(self._index):
             self._blank.extend(table[::-1])
             return
-        blank, retained = self._blank, self._retained
+        references, blank, retained = self._references, self._blank, self._retained
         for block in reversed(table):
-            count = references.get(block)
-            if count is None:
+            count = references[block]
+            if count == _NOT_HASHED:
                 blank.append(block)
             else:
                 references[block] = count - 1
@@ -140,13 +149,18 @@ class BlockPool:
                     del retained[block]
         self.fewest_free = min(self.fewest_free, self.num_free)
 
-    def register(self, group: int, block: int, block_hash: Hashable) -> None:
-        """Make a private block findable. If the hash is taken by another block, this one stays private."""
-        index = self._index[group]
-        if block_hash not in index and block not in self._references:
-            index[block_hash] = block
-            self._references[block] = 1
-            self._hash_of[block] = (group, block_hash)
+    def register(self, group: int, blocks: Sequence[int], hashes: Sequence[Hashable]) -> None:
+        """Make a request's private blocks findable by one hash each.
+
+        A block whose hash is taken by another block stays private; null blocks are passed over.
+        """
+        index, references, hash_of = self._index[group], self._references, self._hash_of
+        for block, block_hash in zip(blocks, hashes, strict=True):
+            if block_hash not in index and references[block] == _NOT_HASHED and block != NULL_BLOCK:
+                index[block_hash] = block
+                references[block] = 1
+                hash_of[block] = block_hash
+                self._group_of[block] = group
 
     def reset(self) -> bool:
         """Forget the whole prefix cache. Refused (False) while any request holds a block."""
@@ -172,10 +186,12 @@ class BlockPool:
         for block in range(1, self.num_blocks):
             free = block in blank or block in self._retained
             assert free != (block in held), f"block {block} is {'free and held' if free else 'lost'}"
-            if block in self._references:
+            if self._references[block] != _NOT_HASHED:
                 assert self._references[block] == held.get(block, 0), f"block {block}: wrong reference count"
-                group, block_hash = self._hash_of[block]
-                assert self._index[group][block_hash] == block, f"block {block} is not under its own hash"
+                found = self._index[self._group_of[block]].get(self._hash_of[block])
+                assert found == block, f"block {block} is not under its own hash"
             else:
                 assert held.get(block, 0) <= 1, f"private block {block} is held twice"
-        assert len(self._hash_of) == len(self._references) == sum(map(len, self._index)), "stale hash index"
+                assert block not in self._retained, f"block {block} is retained without a hash"
+        hashed = self.num_blocks - self._references.count(_NOT_HASHED)
+        assert hashed == sum(map(len, self._index)), "stale hash index"

@@ -199,12 +199,9 @@ class KVCacheManager:
         start = request.num_hashed_blocks
         if stop <= start:
             return False
-        hashes = request.block_hashes
-        register = self.pool.register
+        hashes = request.block_hashes[start:stop]
         for group, table in enumerate(request.block_tables):
-            for page in range(start, stop):
-                if table[page] != NULL_BLOCK:
-                    register(group, table[page], hashes[page])
+            self.pool.register(group, table[start:stop], hashes)
         request.num_hashed_blocks = stop
         return True
 

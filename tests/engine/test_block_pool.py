@@ -12,7 +12,7 @@ def cached(pool: BlockPool, *hashes: str, group: int = 0) -> list[int]:
     """Take one block per hash and register it, as a request does that computes a whole prompt."""
     table = pool.take(len(hashes))
     for block, block_hash in zip(table, hashes, strict=True):
-        pool.register(group, block, block_hash)
+        pool.register(group, [block], [block_hash])
     return table
 
 
@@ -176,7 +176,7 @@ def test_an_evicted_block_is_private():
     pool = BlockPool(2)
     pool.release(cached(pool, "a"))
     assert pool.take(1) == [1]
-    pool.register(0, 1, "b")
+    pool.register(0, [1], ["b"])
     assert (pool.find(0, "a"), pool.find(0, "b")) == (None, 1)
     pool.check([[1]])
 
@@ -196,7 +196,7 @@ def test_a_second_block_with_a_taken_hash_stays_private():
 def test_a_block_keeps_its_first_hash():
     pool = BlockPool(3)
     (block,) = cached(pool, "a")
-    pool.register(0, block, "b")
+    pool.register(0, [block], ["b"])
     assert (pool.find(0, "a"), pool.find(0, "b")) == (block, None)
     pool.check([[block]])
 

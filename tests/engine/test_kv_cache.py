@@ -38,7 +38,7 @@ def cache(kv: KVCacheManager, hashes: str, chunk: int | None = None) -> Request:
     return request
 
 
-def free_in_each_group(kv: KVCacheManager, hashes: str) -> list[list[int | None]]:
+def cached_in_each_group(kv: KVCacheManager, hashes: str) -> list[list[int | None]]:
     return [[kv.pool.find(group, block_hash) for block_hash in hashes] for group in range(len(kv.windows))]
 
 
@@ -66,11 +66,9 @@ def test_config_refuses(settings, message):
         ((None, None), 17, 8, 10),
         # Window 5 and a step of 8: 4 earlier tokens and 8 new ones are 3 pages, 4 where they straddle a boundary.
         ((5,), 100, 8, 4),
-        # Tokens 3 .. 14 of a step of 8 from 7 on lie in pages 0, 1, 2 and 3, and a prompt of 8 has only 2 pages.
+        # A prompt of 8 has only 2 pages.
         ((5,), 8, 8, 2),
         ((None, 5), 100, 8, 25 + 4),
-        # Window 1 remembers nothing: only the step's own tokens.
-        ((1,), 100, 1, 2),
     ],
 )
 def test_max_pages(windows, num_tokens, step, pages):
@@ -143,8 +141,7 @@ def test_pages_behind_the_window_go_back_to_the_pool():
     assert request.block_tables == [[1, 2], [3, 4]]
     # The query at 8 reads from 4 on: page 0 is behind.
     compute(kv, request, 9)
-    assert request.block_tables == [[1, 2, 3 + 2], [NULL, 4, 3]] or request.block_tables[1][0] == NULL
-    assert [block == NULL for block in request.block_tables[1]] == [True, False, False]
+    assert request.block_tables == [[1, 2, 3], [NULL, 4, 5]], "block 3 came back, and was the next to be taken"
     assert kv.pool.num_used == 3 + 2
     # Positions 9 .. 11 ask for no page, so nothing changes, though page 1 is behind the query at 12.
     compute(kv, request, 12)
@@ -213,9 +210,9 @@ def test_only_full_blocks_are_cached():
     request = Request("a", 11, 1, ("a", "b"))
     start(kv, request)
     compute(kv, request, 7)
-    assert free_in_each_group(kv, "ab") == [[1, None]]
+    assert cached_in_each_group(kv, "ab") == [[1, None]]
     compute(kv, request, 8)
-    assert free_in_each_group(kv, "ab") == [[1, 2]]
+    assert cached_in_each_group(kv, "ab") == [[1, 2]]
 
 
 def test_commit_says_whether_there_was_news():
@@ -283,7 +280,7 @@ def test_cached_pages_are_not_evicted_by_those_who_hit_them():
     assert start(kv, request) == 8
     assert compute(kv, request, 16)
     assert request.block_tables == [[1, 2, 4, 3]]
-    assert free_in_each_group(kv, "abcd") == [[1, 2, None, None]]
+    assert cached_in_each_group(kv, "abcd") == [[1, 2, None, None]]
 
 
 # ---- prefix hits, sliding windows ----------------------------------------------------------------------------------
@@ -416,4 +413,4 @@ def test_a_sliding_group_needs_only_its_window_and_a_step():
     # 100 tokens in steps of 8 with window 5: 4 pages at most.
     kv = manager(num_blocks=5, windows=(5,))
     assert fits(kv, Request("a", 100, 1), step=8)
-    assert not fits(kv, Request("a", 100, 1), step=9 + 4)
+    assert not fits(kv, Request("a", 100, 1), step=9)

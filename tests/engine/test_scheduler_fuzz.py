@@ -71,7 +71,7 @@ def snapshot(scheduler, requests):
         ],
         list(pool._blank),
         list(pool._retained),
-        dict(pool._references),
+        list(pool._references),
         [dict(index) for index in pool._index],
     )
 
