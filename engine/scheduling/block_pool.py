@@ -182,6 +182,7 @@ class BlockPool:
                     held[block] = held.get(block, 0) + 1
         blank = set(self._blank)
         assert len(blank) == len(self._blank), "a block is blank twice"
+        assert NULL_BLOCK not in blank, "the null block is blank"
         assert not blank & self._retained.keys(), "a block is both blank and retained"
         for block in range(1, self.num_blocks):
             free = block in blank or block in self._retained

@@ -80,7 +80,9 @@ class Scheduler:
         self._drains = False
         # True while the head of the queue is known not to fit; cleared by whatever could change that.
         self._head_is_blocked = False
-        needed = cache.max_pages(config.max_model_len, config.max_num_batched_tokens)
+        # What one request can claim in a step: a sliding window has to hold it on top of itself.
+        self._max_step_tokens = config.max_num_batched_tokens + config.num_lookahead_tokens
+        needed = cache.max_pages(config.max_model_len, self._max_step_tokens)
         if needed > self.kv.pool.num_free:
             raise ValueError(
                 f"one request of max_model_len {config.max_model_len} tokens needs {needed} KV blocks of "
@@ -139,13 +141,16 @@ class Scheduler:
         """Give a running request `count` draft tokens to verify in its next step.
 
         More drafts than the request may still use are dropped: a verification samples one token more than it accepts.
-        While its prompt is not computed, there is no last token to draft from and all are dropped.
+        While its prompt is not computed, or a verification is in flight, there is no last token to draft from and all
+        are dropped.
 
         Returns:
             The drafts that were kept.
         """
-        useful = request.max_output_tokens - request.num_output_tokens - 1
-        if request.num_computed_tokens < request.num_prefill_tokens:
+        sampled = request.num_output_tokens + request.num_pending_tokens
+        useful = request.max_output_tokens - sampled - 1
+        uncomputed = request.num_tokens + request.num_pending_tokens - request.num_computed_tokens
+        if request.num_computed_tokens < request.num_prefill_tokens or uncomputed < 1:
             useful = 0
         request.num_draft_tokens = kept = max(0, min(count, useful))
         return kept
@@ -237,7 +242,7 @@ class Scheduler:
                 if not config.enable_chunked_prefill and budget < config.max_num_batched_tokens:
                     break
                 count = budget
-            if not kv.can_hold_whole(request, tables, config.max_num_batched_tokens):
+            if not kv.can_hold_whole(request, tables, self._max_step_tokens):
                 self._head_is_blocked = True
                 break
             kv.adopt_prefix(request, cached, tables)
@@ -300,7 +305,7 @@ class Scheduler:
             stopped: requests that sampled a stop token in this step.
 
         Returns:
-            The requests that finished, in the step's order. Their pages have been released.
+            The requests that finished, in the step's order. Their pages go back once no step in flight reads them.
 
         Raises:
             ValueError: for a step out of order, or verify results that do not fit it.
@@ -368,10 +373,10 @@ class Scheduler:
             return
         request.num_tokens += sampled
         request.num_output_tokens += sampled
-        if request.num_output_tokens >= request.max_output_tokens:
-            request.status = RequestStatus.FINISHED_LENGTH
-        elif request in stopped:
+        if request in stopped:
             request.status = RequestStatus.FINISHED_STOPPED
+        elif request.num_output_tokens >= request.max_output_tokens:
+            request.status = RequestStatus.FINISHED_LENGTH
         else:
             return
         finished.append(request)
@@ -496,7 +501,10 @@ class Scheduler:
         if self._enable_prefix_caching:
             for index, request in enumerate(running):
                 if request.num_hashed_blocks < len(request.block_hashes):
-                    fill = block_size - request.num_computed_tokens % block_size
+                    computed = request.num_computed_tokens
+                    if computed // block_size > request.num_hashed_blocks:
+                        commits.append((1, index))  # hashes that came after their blocks were full
+                    fill = block_size - computed % block_size
                     commits.extend((step, index) for step in range(fill, steps + 1, block_size))
         if commits or (new_pages and self.kv.has_sliding_groups):
             self._cross_one_by_one(new_pages, commits)
@@ -507,9 +515,9 @@ class Scheduler:
     def _cross_one_by_one(self, new_pages: list[tuple[int, int]], commits: list[tuple[int, int]]) -> None:
         """The same where the order of taking, releasing and committing matters."""
         # A block fills at the end of one step, before anything is allocated for the next.
-        events = [(step, 0, index) for step, index in commits] + [(step, 1, index) for step, index in new_pages]
+        events = sorted([(step, 0, index) for step, index in commits] + [(step, 1, index) for step, index in new_pages])
         bases = [request.num_computed_tokens for request in self.running]
-        for step, allocates, index in sorted(events):
+        for step, allocates, index in events:
             request = self.running[index]
             request.num_computed_tokens = bases[index] + step
             if allocates:

@@ -201,6 +201,25 @@ def test_a_block_keeps_its_first_hash():
     pool.check([[block]])
 
 
+def test_null_blocks_are_not_registered():
+    pool = BlockPool(3)
+    table = [NULL_BLOCK, *pool.take(1)]
+    pool.register(0, table, ["a", "b"])
+    assert (pool.find(0, "a"), pool.find(0, "b")) == (None, 1)
+    pool.check([table])
+
+
+def test_peak_use():
+    pool = BlockPool(9)
+    table = cached(pool, "a", "b", "c")
+    assert pool.peak_used == 3
+    pool.release(table)
+    pool.take(2)
+    assert pool.peak_used == 3
+    pool.hold(table[:2])  # held again without being taken: 2 and 2
+    assert (pool.num_used, pool.peak_used) == (4, 4)
+
+
 def test_reset_forgets_only_what_nobody_holds():
     pool = BlockPool(4, num_groups=2)
     table = cached(pool, "a", "b", group=1)

@@ -298,6 +298,16 @@ def test_a_sliding_group_needs_only_its_window():
     assert sliding == [NULL] * 7 + [kv.pool.find(1, "h")]
 
 
+@pytest.mark.parametrize(("window", "pages"), [(1, 0), (2, 1), (5, 1), (6, 2), (9, 2), (10, 3), (13, 3), (14, 4)])
+def test_pages_that_a_window_needs(window, pages):
+    # The query at 16 reads from 17 - window on, and its own page is new: ceil((window - 1) / 4) cached ones.
+    kv = manager(num_blocks=40, windows=(window,))
+    cache(kv, "abcd")
+    cached, (table,) = kv.find_prefix(Request("r", 40, 1, tuple("abcd")))
+    assert cached == 16
+    assert [block == NULL for block in table] == [True] * (4 - pages) + [False] * pages
+
+
 def test_a_hit_survives_the_loss_of_pages_behind_the_window():
     kv = manager(num_blocks=40, windows=(None, 5))
     cache(kv, "abcd")

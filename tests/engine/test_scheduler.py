@@ -212,16 +212,21 @@ def test_a_preempted_request_beyond_the_budget_is_chunked_after_all():
 
 
 def test_admission_only_if_the_whole_prompt_fits():
-    # 8 blocks of 4, budget 8. a holds 5 pages. b's 16 tokens need 4, of which 3 are free: not even its first chunk of
-    # 7 tokens, which would fit, is computed. c's 4 tokens would fit, but do not overtake.
-    scheduler = make(num_blocks=9, budget=24, max_model_len=32)
+    # 8 blocks of 4, budget 8. a's 17 tokens hold 5. b's 16 need 4, of which 3 are free: its first chunk of 7 tokens,
+    # which would fit, is not computed either. c's 4 tokens would fit, but do not overtake.
+    scheduler = make(num_blocks=9, budget=8, max_model_len=32)
     add(scheduler, "a", 17, 3)
-    run_step(scheduler)
+    for _ in range(3):
+        run_step(scheduler)
     b, c = add(scheduler, "b", 16, 1), add(scheduler, "c", 4, 1)
     assert shape(run_step(scheduler)) == ([], [17], [])
     assert b.status is c.status is RequestStatus.WAITING
-    assert shape(run_step(scheduler)) == ([], [18], [])  # a's last
-    assert shape(run_step(scheduler)) == ([(16, 0), (4, 0)], [], [])
+    assert [shape(step) for step in finish(scheduler)] == [
+        ([], [18], []),  # a's last
+        ([(8, 0)], [], []),
+        ([(8, 8)], [], []),
+        ([(4, 0)], [], []),
+    ]
 
 
 def preempting() -> tuple[Scheduler, Request, Request, Request]:
@@ -283,17 +288,21 @@ def test_a_preempted_request_is_recomputed_and_finishes_with_the_right_counts():
 
 
 def test_nothing_is_admitted_in_a_step_that_preempted():
-    # 6 blocks of 4. a: 8 tokens, b: 3, c: 9 (3 pages). When a asks for a page, c's 3 are freed: d's 1 would fit.
+    # 6 blocks of 4. c's 9 drafts make it hold 4 pages (positions 3 .. 12), of which it needs 2 when all are rejected.
+    # Then a asks for its third page. c loses its 4 and would fit into the 3 that are left, but not in this step.
     scheduler = make(num_blocks=7, max_model_len=20)
-    for name, prompt in (("a", 8), ("b", 3), ("c", 9)):
-        add(scheduler, name, prompt)
+    add(scheduler, "a", 7)
+    c = add(scheduler, "c", 3, 15)
     run_step(scheduler)
-    add(scheduler, "d", 1)
+    scheduler.set_drafts(c, 9)
+    assert shape(run_step(scheduler, [1])) == ([], [7], [(10, 3)])
+    assert scheduler.kv.pool.num_free == 0
     step = run_step(scheduler)
+    assert shape(step) == ([], [8], [])
     assert names(step.preempted) == ["c"]
     assert step.admitted == []
-    assert shape(step) == ([], [8, 3], [])
-    assert scheduler.kv.pool.num_free == 2
+    assert scheduler.kv.pool.num_free == 3
+    assert shape(run_step(scheduler)) == ([(5, 0)], [9], [])
 
 
 def test_several_victims_keep_their_order():
@@ -844,15 +853,39 @@ def test_nothing_is_preempted_while_steps_are_in_flight():
     assert [r.num_output_tokens for r in (a, b, c)] == [6, 6, 6]
 
 
+def test_nothing_is_admitted_while_steps_are_settled():
+    # 6 blocks of 4, budget 8. a: 4 tokens, b: 20, in chunks beside it.
+    #   step 0: a 4, b 4       2 pages
+    #   step 1: a at 4, b 7    2 + 3 pages, 1 free
+    #   step 2: a at 5; b's next 7 want 2 pages. c's one would fit, but then b's pages would be even fewer.
+    scheduler = make(num_blocks=7, budget=8, max_model_len=24)
+    add(scheduler, "a", 4)
+    add(scheduler, "b", 20, 4)
+    first, second = scheduler.schedule(), scheduler.schedule()
+    assert shape(second) == ([(7, 4)], [4], [])
+    add(scheduler, "c", 1)
+    third = scheduler.schedule()
+    assert shape(third) == ([], [5], [])
+    assert third.admitted == third.preempted == []
+    for step in (first, second, third):
+        assert scheduler.schedule().is_empty
+        scheduler.update(step)
+    assert names(scheduler.schedule().preempted) == ["b"]
+
+
 def test_blocks_are_committed_only_when_their_step_has_run():
+    # The second block of 4 is full once token 7 has been computed, in the second step.
     scheduler = make(caching=True)
-    add(scheduler, "a", 9, 9, ("x", "y"))
+    add(scheduler, "a", 7, 9, ("x", "y"))
     first = scheduler.schedule()
     add(scheduler, "b", 9, 9, ("x", "y"))
     second = scheduler.schedule()
-    assert shape(second) == ([(9, 0)], [9], []), "what a computes in flight is no hit"
+    assert shape(second) == ([(9, 0)], [7], []), "what a computes in flight is no hit"
     scheduler.update(first)
     add(scheduler, "c", 9, 9, ("x", "y"))
+    assert shape(scheduler.schedule())[0] == [(5, 4)]
+    scheduler.update(second)
+    add(scheduler, "d", 9, 9, ("x", "y"))
     assert shape(scheduler.schedule())[0] == [(1, 8)]
 
 
@@ -947,15 +980,22 @@ def test_steady_until_the_blocks_run_out():
     assert shape(step) == ([], [12], [])
 
 
-def test_a_leap_takes_the_blocks_that_steps_would():
+@pytest.mark.parametrize("hashes", [(), ("x", "y", "z", "w")])
+def test_a_leap_takes_the_blocks_that_steps_would(hashes):
     # Free blocks are 4, 5, … . a takes 4 in the first step, b 5 in the second, a 6 in the fifth.
-    prompts = {"a": (8, 12), "b": (3, 12)}
-    leapt, stepped = decoding(prompts), decoding(prompts)
-    leapt.advance(5)
-    for _ in range(5):
-        run_step(stepped)
-    for scheduler in (leapt, stepped):
-        assert [request.block_tables for request in scheduler.running] == [[[1, 2, 4, 6]], [[3, 5]]]
+    tables = []
+    for leap in (False, True):
+        scheduler = make(caching=bool(hashes))
+        a, b = add(scheduler, "a", 8, 12, hashes), add(scheduler, "b", 3, 12)
+        run_step(scheduler)
+        if leap:
+            scheduler.advance(5)
+        else:
+            for _ in range(5):
+                run_step(scheduler)
+        scheduler.check()
+        tables.append((a.block_tables, b.block_tables))
+    assert tables == [([[1, 2, 4, 6]], [[3, 5]])] * 2
 
 
 def test_a_waiting_head_that_fits_stops_the_leap():

@@ -1,0 +1,184 @@
+"""One way to serve a model: GPU, parallelism, precision, limits. What a plan ranks and an export launches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from engine.scheduling import KVCacheConfig, SchedulerConfig
+from planner.errors import UserError
+from planner.hardware import GpuSpec, Price
+from planner.memory import KVCacheDtype, MemoryReport, MemorySettings, kv_layout, plan_memory, validate_parallelism
+from planner.model import ModelSpec
+from planner.roofline import RooflineStepTime
+from planner.simulation import System
+from planner.simulation.router import ROUTERS
+from planner.speculation import DraftedStepTime, SpeculationConfig
+from planner.step_time import StepTime
+from planner.workload import Workload
+
+AUTO_ROUTER = "auto"
+_LENGTH_STEP = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Deployment:
+    """Replicas of one engine configuration; names as `vllm serve` spells them.
+
+    Attributes:
+        model, gpu: what is served, and on what.
+        replicas: engines behind the router, `tensor_parallel_size` GPUs each.
+        max_model_len: longest sequence in tokens; None for the model's limit.
+        router: a name of `planner.simulation.router.ROUTERS`, or "auto".
+        num_gpu_blocks_override: size of the KV pool of one replica; None to derive it from the memory model.
+        speculation: None for plain decoding.
+    """
+
+    model: ModelSpec
+    gpu: GpuSpec
+    tensor_parallel_size: int = 1
+    replicas: int = 1
+    kv_cache_dtype: KVCacheDtype = KVCacheDtype.BFLOAT16
+    max_model_len: int | None = None
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 8192
+    block_size: int | None = None
+    gpu_memory_utilization: float = 0.92
+    kv_cache_policy: str = "hybrid"
+    enforce_eager: bool = False
+    enable_prefix_caching: bool = False
+    enable_chunked_prefill: bool = True
+    router: str = AUTO_ROUTER
+    num_gpu_blocks_override: int | None = None
+    speculation: SpeculationConfig | None = None
+
+    @property
+    def num_gpus(self) -> int:
+        return self.tensor_parallel_size * self.replicas
+
+    @property
+    def num_speculative_tokens(self) -> int:
+        """Draft length k; 0 without speculation."""
+        return self.speculation.num_speculative_tokens if self.speculation else 0
+
+    def memory_settings(self) -> MemorySettings:
+        """What the memory model needs of it.
+
+        Raises:
+            UserError: a setting out of its range.
+        """
+        speculation = self.speculation
+        return MemorySettings(
+            tensor_parallel_size=self.tensor_parallel_size,
+            max_model_len=self.max_model_len,
+            kv_cache_dtype=self.kv_cache_dtype,
+            block_size=self.block_size,
+            gpu_memory_utilization=self.gpu_memory_utilization,
+            max_num_batched_tokens=self.max_num_batched_tokens,
+            max_num_seqs=self.max_num_seqs,
+            kv_cache_policy=self.kv_cache_policy,
+            enforce_eager=self.enforce_eager,
+            num_gpu_blocks=self.num_gpu_blocks_override,
+            draft_model=speculation.draft_model if speculation else None,
+            num_lookahead_tokens=self.num_speculative_tokens,
+        )
+
+    def memory(self, with_remedies: bool = False) -> MemoryReport:
+        """The memory of one replica.
+
+        Raises:
+            UserError: an impossible parallelism or setting.
+        """
+        validate_parallelism(self.model, self.gpu, self.tensor_parallel_size)
+        return plan_memory(self.model, self.gpu, self.memory_settings(), with_remedies=with_remedies)
+
+    def step_time(self) -> StepTime:
+        """The step-time model, drafting included. So far always the uncalibrated roofline."""
+        block_size = self.memory_settings().resolved_block_size
+        tp = self.tensor_parallel_size
+        target = RooflineStepTime(self.model, self.gpu, tp, self.kv_cache_dtype, block_size)
+        if self.speculation is None or self.speculation.draft_model is None:
+            return target
+        draft = RooflineStepTime(self.speculation.draft_model, self.gpu, tp, self.kv_cache_dtype, block_size)
+        return DraftedStepTime(target, draft, self.num_speculative_tokens)
+
+    def router_for(self, workload: Workload) -> str:
+        """The router's name, with "auto" resolved: prefix affinity where there are prefixes to reuse."""
+        if self.router != AUTO_ROUTER:
+            if self.router not in ROUTERS:
+                raise UserError(f"router is {self.router!r}; it must be one of {AUTO_ROUTER}, {', '.join(ROUTERS)}")
+            return self.router
+        shares = self.enable_prefix_caching and workload.prefix_block_hashes is not None
+        return "prefix-affinity" if shares else "least-outstanding"
+
+    def system(self, workload: Workload, memory: MemoryReport | None = None) -> System:
+        """What the simulator runs.
+
+        Args:
+            workload: decides the router, if that is "auto".
+            memory: the report of `memory()`, if it is at hand.
+
+        Raises:
+            UserError: if one sequence of max_model_len does not fit.
+        """
+        memory = memory or self.memory()
+        if not memory.fits:
+            raise UserError(memory.reason or "it does not fit")
+        settings = self.memory_settings()
+        layout = kv_layout(self.model, settings)
+        speculation = self.speculation.simulated() if self.speculation and self.num_speculative_tokens else None
+        try:
+            scheduler = SchedulerConfig(
+                max_num_batched_tokens=self.max_num_batched_tokens,
+                max_num_seqs=self.max_num_seqs,
+                max_model_len=memory.max_model_len,
+                enable_chunked_prefill=self.enable_chunked_prefill,
+                num_lookahead_tokens=self.speculation.num_lookahead_tokens if speculation else 0,
+            )
+            cache = KVCacheConfig(
+                # The null block is scratch memory on top of the pool.
+                num_blocks=memory.num_kv_blocks + 1,
+                block_size=layout.block_size,
+                windows=layout.groups.windows,
+                enable_prefix_caching=self.enable_prefix_caching,
+            )
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        return System(scheduler, cache, self.step_time(), self.replicas, self.router_for(workload), speculation)
+
+
+def length_for(workload: Workload, model: ModelSpec) -> int:
+    """The max_model_len that a workload needs: its longest request, rounded up, within the model's limit."""
+    longest = int((workload.input_tokens + workload.output_tokens).max())
+    return min(-(-longest // _LENGTH_STEP) * _LENGTH_STEP, model.max_position_embeddings)
+
+
+@dataclass(frozen=True, slots=True)
+class PriceList:
+    """What a GPU hour costs: the catalog's dated prices at one tier, and the user's own.
+
+    Attributes:
+        tier: "low", "typical" or "high" of the catalog.
+        overrides: USD per GPU hour by GPU id.
+    """
+
+    tier: str = "typical"
+    overrides: tuple[tuple[str, float], ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.tier not in ("low", "typical", "high"):
+            raise UserError(f"price tier is {self.tier!r}; it must be low, typical or high")
+
+    def price(self, gpu: GpuSpec) -> Price | None:
+        """The price of one GPU and hour; None where none is known.
+
+        Where the tier has no price, the nearest one that has is used: its source and date say so.
+        """
+        for gpu_id, usd in self.overrides:
+            if gpu_id == gpu.id:
+                return Price(usd, "given by the user", "")
+        by_tier = {
+            "low": (gpu.price_low, gpu.price_typical, gpu.price_high),
+            "typical": (gpu.price_typical, gpu.price_low, gpu.price_high),
+            "high": (gpu.price_high, gpu.price_typical, gpu.price_low),
+        }
+        return next((price for price in by_tier[self.tier] if price is not None), None)
