@@ -39,7 +39,7 @@ def examine(
     warnings += cliff_warning(workload, system, options, result)
     warnings += _prefix_capacity(workload, deployment, memory, result)
     if result.num_rejected:
-        warnings.append(f"{result.num_rejected} of {result.num_requests} prompts exceed max_model_len and were rejected")
+        warnings.append(f"{result.num_rejected} of {result.num_requests} prompts exceed max_model_len: rejected")
     return result.model_copy(update={"warnings": tuple(warnings)})
 
 
@@ -54,21 +54,21 @@ def cliff_warning(
     needed = system.cache.max_pages(system.scheduler.max_model_len, system.scheduler.max_num_batched_tokens)
     if fewer <= needed:
         return [
-            f"the KV pool is {result.kv_usage_peak:.0%} full at its peak, and with {KNEE_SHARE:.0%} fewer blocks it could "
-            f"not hold one request of max_model_len"
+            f"the KV pool is {result.kv_usage_peak:.0%} full at its peak, and with {KNEE_SHARE:.0%} fewer blocks it "
+            f"could not hold one request of max_model_len"
         ]
     smaller = simulate(workload, replace(system, cache=replace(system.cache, num_blocks=fewer)), options)
     before, after = result.ttft_ms.p99, smaller.ttft_ms.p99 if smaller.ttft_ms else float("inf")
     preempted = f"preempted requests {result.preempted_share:.1%} → {smaller.preempted_share:.1%}"
     if after >= CLIFF_FACTOR * before:
         return [
-            f"operating point within {KNEE_SHARE:.0%} of a cliff: with {KNEE_SHARE:.0%} fewer KV blocks p99 TTFT goes from "
-            f"{before:,.0f} to {after:,.0f} ms ({preempted}); leave more room for the KV cache"
+            f"operating point within {KNEE_SHARE:.0%} of a cliff: with {KNEE_SHARE:.0%} fewer KV blocks p99 TTFT goes "
+            f"from {before:,.0f} to {after:,.0f} ms ({preempted}); leave more room for the KV cache"
         ]
     if result.num_preemptions:
         return [
-            f"{result.preempted_share:.1%} of requests are preempted for want of KV blocks; with {KNEE_SHARE:.0%} fewer "
-            f"blocks p99 TTFT goes from {before:,.0f} to {after:,.0f} ms"
+            f"{result.preempted_share:.1%} of requests are preempted for want of KV blocks; with {KNEE_SHARE:.0%} "
+            f"fewer blocks p99 TTFT goes from {before:,.0f} to {after:,.0f} ms"
         ]
     return []
 
@@ -101,6 +101,7 @@ def _prefix_capacity(
         return []
     held = memory.num_kv_blocks * memory.block_size * deployment.replicas
     return [
-        f"the prefix cache reaches {result.prefix_cache_hit_rate:.1%} of prompt tokens where an infinite one would reach "
-        f"{own:.1%}: {held:,} tokens of KV in all are used by running requests and evicted before they are asked for again"
+        f"the prefix cache reaches {result.prefix_cache_hit_rate:.1%} of prompt tokens where an infinite one would "
+        f"reach {own:.1%}: prefixes are evicted from the {held:,} tokens of KV, which running requests use too, before "
+        f"they are asked for again"
     ]

@@ -98,6 +98,8 @@ class RooflineStepTime(StepTime):
         self._windows = sorted(layers.items())
         self._full_token_ticks = self._kv_token_ticks(self._full_layers, 1)
         self._window_token_ticks = [(window, self._kv_token_ticks(count, 1)) for window, count in self._windows]
+        # By query length: ticks per cached token in the full layers, and (reach, ticks) of each window.
+        self._verify_rates: dict[int, tuple[int, list[tuple[int, int]]]] = {}
         self._base_ticks: dict[tuple[int, int, int, bool], int] = {}
 
     # ---- the contract ----------------------------------------------------------------------------------------------
@@ -145,7 +147,8 @@ class RooflineStepTime(StepTime):
         if mla is None:
             return 4.0 * heads * model.head_dim
         if absorbed:
-            # Decode works on the latent itself (DeepSeek-V2, section 2.1.2): scores over latent + RoPE, values over latent.
+            # Decode works on the latent itself (DeepSeek-V2, section 2.1.2): scores over latent and RoPE key, values
+            # over the latent.
             return 2.0 * heads * (mla.latent_dim + mla.kv_lora_rank)
         return 2.0 * heads * (mla.qk_nope_head_dim + mla.qk_rope_head_dim + mla.v_head_dim)
 
@@ -157,9 +160,15 @@ class RooflineStepTime(StepTime):
         return ticks
 
     def _verify_attention_ticks(self, query: int, context: int) -> int:
-        ticks = self._kv_token_ticks(self._full_layers, query) * (context + query) if self._full_layers else 0
-        for window, count in self._windows:
-            ticks += self._kv_token_ticks(count, query) * min(context + query, window + query - 1)
+        rates = self._verify_rates.get(query)
+        if rates is None:
+            windows = [(window + query - 1, self._kv_token_ticks(count, query)) for window, count in self._windows]
+            rates = self._verify_rates[query] = (self._kv_token_ticks(self._full_layers, query), windows)
+        full_ticks, windows = rates
+        keys = context + query
+        ticks = full_ticks * keys
+        for reach, token_ticks in windows:
+            ticks += token_ticks * min(keys, reach)
         return ticks
 
     def _prefill_attention_s(self, query: int, context: int) -> float:
@@ -208,7 +217,7 @@ class RooflineStepTime(StepTime):
         return *totals(layers), *totals(experts), *totals(head)
 
     def dense_s(self, num_tokens: int, num_sampled: int) -> float:
-        """Seconds of all matrix products with weights, for `num_tokens` rows of which `num_sampled` reach the LM head."""
+        """Seconds of all matrix products with weights: `num_tokens` rows, of which `num_sampled` reach the LM head."""
         layer_bytes, layer_flops, expert_bytes, expert_flops, head_bytes, head_flops = self._dense_terms
         read = layer_bytes
         flops = layer_flops * num_tokens

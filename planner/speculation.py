@@ -41,7 +41,7 @@ class SpeculationConfig:
             raise unknown_name("speculative method", self.method, METHODS, f"it must be one of {', '.join(METHODS)}")
         k = self.num_speculative_tokens
         if isinstance(k, bool) or not isinstance(k, int) or not 0 <= k <= MAX_SPECULATIVE_TOKENS:
-            raise UserError(f"num_speculative_tokens is {k!r}; it must be a whole number from 0 to {MAX_SPECULATIVE_TOKENS}")
+            raise UserError(f"num_speculative_tokens is {k!r}; it must be an integer, 0 to {MAX_SPECULATIVE_TOKENS}")
         if (self.method == "draft_model") != (self.draft_model is not None):
             raise UserError('speculation needs a "model" with the method draft_model, and none with ngram')
         if k:

@@ -1,8 +1,10 @@
 """A discrete-event simulation of replicas behind a router, each running the engine's own scheduler."""
 
 from planner.simulation.acceptance import AcceptanceProcess
-from planner.simulation.metrics import SLO, Distribution, SimulationResult, Verdict
+from planner.simulation.log import SloLost
+from planner.simulation.metrics import Distribution, SimulationResult, Verdict
 from planner.simulation.simulator import SimulationOptions, Speculation, System, simulate
+from planner.simulation.slo import SLO
 
 __all__ = [
     "SLO",
@@ -10,6 +12,7 @@ __all__ = [
     "Distribution",
     "SimulationOptions",
     "SimulationResult",
+    "SloLost",
     "Speculation",
     "System",
     "Verdict",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from array import array
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,66 @@ from planner.step_time import TICKS_PER_SECOND
 
 if TYPE_CHECKING:
     from planner.simulation.replica import SimulatedRequest
+    from planner.simulation.slo import SLO
+
+
+class SloLost(Exception):  # noqa: N818 - an outcome, not an error
+    """Enough requests have missed a limit that its percentile cannot be met any more.
+
+    Attributes:
+        term: "ttft", "tpot" or "e2el".
+        limit_ms: what was asked.
+        misses: requests beyond the limit so far, out of `measured` in the whole load.
+        time_s: simulated time.
+    """
+
+    def __init__(self, term: str, limit_ms: float, misses: int, measured: int, time_s: float) -> None:
+        super().__init__(f"{term} exceeds {limit_ms:g} ms for {misses} of {measured} requests after {time_s:.0f} s")
+        self.term = term
+        self.limit_ms = limit_ms
+        self.misses = misses
+        self.measured = measured
+        self.time_s = time_s
+
+
+class SloWatch:
+    """Counts misses as they happen, to stop a simulation whose answer is already no."""
+
+    def __init__(self, slo: SLO, warmup_s: float, arrival_s: np.ndarray, output_tokens: np.ndarray) -> None:
+        self._percentile = slo.percentile
+        self._limits = {name: limit * 1e-3 for name, limit in slo.limits().items()}
+        self._warmup_ticks = warmup_s * TICKS_PER_SECOND
+        measured = arrival_s >= warmup_s
+        several = int((measured & (output_tokens > 1)).sum())
+        self._counts = {"ttft": int(measured.sum()), "tpot": several, "e2el": int(measured.sum())}
+        self._misses = dict.fromkeys(self._limits, 0)
+
+    def first_token(self, request: SimulatedRequest, now: int) -> None:
+        """Raises SloLost if this late first token settles it."""
+        if "ttft" in self._limits:
+            self._judge("ttft", (now - request.arrival) / TICKS_PER_SECOND, request, now)
+
+    def finished(self, request: SimulatedRequest) -> None:
+        """Raises SloLost if this late or slow finish settles it."""
+        now = request.finish
+        if "e2el" in self._limits:
+            self._judge("e2el", (now - request.arrival) / TICKS_PER_SECOND, request, now)
+        if "tpot" in self._limits and request.num_output_tokens > 1:
+            seconds = (now - request.first_token) / TICKS_PER_SECOND / (request.num_output_tokens - 1)
+            self._judge("tpot", seconds, request, now)
+
+    def _judge(self, term: str, seconds: float, request: SimulatedRequest, now: int) -> None:
+        limit = self._limits[term]
+        if seconds <= limit or request.arrival < self._warmup_ticks:
+            return
+        self._misses[term] += 1
+        # The percentile interpolates between the order statistics around rank; both are beyond the limit once this
+        # many are.
+        count = self._counts[term]
+        rank = math.floor(self._percentile / 100 * (count - 1))
+        if self._misses[term] >= count - rank:
+            time_s = now / TICKS_PER_SECOND
+            raise SloLost(term, limit * 1e3, self._misses[term], count, time_s)
 
 
 class RequestLog:
@@ -26,7 +87,8 @@ class RequestLog:
         preemptions: times it was preempted.
     """
 
-    def __init__(self, num_requests: int) -> None:
+    def __init__(self, num_requests: int, watch: SloWatch | None = None) -> None:
+        self.watch = watch
         self.queue_s = np.full(num_requests, np.nan)
         self.ttft_s = np.full(num_requests, np.nan)
         self.e2el_s = np.full(num_requests, np.nan)
@@ -54,6 +116,12 @@ class RequestLog:
         self.e2el_s[i] = (request.finish - request.arrival) / TICKS_PER_SECOND
         self.end_s[i] = request.finish / TICKS_PER_SECOND
         self.num_finished += 1
+        if self.watch is not None:
+            self.watch.finished(request)
+
+    def first_token(self, request: SimulatedRequest, now: int) -> None:
+        if self.watch is not None:
+            self.watch.first_token(request, now)
 
     def aborted(self, request: SimulatedRequest, now: int) -> None:
         i = self._write(request)

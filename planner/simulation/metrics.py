@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from enum import StrEnum
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from planner.errors import UserError
+from planner.simulation.gaps import gap_statistics
 from planner.simulation.log import ReplicaLog, RequestLog
+from planner.simulation.slo import SLO
 from planner.step_time import TICKS_PER_SECOND, Evidence
 from planner.workload import Workload
 
@@ -20,33 +20,6 @@ TIMELINE_POINTS = 120
 # A queue that is still this share of all arrivals when they end, and has grown, was not being served.
 _BACKLOG_SHARE = 0.02
 _MIN_BACKLOG = 8
-
-
-@dataclass(frozen=True, slots=True)
-class SLO:
-    """Limits at a percentile of requests; None where nothing is asked.
-
-    Attributes:
-        ttft_ms, tpot_ms, e2el_ms: limits in milliseconds.
-        percentile: the share of requests that must be within each limit, 0 to 100.
-    """
-
-    ttft_ms: float | None = None
-    tpot_ms: float | None = None
-    e2el_ms: float | None = None
-    percentile: float = 99.0
-
-    def __post_init__(self) -> None:
-        for name, limit in self.limits().items():
-            if not (math.isfinite(limit) and limit > 0):
-                raise UserError(f"the SLO on {name} must be a positive number of milliseconds, not {limit}")
-        if not 0 < self.percentile <= 100:
-            raise UserError(f"the SLO's percentile must be above 0 and at most 100, not {self.percentile}")
-
-    def limits(self) -> dict[str, float]:
-        """The limits that are set, by metric name."""
-        named = {"ttft": self.ttft_ms, "tpot": self.tpot_ms, "e2el": self.e2el_ms}
-        return {name: limit for name, limit in named.items() if limit is not None}
 
 
 class _Record(BaseModel):
@@ -209,7 +182,7 @@ def evaluate(outcome: Outcome, slo: SLO, warmup_s: float, seed: int) -> Simulati
         num_kv_blocks=blocks,
         kv_usage_peak=max(outcome.peak_used_blocks) / blocks,
         kv_usage_mean=mean_used / (blocks * len(outcome.replicas)),
-        max_running=int(max((max(replica.samples[1::5], default=0) for replica in outcome.replicas))),
+        max_running=int(max(max(replica.samples[1::5], default=0) for replica in outcome.replicas)),
         mean_running=mean_running,
         mean_waiting=mean_waiting,
         num_preemptions=int(log.preemptions.sum()),
@@ -250,23 +223,10 @@ def _gap_distribution(replicas: list[ReplicaLog], slo_percentile: float) -> Dist
     runs = np.concatenate([np.asarray(replica.runs, dtype=np.int64) for replica in replicas]).reshape(-1, 4)
     if not runs.size:
         return None
-    first, increment, steps, batch = runs.T
-    ends = np.cumsum(steps)
-    place = np.arange(ends[-1]) - np.repeat(ends - steps, steps)
-    gaps = np.repeat(first, steps) + np.repeat(increment, steps) * place
-    weights = np.repeat(batch, steps)
-    order = np.argsort(gaps)
-    gaps, total = gaps[order], np.cumsum(weights[order])
-
-    def at(percentile: float) -> float:
-        rank = math.ceil(percentile / 100 * int(total[-1]))
-        return float(gaps[np.searchsorted(total, max(rank, 1))]) / TICKS_PER_SECOND * 1e3
-
-    # In Python's integers, which neither overflow nor depend on how the runs were cut.
-    ticks = sum(b * (f * n + i * (n * (n - 1) // 2)) for f, i, n, b in runs.tolist())
-    mean = ticks / int(total[-1]) / TICKS_PER_SECOND * 1e3
+    mean, ticks = gap_statistics(runs, [*PERCENTILES, 100.0, slo_percentile])
+    p50, p90, p95, p99, largest, at_slo = (tick / TICKS_PER_SECOND * 1e3 for tick in ticks)
     return Distribution(
-        mean=mean, p50=at(50), p90=at(90), p95=at(95), p99=at(99), max=at(100), at_slo_percentile=at(slo_percentile)
+        mean=mean / TICKS_PER_SECOND * 1e3, p50=p50, p90=p90, p95=p95, p99=p99, max=largest, at_slo_percentile=at_slo
     )
 
 

@@ -218,9 +218,11 @@ class Replica:
         if self.num_speculative_tokens:
             finished = self._update_speculative(step)
         else:
-            live = [r for r in step.decode_requests if r not in step.detached] if step.detached else step.decode_requests
+            live = len(step.decode_requests)
+            if step.detached:
+                live -= sum(request in step.detached for request in step.decode_requests)
             if live:
-                self.log.decoded(now - self._began, 0, 1, len(live))
+                self.log.decoded(now - self._began, 0, 1, live)
             finished = self.scheduler.update(step)
         for request, (count, context) in zip(step.prefill_requests, step.shape.prefills, strict=True):
             if context + count >= request.num_prefill_tokens and request.status is not RequestStatus.ABORTED:
@@ -232,6 +234,7 @@ class Replica:
         now = self.env.now
         if request.first_token < 0:
             request.first_token = now
+            self.log.requests.first_token(request, now)
         else:
             self.log.decoded(now - request.last_token, 0, 1, 1)
         request.last_token = now if self.num_speculative_tokens else -1

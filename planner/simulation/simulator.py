@@ -12,10 +12,11 @@ import simpy
 from engine.scheduling import KVCacheConfig, Scheduler, SchedulerConfig
 from planner.errors import UserError
 from planner.simulation.acceptance import AcceptanceProcess, AcceptanceSampler
-from planner.simulation.log import ReplicaLog, RequestLog
-from planner.simulation.metrics import SLO, Outcome, SimulationResult, evaluate
+from planner.simulation.log import ReplicaLog, RequestLog, SloWatch
+from planner.simulation.metrics import Outcome, SimulationResult, evaluate
 from planner.simulation.replica import ABORT, Replica, SimulatedRequest, Timer
 from planner.simulation.router import make_router
+from planner.simulation.slo import SLO
 from planner.step_time import TICKS_PER_SECOND, StepTime
 from planner.workload import Workload
 
@@ -70,6 +71,8 @@ class SimulationOptions:
         reject_too_long: count prompts that exceed max_model_len as rejected instead of refusing the workload.
         client_timeout_s: a client aborts its request this long after sending it; None: never.
         leap: do many decode steps at once. False gives the same result, slowly.
+        stop_when_slo_is_lost: raise `SloLost` as soon as so many requests have missed a limit that its percentile
+            cannot be met.
     """
 
     seed: int = 0
@@ -78,6 +81,7 @@ class SimulationOptions:
     reject_too_long: bool = False
     client_timeout_s: float | Sequence[float] | None = None
     leap: bool = True
+    stop_when_slo_is_lost: bool = False
 
 
 def simulate(workload: Workload, system: System, options: SimulationOptions | None = None) -> SimulationResult:
@@ -88,11 +92,16 @@ def simulate(workload: Workload, system: System, options: SimulationOptions | No
     Raises:
         UserError: if a prompt exceeds max_model_len (unless told to reject those), the cache cannot hold one request
             of max_model_len, or the step-time model predicts nonsense.
+        SloLost: if `stop_when_slo_is_lost` and it is.
     """
     options = options or SimulationOptions()
+    warmup_s = warmup_seconds(workload, options)
     _check_prompts(workload, system.scheduler.max_model_len, options.reject_too_long)
     env = simpy.Environment(initial_time=0)
-    requests = RequestLog(len(workload))
+    watch = None
+    if options.stop_when_slo_is_lost and options.slo.limits():
+        watch = SloWatch(options.slo, warmup_s, workload.arrival_s, workload.output_tokens)
+    requests = RequestLog(len(workload), watch)
     k = system.speculation.num_speculative_tokens if system.speculation else 0
     replicas = []
     for _ in range(_checked_replicas(system.replicas)):
@@ -115,7 +124,7 @@ def simulate(workload: Workload, system: System, options: SimulationOptions | No
         step_time=system.step_time.description,
         speculative=k > 0,
     )
-    return evaluate(outcome, options.slo, _warmup_s(workload, options), options.seed)
+    return evaluate(outcome, options.slo, warmup_s, options.seed)
 
 
 def _arrivals(
@@ -164,12 +173,12 @@ def _check_prompts(workload: Workload, max_model_len: int, reject: bool) -> None
     if too_long.size and not reject:
         i = int(too_long[0])
         raise UserError(
-            f"{workload.name}: request {i + 1} of {len(workload)} has a prompt of {workload.input_tokens[i]} tokens, which "
-            f"leaves no room for output within max_model_len {max_model_len} ({too_long.size} requests in all); "
+            f"{workload.name}: request {i + 1} of {len(workload)} has a prompt of {workload.input_tokens[i]} tokens, "
+            f"which leaves no room for output within max_model_len {max_model_len} ({too_long.size} requests in all); "
             f"raise --max-model-len or pass --reject-too-long to count them as rejected"
         )
     if too_long.size == len(workload):
-        raise UserError(f"{workload.name}: every prompt exceeds max_model_len {max_model_len}; nothing can be simulated")
+        raise UserError(f"{workload.name}: every prompt exceeds max_model_len {max_model_len}; raise --max-model-len")
 
 
 def _checked_replicas(replicas: int) -> int:
@@ -187,7 +196,12 @@ def _timeouts(timeout_s: float | Sequence[float] | None, count: int) -> list[flo
     return timeouts.tolist()
 
 
-def _warmup_s(workload: Workload, options: SimulationOptions) -> float:
+def warmup_seconds(workload: Workload, options: SimulationOptions) -> float:
+    """The instant from which arrivals are measured.
+
+    Raises:
+        UserError: for a warm-up that is not a duration, or leaves nothing to measure.
+    """
     last = workload.duration_s
     if options.warmup_s is None:
         return min(_DEFAULT_WARMUP_S, _DEFAULT_WARMUP_SHARE * last)

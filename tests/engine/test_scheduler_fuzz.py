@@ -126,7 +126,7 @@ def run(config, cache, load, leap, depth=1, drafts=0, seed=0):
         raise AssertionError("livelock")
     assert not scheduler.running and not scheduler.waiting
     assert scheduler.kv.pool.num_used == 0, "pages left behind"
-    return snapshots + [snapshot(scheduler, requests)], requests
+    return [*snapshots, snapshot(scheduler, requests)], requests
 
 
 def assert_all_ended(requests, config):

@@ -1,0 +1,123 @@
+"""What no number of replicas can improve, and how few of them could possibly do: found without simulating.
+
+A request that meets nobody else still has to be computed. Its time to first token is at least that of its own prefill
+steps, and its time per token at least that of a batch of one. If the SLO's percentile of these floors already exceeds
+a limit, queueing cannot help.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from engine.scheduling import StepShape
+from planner.deployment import Deployment
+from planner.memory import MemoryReport
+from planner.simulation import SLO
+from planner.step_time import StepTime
+from planner.workload import Workload
+
+_GRID = 48
+# The demand below is an estimate from full batches; replicas are tried from a little under it.
+_DEMAND_SLACK = 0.9
+
+
+@dataclass(frozen=True, slots=True)
+class Floor:
+    """An SLO term that an idle system already misses.
+
+    Attributes:
+        term: "ttft", "tpot" or "e2el".
+        limit_ms, at_least_ms: what is asked, and what an idle replica takes at the SLO's percentile.
+        why: which work takes that long.
+    """
+
+    term: str
+    limit_ms: float
+    at_least_ms: float
+    why: str
+
+
+class Floors:
+    """Lower bounds on one replica's latencies for the requests of a workload."""
+
+    def __init__(self, workload: Workload, deployment: Deployment, step_time: StepTime, warmup_s: float) -> None:
+        measured = workload.arrival_s >= warmup_s
+        self.input_tokens = workload.input_tokens[measured]
+        self.output_tokens = workload.output_tokens[measured]
+        self._step_time = step_time
+        self._budget = deployment.max_num_batched_tokens
+        self._tokens_per_step = deployment.num_speculative_tokens + 1
+        # With prefix caching all but the last token of a prompt may be found.
+        self._prompts_may_be_cached = deployment.enable_prefix_caching and workload.prefix_block_hashes is not None
+
+    def prefill_s(self, num_tokens: int) -> float:
+        """Seconds to compute a prompt alone, in chunks of the token budget."""
+        if self._prompts_may_be_cached:
+            return self._step_time.predict(StepShape(prefills=[(1, num_tokens - 1)]))
+        seconds, context = 0.0, 0
+        while context < num_tokens:
+            chunk = min(self._budget, num_tokens - context)
+            seconds += self._step_time.predict(StepShape(prefills=[(chunk, context)]))
+            context += chunk
+        return seconds
+
+    def token_s(self, context: int) -> float:
+        """Seconds per output token of a request decoding alone, if every draft were accepted."""
+        return self._step_time.predict(StepShape(decode_contexts=[context])) / self._tokens_per_step
+
+    def _from_below(self, function, tokens: np.ndarray) -> np.ndarray:
+        """An increasing function at each of `tokens`, rounded down to a grid of their quantiles."""
+        grid = np.unique(np.quantile(tokens, np.linspace(0, 1, _GRID), method="lower").astype(np.int64))
+        values = np.array([function(int(n)) for n in grid])
+        return values[np.searchsorted(grid, tokens, side="right") - 1]
+
+    def violated(self, slo: SLO) -> Floor | None:
+        """The term that an idle system misses, the worst if several; None if all could be met."""
+        limits = slo.limits()
+        prefill = self._from_below(self.prefill_s, self.input_tokens)
+        token = self._from_below(self.token_s, self.input_tokens)
+        several = self.output_tokens > 1
+        floors_ms = {
+            "ttft": prefill * 1e3,
+            "tpot": token[several] * 1e3,
+            "e2el": (prefill + (self.output_tokens - 1) * token) * 1e3,
+        }
+        why = {
+            "ttft": "computing the prompt alone, without any queue",
+            "tpot": "one decode step of a single request",
+            "e2el": "computing a request alone, without any queue",
+        }
+        found = []
+        for term, limit in limits.items():
+            values = floors_ms[term]
+            if values.size:
+                at_least = float(np.percentile(values, slo.percentile, method="lower"))
+                if at_least > limit:
+                    found.append(Floor(term, limit, at_least, why[term]))
+        return max(found, key=lambda floor: floor.at_least_ms / floor.limit_ms, default=None)
+
+
+def fewest_replicas(
+    workload: Workload, deployment: Deployment, memory: MemoryReport, step_time: StepTime, warmup_s: float
+) -> int:
+    """Replicas below which the load cannot be served at all, by the time of full prefill and full decode steps."""
+    span_s = workload.duration_s - warmup_s
+    if span_s <= 0:
+        return 1
+    measured = workload.arrival_s >= warmup_s
+    prompt_tokens = float(workload.input_tokens[measured].sum())
+    if deployment.enable_prefix_caching:
+        prompt_tokens *= 1 - workload.infinite_cache_hit_rate()
+    budget = deployment.max_num_batched_tokens
+    prefill_s = prompt_tokens * step_time.predict(StepShape(prefills=[(budget, 0)])) / budget
+    # A typical running request is half-way through its output.
+    context = int((workload.input_tokens[measured] + workload.output_tokens[measured] / 2).mean())
+    held = max(1, memory.num_kv_blocks * memory.block_size // max(context, 1))
+    batch = max(1, min(deployment.max_num_seqs, held))
+    accepted = deployment.speculation.simulated().acceptance.mean_accepted() if deployment.speculation else 0.0
+    full_step_s = step_time.predict(StepShape(decode_contexts=[context] * batch))
+    decode_s = float(workload.output_tokens[measured].sum()) / (1 + accepted) / batch * full_step_s
+    return max(1, math.ceil(_DEMAND_SLACK * max(prefill_s, decode_s) / span_s))

@@ -1,0 +1,376 @@
+"""The answer of a search: ranked plans with their evidence, and for everything else the constraint that it fails.
+
+These models are the JSON of `memwall plan`; exporters read only this.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from planner.deployment import Deployment
+from planner.errors import UserError
+from planner.memory import MemoryReport
+from planner.records import DeploymentRecord
+from planner.simulation import SimulationResult
+from planner.step_time import Evidence
+from planner.workload.workload import WorkloadSummary
+
+if TYPE_CHECKING:
+    from planner.search import Explored, Question
+
+SCHEMA_VERSION = 1
+# Two plans whose SLO headroom differs by less are equally good in that respect.
+_ROBUST_SHARE = 0.9
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Range(_Record):
+    """Lowest and highest value over the resampled loads."""
+
+    low: float
+    high: float
+
+
+class SloTerm(_Record):
+    """One limit of the SLO, and what the plan achieves."""
+
+    term: str = Field(description='"ttft", "tpot" or "e2el"')
+    percentile: float
+    limit_ms: float
+    achieved_ms: float = Field(description="at the percentile, on the given load")
+    share_of_limit: float = Field(description="achieved / limit; the binding term has the largest")
+    range_ms: Range | None = Field(description="over the resampled loads; finalists only")
+
+
+class Loads(_Record):
+    """How a finalist did on the given load and on resampled ones."""
+
+    met: int = Field(description="loads on which every limit held")
+    of: int = Field(description="loads simulated")
+    method: str = Field(default="moving-block bootstrap of the arrivals, blocks of 60 s; the first is the given load")
+
+
+class Plan(_Record):
+    """A deployment that meets the SLO with the fewest replicas of its engine."""
+
+    rank: int = Field(description="1 is the cheapest per hour")
+    deployment: DeploymentRecord
+    num_gpus: int
+    usd_per_hour: float | None = Field(description="all GPUs; None where the GPU has no price")
+    usd_per_gpu_hour: float | None
+    price_source: str | None
+    price_date: str | None
+    usd_per_million_output_tokens: float | None = Field(description="at this load, not at full load")
+    usd_per_million_tokens: float | None = Field(description="input and output tokens, at this load")
+    output_tokens_per_s_per_gpu: float
+    tokens_per_s_per_user: float = Field(description="1 / mean TPOT")
+    terms: tuple[SloTerm, ...]
+    binding_term: str = Field(description="the limit that is nearest")
+    loads: Loads | None = Field(description="finalists only")
+    pareto: bool = Field(description="no other plan has more tokens/s per GPU and more tokens/s per user")
+    num_kv_blocks: int = Field(description="of one replica")
+    max_concurrency: float = Field(description="sequences of max_model_len that one replica's KV pool holds")
+    warnings: tuple[str, ...]
+    result: SimulationResult
+
+
+class RejectionCause(StrEnum):
+    """The constraint that an engine fails."""
+
+    MEMORY = "memory"
+    FLOOR = "floor"
+    GPUS = "gpus"
+    SLO = "slo"
+
+
+class Rejection(_Record):
+    """An engine that meets the SLO with no number of replicas."""
+
+    system: str
+    tensor_parallel_size: int
+    kv_cache_dtype: str
+    max_num_seqs: int
+    num_speculative_tokens: int
+    cause: RejectionCause = Field(
+        description="memory: one request does not fit; floor: an idle replica misses the SLO; gpus: the GPU budget "
+        "cannot serve the load; slo: simulated, and missed with the whole GPU budget"
+    )
+    reason: str = Field(description="one sentence")
+    term: str | None = Field(default=None, description="the SLO term, where the cause is floor")
+    at_least_ms: float | None = Field(default=None, description="what an idle replica takes, where the cause is floor")
+
+    @classmethod
+    def of(cls, question: Question, engine: Deployment, cause: RejectionCause, reason: str, **more: Any) -> Rejection:
+        """A rejection of `engine`."""
+        return cls(
+            system=engine.gpu.id,
+            tensor_parallel_size=engine.tensor_parallel_size,
+            kv_cache_dtype=engine.kv_cache_dtype.value,
+            max_num_seqs=engine.max_num_seqs,
+            num_speculative_tokens=engine.num_speculative_tokens,
+            cause=cause,
+            reason=reason,
+            **more,
+        )
+
+
+class QuestionRecord(_Record):
+    """What was asked."""
+
+    model: str
+    systems: tuple[str, ...]
+    total_gpus: int
+    ttft_ms: float | None
+    tpot_ms: float | None
+    e2el_ms: float | None
+    percentile: float
+    tensor_parallel_sizes: tuple[int, ...]
+    kv_cache_dtypes: tuple[str, ...]
+    max_num_seqs: tuple[int, ...]
+    draft_lengths: tuple[int, ...]
+    max_model_len: int | None
+    enable_prefix_caching: bool
+    seed: int
+    warmup_s: float
+    workload: WorkloadSummary
+
+
+class SearchEffort(_Record):
+    """How the space was covered."""
+
+    num_engines: int = Field(description="combinations of GPU, TP, KV dtype, max_num_seqs and k")
+    num_candidates: int = Field(description="engines times the replica counts that the GPU budget allows")
+    num_engines_without_memory: int
+    num_engines_out_of_reach: int = Field(description="an idle replica misses the SLO, or the budget is too small")
+    num_engines_simulated: int
+    num_simulations: int = Field(description="without those on resampled loads")
+
+
+class PlanReport(_Record):
+    """The answer of `memwall plan`."""
+
+    schema_version: int = SCHEMA_VERSION
+    question: QuestionRecord
+    evidence: Evidence = Field(description="what the step times rest on")
+    step_time: str
+    effort: SearchEffort
+    plans: tuple[Plan, ...]
+    rejections: tuple[Rejection, ...]
+    warnings: tuple[str, ...]
+
+
+class RankedPlan:
+    """A plan in the making: the record, and the deployment behind it."""
+
+    def __init__(self, record: Plan, deployment: Deployment) -> None:
+        self.record = record
+        self.deployment_used = deployment
+
+
+def build_plan(question: Question, found: tuple[Deployment, SimulationResult], memory: MemoryReport) -> RankedPlan:
+    """The record of a passing deployment, not yet ranked."""
+    deployment, result = found
+    price = question.prices.price(deployment.gpu)
+    per_hour = price.usd_per_gpu_hour * deployment.num_gpus if price else None
+
+    def per_million(tokens_per_s: float) -> float | None:
+        return per_hour / (tokens_per_s * 3600) * 1e6 if per_hour is not None and tokens_per_s > 0 else None
+
+    terms = _terms(question, result)
+    routed = replace(deployment, router=deployment.router_for(question.workload))
+    record = Plan(
+        rank=1,
+        deployment=DeploymentRecord.from_deployment(routed, question.quantization),
+        num_gpus=deployment.num_gpus,
+        usd_per_hour=per_hour,
+        usd_per_gpu_hour=price.usd_per_gpu_hour if price else None,
+        price_source=price.source if price else None,
+        price_date=price.date if price else None,
+        usd_per_million_output_tokens=per_million(result.output_throughput_tokens_per_s),
+        usd_per_million_tokens=per_million(result.total_throughput_tokens_per_s),
+        output_tokens_per_s_per_gpu=result.output_throughput_tokens_per_s / deployment.num_gpus,
+        tokens_per_s_per_user=1e3 / result.tpot_ms.mean if result.tpot_ms else 0.0,
+        terms=terms,
+        binding_term=max(terms, key=lambda term: term.share_of_limit).term,
+        loads=None,
+        pareto=False,
+        num_kv_blocks=memory.num_kv_blocks,
+        max_concurrency=memory.max_concurrency,
+        warnings=memory.warnings,
+        result=result.model_copy(update={"timeline": ()}),
+    )
+    return RankedPlan(record, deployment)
+
+
+def _terms(question: Question, result: SimulationResult) -> tuple[SloTerm, ...]:
+    terms = []
+    for name, limit in question.slo.limits().items():
+        metric = result.metric_ms(name)
+        achieved = metric.at_slo_percentile if metric else 0.0
+        terms.append(
+            SloTerm(
+                term=name,
+                percentile=question.slo.percentile,
+                limit_ms=limit,
+                achieved_ms=achieved,
+                share_of_limit=achieved / limit,
+                range_ms=None,
+            )
+        )
+    return tuple(terms)
+
+
+def rank(plans: list[RankedPlan]) -> list[RankedPlan]:
+    """Cheapest per hour first; plans without a price after all others, by GPU count.
+
+    At the same price the one with the more precise KV cache comes first, then the one with more headroom.
+    """
+
+    def key(plan: RankedPlan) -> tuple:
+        record = plan.record
+        priced = record.usd_per_hour is not None
+        tightest = max(term.share_of_limit for term in record.terms)
+        bits = -plan.deployment_used.kv_cache_dtype.bits
+        return (not priced, round(record.usd_per_hour or 0.0, 6), record.num_gpus, bits, round(tightest, 3))
+
+    plans = sorted(plans, key=key)
+    for place, each in enumerate(plans, start=1):
+        pareto = not any(_dominates(other.record, each.record) for other in plans)
+        each.record = each.record.model_copy(update={"rank": place, "pareto": pareto})
+    return plans
+
+
+def _dominates(a: Plan, b: Plan) -> bool:
+    """Whether plan a is at least as good on both axes, and better on one."""
+    at_least = (
+        a.output_tokens_per_s_per_gpu >= b.output_tokens_per_s_per_gpu
+        and a.tokens_per_s_per_user >= b.tokens_per_s_per_user
+    )
+    better = (
+        a.output_tokens_per_s_per_gpu > b.output_tokens_per_s_per_gpu
+        or a.tokens_per_s_per_user > b.tokens_per_s_per_user
+    )
+    return at_least and better
+
+
+def build_report(
+    question: Question,
+    explored: list[Explored],
+    plans: list[RankedPlan],
+    finalists: list[RankedPlan],
+    runs: list[SimulationResult],
+) -> PlanReport:
+    """Put everything together; `runs` are those of the first finalist, then of the second, and so on."""
+    per_finalist = question.num_loads
+    records = [plan.record for plan in plans]
+    for place, _ in enumerate(finalists):
+        mine = runs[place * per_finalist : (place + 1) * per_finalist]
+        records[place] = _with_loads(question, records[place], mine)
+    rejections = tuple(e.rejection for e in explored if e.rejection is not None)
+    step_time = explored[0].engine.step_time()
+    return PlanReport(
+        question=_question_record(question, explored),
+        evidence=step_time.evidence,
+        step_time=records[0].result.step_time if records else step_time.description,
+        effort=_effort(explored),
+        plans=tuple(records),
+        rejections=rejections,
+        warnings=_warnings(question, records, step_time.evidence),
+    )
+
+
+def _with_loads(question: Question, record: Plan, runs: list[SimulationResult]) -> Plan:
+    met = sum(bool(run.slo_met) for run in runs)
+    terms = []
+    for term in record.terms:
+        values = [metric.at_slo_percentile for run in runs if (metric := run.metric_ms(term.term)) is not None]
+        spread = Range(low=min(values), high=max(values)) if values else None
+        terms.append(term.model_copy(update={"range_ms": spread}))
+    warnings = [*record.warnings, *runs[0].warnings]
+    if met < _ROBUST_SHARE * len(runs):
+        warnings.append(
+            f"the SLO holds on {met} of {len(runs)} resampled loads: one more replica would make it safer"
+        )
+    update = {
+        "terms": tuple(terms),
+        "loads": Loads(met=met, of=len(runs)),
+        "warnings": tuple(warnings),
+        "result": runs[0].model_copy(update={"warnings": ()}),
+    }
+    return record.model_copy(update=update)
+
+
+def _effort(explored: list[Explored]) -> SearchEffort:
+    causes = [e.rejection.cause for e in explored if e.rejection is not None]
+    without_memory = causes.count(RejectionCause.MEMORY)
+    out_of_reach = causes.count(RejectionCause.FLOOR) + causes.count(RejectionCause.GPUS)
+    return SearchEffort(
+        num_engines=len(explored),
+        num_candidates=sum(e.num_candidates for e in explored),
+        num_engines_without_memory=without_memory,
+        num_engines_out_of_reach=out_of_reach,
+        num_engines_simulated=len(explored) - without_memory - out_of_reach,
+        num_simulations=sum(e.num_simulations for e in explored),
+    )
+
+
+def _question_record(question: Question, explored: list[Explored]) -> QuestionRecord:
+    slo = question.slo
+    return QuestionRecord(
+        model=question.model.name,
+        systems=tuple(gpu.id for gpu in question.gpus),
+        total_gpus=question.total_gpus,
+        ttft_ms=slo.ttft_ms,
+        tpot_ms=slo.tpot_ms,
+        e2el_ms=slo.e2el_ms,
+        percentile=slo.percentile,
+        tensor_parallel_sizes=tuple(sorted({e.engine.tensor_parallel_size for e in explored})),
+        kv_cache_dtypes=tuple(dtype.value for dtype in question.kv_cache_dtypes),
+        max_num_seqs=question.max_num_seqs,
+        draft_lengths=question.draft_lengths,
+        max_model_len=question.engine.max_model_len,
+        enable_prefix_caching=question.engine.enable_prefix_caching,
+        seed=question.seed,
+        warmup_s=question.measured_from_s,
+        workload=question.workload.summary(),
+    )
+
+
+def _warnings(question: Question, records: list[Plan], evidence: Evidence) -> tuple[str, ...]:
+    warnings = list(question.workload.notes)
+    if evidence is Evidence.UNCALIBRATED:
+        warnings.append(
+            "step times are uncalibrated: they come from data sheets and stated efficiencies, not from measurements"
+        )
+    low_bit = sorted({r.deployment.kv_cache_dtype for r in records if r.deployment.kv_cache_dtype != "bfloat16"})
+    if low_bit:
+        warnings.append(f"the effect of {', '.join(low_bit)} KV on output quality is not part of the search")
+    unpriced = sorted({r.deployment.system for r in records if r.usd_per_hour is None})
+    if unpriced:
+        warnings.append(f"no price is known for {', '.join(unpriced)}: pass --price, e.g. {unpriced[0]}=2.50")
+    return tuple(warnings)
+
+
+def read_plan(text: str, source: str) -> PlanReport:
+    """Parse the JSON of `memwall plan`.
+
+    Raises:
+        UserError: if it is not that, saying where it first differs.
+    """
+    from pydantic import ValidationError
+
+    try:
+        return PlanReport.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the top level"
+        raise UserError(
+            f"{source} is not a plan written by `memwall plan --output json` ({where}: {first['msg']})"
+        ) from None

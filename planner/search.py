@@ -1,0 +1,323 @@
+"""Which deployments meet the SLO, and what each costs.
+
+The space is GPU type × tensor parallelism × KV precision × max_num_seqs × draft length, and for each of these
+engines the number of replicas. An engine is dropped without simulation if its memory does not hold one request, or if
+an idle replica already misses the SLO. For the others the fewest replicas that meet the SLO are found by simulation: up
+from a bound on the demand until the SLO is met, then by bisection, so that the plan passes and one replica less fails.
+The cheapest plans are simulated again on resampled loads, which says how much of the answer is this one trace.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from itertools import product
+
+import joblib
+
+from planner.advice import cliff_warning
+from planner.bounds import Floor, Floors, fewest_replicas
+from planner.deployment import Deployment, PriceList
+from planner.errors import UserError
+from planner.hardware import GpuSpec
+from planner.memory import KVCacheDtype, MemoryReport, validate_parallelism
+from planner.model import ModelSpec
+from planner.plan_report import (
+    PlanReport,
+    Rejection,
+    RejectionCause,
+    build_plan,
+    build_report,
+    rank,
+)
+from planner.simulation import SLO, SimulationOptions, SimulationResult, SloLost, simulate
+from planner.simulation.simulator import warmup_seconds
+from planner.speculation import SpeculationConfig
+from planner.workload import Workload
+
+DEFAULT_TENSOR_PARALLEL_SIZES = (1, 2, 4, 8)
+DEFAULT_KV_CACHE_DTYPES = (KVCacheDtype.BFLOAT16, KVCacheDtype.FP8)
+DEFAULT_MAX_NUM_SEQS = (64, 256)
+DEFAULT_SLO = SLO(ttft_ms=1000.0, tpot_ms=50.0, percentile=99.0)
+# How steeply replicas are added while the SLO fails, before bisection.
+_GROWTH = 0.25
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked of the search.
+
+    Attributes:
+        engine: a deployment that carries every setting that is not searched; its gpu, tensor_parallel_size, replicas,
+            kv_cache_dtype, max_num_seqs and speculation are replaced.
+        workload, slo: the load, and what it must be served with.
+        gpus: GPU types to consider.
+        total_gpus: most GPUs of one type that a plan may use.
+        tensor_parallel_sizes: those to consider; None for 1, 2, 4, 8 as far as they divide the model.
+        kv_cache_dtypes, max_num_seqs: values to consider.
+        draft_lengths: values of k to consider, where `speculation` is given; 0 is plain decoding.
+        speculation: drafter and acceptance, or None.
+        prices: USD per GPU hour.
+        seed: of every random stream.
+        num_finalists: plans that are simulated on resampled loads.
+        num_loads: loads per finalist, the given one included.
+        quantization: what the model's weights were quantised to at load, for the record.
+    """
+
+    engine: Deployment
+    workload: Workload
+    slo: SLO = DEFAULT_SLO
+    gpus: tuple[GpuSpec, ...] = ()
+    total_gpus: int = 64
+    tensor_parallel_sizes: tuple[int, ...] | None = None
+    kv_cache_dtypes: tuple[KVCacheDtype, ...] = DEFAULT_KV_CACHE_DTYPES
+    max_num_seqs: tuple[int, ...] = DEFAULT_MAX_NUM_SEQS
+    draft_lengths: tuple[int, ...] = (0,)
+    speculation: SpeculationConfig | None = None
+    prices: PriceList = PriceList()
+    seed: int = 0
+    num_finalists: int = 3
+    num_loads: int = 5
+    warmup_s: float | None = None
+    reject_too_long: bool = False
+    quantization: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.slo.limits():
+            raise UserError("a plan needs an SLO: pass at least one of --ttft, --tpot, --e2el in milliseconds")
+        if not self.gpus:
+            raise UserError("a plan needs at least one GPU type: pass --system, e.g. h200_sxm,h100_sxm")
+        for name in ("total_gpus", "num_loads"):
+            value = getattr(self, name)
+            if value < 1:
+                raise UserError(f"{name} must be at least 1, not {value}")
+        if self.num_finalists < 0:
+            raise UserError(f"num_finalists must not be negative, not {self.num_finalists}")
+        if self.speculation is None and any(self.draft_lengths):
+            raise UserError("draft lengths above 0 need --speculative-config and acceptance rates")
+
+    @property
+    def model(self) -> ModelSpec:
+        return self.engine.model
+
+    def options(self, slo: SLO | None = None) -> SimulationOptions:
+        """Simulation options for this question."""
+        return SimulationOptions(
+            seed=self.seed, slo=slo or self.slo, warmup_s=self.warmup_s, reject_too_long=self.reject_too_long
+        )
+
+    @property
+    def measured_from_s(self) -> float:
+        """End of the warm-up."""
+        return warmup_seconds(self.workload, self.options())
+
+
+@dataclass(frozen=True)
+class Explored:
+    """What the search found out about one engine.
+
+    Attributes:
+        engine: the engine, with one replica.
+        num_candidates: replica counts that the GPU budget allows.
+        num_simulations: simulations run.
+        plan: the deployment with the fewest replicas that meets the SLO, and its simulation; None if there is none.
+        rejection: why there is none.
+    """
+
+    engine: Deployment
+    num_candidates: int
+    num_simulations: int = 0
+    memory: MemoryReport | None = None
+    plan: tuple[Deployment, SimulationResult] | None = None
+    rejection: Rejection | None = None
+
+
+Progress = Callable[[int, int, str], None]
+
+
+def plan(question: Question, n_jobs: int = -1, progress: Progress | None = None) -> PlanReport:
+    """Search, and report every engine: as a ranked plan, or with the constraint that it fails.
+
+    The report does not depend on `n_jobs`.
+
+    Args:
+        n_jobs: processes; -1 for all cores.
+        progress: called with (done, total, what) as engines and finalists are finished.
+
+    Raises:
+        UserError: for input that makes no engine possible, and for an SLO that no engine of the search could meet even
+            without load.
+    """
+    engines = list(engines_of(question))
+    note = progress or (lambda done, total, what: None)
+    explored = []
+    for found in _map(n_jobs, explore, [(question, engine) for engine in engines]):
+        explored.append(found)
+        note(len(explored), len(engines), "engines")
+    _refuse_if_impossible(question, explored)
+    plans = rank([build_plan(question, e.plan, e.memory) for e in explored if e.plan and e.memory])
+    finalists = plans[: question.num_finalists]
+    loads = [(question, finalist.deployment_used, seed) for finalist in finalists for seed in range(question.num_loads)]
+    runs: list[SimulationResult] = []
+    for run in _map(n_jobs, repeat, loads):
+        runs.append(run)
+        note(len(runs), len(loads), "resampled loads")
+    return build_report(question, explored, plans, finalists, runs)
+
+
+def _map(n_jobs: int, function: Callable, arguments: list[tuple]) -> Iterator:
+    """Results in the order of the arguments, as they come; in this process if parallel ones would not pay."""
+    if n_jobs == 1 or len(arguments) < 2:
+        return (function(*each) for each in arguments)
+    parallel = joblib.Parallel(n_jobs=n_jobs, return_as="generator", pre_dispatch="2*n_jobs")
+    return parallel(joblib.delayed(function)(*each) for each in arguments)
+
+
+# ---- the space -----------------------------------------------------------------------------------------------------
+
+
+def engines_of(question: Question) -> Iterator[Deployment]:
+    """Every engine of the search, in a fixed order.
+
+    Raises:
+        UserError: if the given tensor-parallel sizes suit none of the GPUs.
+    """
+    found = False
+    complaint: UserError | None = None
+    for gpu in question.gpus:
+        for tp in question.tensor_parallel_sizes or DEFAULT_TENSOR_PARALLEL_SIZES:
+            try:
+                validate_parallelism(question.model, gpu, tp)
+            except UserError as error:
+                complaint = complaint or error
+                continue
+            if tp > question.total_gpus:
+                complaint = complaint or UserError(
+                    f"tensor_parallel_size {tp} needs {tp} GPUs, but --total-gpus is {question.total_gpus}"
+                )
+                continue
+            for dtype, seqs, k in product(question.kv_cache_dtypes, question.max_num_seqs, question.draft_lengths):
+                found = True
+                yield replace(
+                    question.engine,
+                    gpu=gpu,
+                    tensor_parallel_size=tp,
+                    replicas=1,
+                    kv_cache_dtype=dtype,
+                    max_num_seqs=seqs,
+                    speculation=question.speculation.with_k(k) if question.speculation else None,
+                )
+    if not found:
+        raise complaint or UserError("there is no engine to consider")
+
+
+# ---- one engine ----------------------------------------------------------------------------------------------------
+
+
+def explore(question: Question, engine: Deployment) -> Explored:
+    """Find the fewest replicas of an engine that meet the SLO."""
+    most = question.total_gpus // engine.tensor_parallel_size
+    memory = engine.memory()
+    if not memory.fits:
+        rejection = Rejection.of(question, engine, RejectionCause.MEMORY, memory.reason or "does not fit")
+        return Explored(engine, most, rejection=rejection)
+    step_time = engine.step_time()
+    warmup_s = question.measured_from_s
+    floor = Floors(question.workload, engine, step_time, warmup_s).violated(question.slo)
+    if floor is not None:
+        return Explored(engine, most, rejection=_floor_rejection(question, engine, floor))
+    fewest = fewest_replicas(question.workload, engine, memory, step_time, warmup_s)
+    if fewest > most:
+        reason = (
+            f"serving the load at all takes at least {fewest} replicas ({fewest * engine.tensor_parallel_size} GPUs), "
+            f"but --total-gpus is {question.total_gpus}"
+        )
+        return Explored(engine, most, rejection=Rejection.of(question, engine, RejectionCause.GPUS, reason))
+    return _search_replicas(question, engine, memory, fewest, most)
+
+
+def _floor_rejection(question: Question, engine: Deployment, floor: Floor) -> Rejection:
+    reason = (
+        f"{floor.term} p{question.slo.percentile:g} ≤ {floor.limit_ms:g} ms is out of reach: {floor.why} takes at least "
+        f"{floor.at_least_ms:.3g} ms"
+    )
+    cause = RejectionCause.FLOOR
+    return Rejection.of(question, engine, cause, reason, term=floor.term, at_least_ms=floor.at_least_ms)
+
+
+def _search_replicas(
+    question: Question, engine: Deployment, memory: MemoryReport, fewest: int, most: int
+) -> Explored:
+    tried: dict[int, SimulationResult | str] = {}
+
+    def passes(replicas: int) -> bool:
+        if replicas not in tried:
+            tried[replicas] = _try(question, replace(engine, replicas=replicas), memory)
+        return not isinstance(tried[replicas], str)
+
+    low, high = fewest - 1, fewest  # `low` fails or is below the bound; `high` is the next to try
+    while not passes(high):
+        if high == most:
+            reason = f"{tried[most]} even with {most} replicas ({most * engine.tensor_parallel_size} GPUs)"
+            rejection = Rejection.of(question, engine, RejectionCause.SLO, reason)
+            return Explored(engine, most, len(tried), memory, rejection=rejection)
+        low, high = high, min(most, high + max(1, round(_GROWTH * high)))
+    # The bound is an estimate, so what lies below it is tried too.
+    while high > 1 and low == high - 1 and low not in tried and passes(low):
+        low, high = low - 1, low
+    while high - low > 1:
+        middle = (low + high) // 2
+        if passes(middle):
+            high = middle
+        else:
+            low = middle
+    result = tried[high]
+    assert not isinstance(result, str)
+    return Explored(engine, most, len(tried), memory, (replace(engine, replicas=high), result))
+
+
+def _try(question: Question, deployment: Deployment, memory: MemoryReport) -> SimulationResult | str:
+    """The simulation of a deployment, or why it misses the SLO."""
+    options = replace(question.options(), stop_when_slo_is_lost=True)
+    try:
+        result = simulate(question.workload, deployment.system(question.workload, memory), options)
+    except SloLost as lost:
+        return f"{lost.term} p{question.slo.percentile:g} exceeds {lost.limit_ms:g} ms"
+    if result.slo_met:
+        return result
+    for term, limit in question.slo.limits().items():
+        metric = result.metric_ms(term)
+        if metric is not None and metric.at_slo_percentile > limit:
+            return f"{term} p{question.slo.percentile:g} is {metric.at_slo_percentile:,.0f} ms, above {limit:g} ms"
+    return "the load saturates it"
+
+
+def repeat(question: Question, deployment: Deployment, seed: int) -> SimulationResult:
+    """A finalist on the given load (seed 0), with the cliff looked for, or on a resampled one."""
+    memory = deployment.memory()
+    workload = question.workload if seed == 0 else question.workload.resampled(question.seed + seed)
+    system = deployment.system(workload, memory)
+    options = replace(question.options(), seed=question.seed + seed)
+    if options.warmup_s is not None:
+        options = replace(options, warmup_s=min(options.warmup_s, workload.duration_s))
+    result = simulate(workload, system, options)
+    warnings = cliff_warning(workload, system, options, result) if seed == 0 else []
+    return result.model_copy(update={"warnings": tuple(warnings)})
+
+
+def _refuse_if_impossible(question: Question, explored: list[Explored]) -> None:
+    """Raise if every engine that fits misses the same term without any load.
+
+    Raises:
+        UserError: naming the term that alone exceeds the SLO.
+    """
+    rejections = [e.rejection for e in explored]
+    fitting = [r for r in rejections if r is None or r.cause is not RejectionCause.MEMORY]
+    floors = [r for r in fitting if r is not None and r.cause is RejectionCause.FLOOR]
+    if not floors or len(floors) < len(fitting):
+        return
+    best = min(floors, key=lambda r: (r.at_least_ms or 0.0) / question.slo.limits()[r.term or ""])
+    raise UserError(
+        f"no engine of this search can meet the SLO: on its best, {best.tensor_parallel_size} × {best.system}, "
+        f"{best.reason}; loosen --{best.term} or add faster GPUs to --system"
+    )
