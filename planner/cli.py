@@ -1,24 +1,27 @@
 """The `memwall` executable: collects the commands of every room, runs one, and turns what goes wrong into a sentence.
 
-A room offers its commands as entry points of the group `memwall.commands`, each a plain function with Typer options. A
-command is imported when it is asked for, so that one room's libraries cost another room's commands nothing; a module
-that offers commands should itself import little, as `memwall --help` imports them all.
+A room offers its commands as entry points of the group `memwall.commands`, each a plain function with Typer options
+that may return an exit code. A command is imported when it is asked for, so that one room's libraries cost another
+room's commands nothing; a module that offers commands should itself import little, as `memwall --help` imports them
+all.
 """
 
 from __future__ import annotations
 
 import difflib
-import os
+import inspect
 import sys
 import traceback
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Iterator, MutableMapping, Sequence
 from importlib import metadata
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
+from pydantic import ValidationError
 from typer.core import TyperCommand, TyperGroup
 from typer.exceptions import TyperException
 
+from planner.commands.tables import discard_stdout
 from planner.errors import UserError
 
 GROUP = "memwall.commands"
@@ -34,8 +37,8 @@ _EXTRAS = dict.fromkeys(("generate", "serve", "bench", "calibrate", "validate"),
 _ORDER = ("plan", "simulate", "memory", "catalog", "export")
 _ABOUT = "Plan LLM serving before renting a GPU: how many, which, at which precision, and what latency to expect."
 _EXIT_CODES = (
-    "Exit codes: 0 the question was answered; 1 it was answered, and the answer is no (it does not fit, misses its SLO, "
-    "or no plan is feasible); 2 the input was bad, and one sentence on stderr says how."
+    "Exit codes: 0 the question was answered; 1 it was answered, and the answer is no (it does not fit, misses its "
+    "SLO, or no plan is feasible); 2 the input was bad, and one sentence on stderr says how."
 )
 
 
@@ -47,7 +50,7 @@ def main() -> int:
     try:
         sys.stdout.flush()
     except BrokenPipeError:  # `| head` has seen enough; the answer stands
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard_stdout()
     return code
 
 
@@ -146,7 +149,13 @@ def _load(entry: metadata.EntryPoint) -> TyperCommand:
     except ImportError as error:
         return _unavailable(entry, error)
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command(entry.name, epilog=_EXIT_CODES, context_settings={"help_option_names": ["-h", "--help"]})(function)
+    paragraphs = (inspect.getdoc(function) or "").split("\n\n")
+    app.command(
+        entry.name,
+        help="\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs),
+        epilog=_EXIT_CODES,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )(function)
     command = typer.main.get_command(app)
     assert isinstance(command, TyperCommand)
     return command
@@ -161,7 +170,7 @@ def _unavailable(entry: metadata.EntryPoint, error: ImportError) -> TyperCommand
 
     app = typer.Typer(add_completion=False)
     settings = {"allow_extra_args": True, "ignore_unknown_options": True}
-    help_text = f"Not installed: pip install '{_distribution(extra)}'"
+    help_text = "Cannot be loaded." if _is_ours(error) else f"Not installed: pip install '{_distribution(extra)}'"
     app.command(entry.name, help=help_text, add_help_option=False, context_settings=settings)(say_what_is_missing)
     return typer.main.get_command(app)
 
@@ -194,9 +203,21 @@ def _usage(error: TyperException) -> str:
         hint = f"did you mean {nearest[0]}?" if nearest else f"`{command} --help` lists them"
         return f"{command} has no option {flag}; {hint}"
     if parameter is not None:
-        name = next((name for name in parameter.opts if name[:2] == "--"), parameter.human_readable_name)
-        return f"{name}: {error.message or 'is missing'}"
-    return f"{error.format_message().rstrip('.')}; see `{command} --help`"
+        name = next((name for name in parameter.opts if name[:2] == "--"), parameter.metavar or parameter.name)
+        return _bad_value(name, error) if error.message else f"{command} needs {name}; see `{command} --help`"
+    message = error.format_message().rstrip(".")
+    return f"{message[:1].lower()}{message[1:]}; see `{command} --help`"
+
+
+def _bad_value(name: str, error: TyperException) -> str:
+    """Pydantic's "Input should be a valid integer, …" in our words, with what was written."""
+    if not isinstance(error.__cause__, ValidationError):
+        return f"{name}: {error.message.rstrip('.')}"
+    details = error.__cause__.errors()[0]
+    requirement = details["msg"].removeprefix("Value error, ").partition(", unable")[0].rstrip(".")
+    if requirement.startswith("Input should "):
+        return f"{name} is {details['input']!r}; it must {requirement.removeprefix('Input should ')}"
+    return f"{name}: {requirement}"
 
 
 def _print_version(wanted: bool) -> None:

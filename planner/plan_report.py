@@ -230,7 +230,8 @@ def _terms(question: Question, result: SimulationResult) -> tuple[SloTerm, ...]:
 def rank(plans: list[RankedPlan]) -> list[RankedPlan]:
     """Cheapest per hour first; plans without a price after all others, by GPU count.
 
-    At the same price the one with the more precise KV cache comes first, then the one with more headroom.
+    At the same price the one with the more precise KV cache comes first, then the one with more headroom under the SLO,
+    then the one with the larger batch limit.
     """
 
     def key(plan: RankedPlan) -> tuple:
@@ -238,13 +239,24 @@ def rank(plans: list[RankedPlan]) -> list[RankedPlan]:
         priced = record.usd_per_hour is not None
         tightest = max(term.share_of_limit for term in record.terms)
         bits = -plan.deployment_used.kv_cache_dtype.bits
-        return (not priced, round(record.usd_per_hour or 0.0, 6), record.num_gpus, bits, round(tightest, 3))
+        room = -plan.deployment_used.max_num_seqs
+        return (not priced, round(record.usd_per_hour or 0.0, 6), record.num_gpus, bits, round(tightest, 3), room)
 
     plans = sorted(plans, key=key)
     for place, each in enumerate(plans, start=1):
         pareto = not any(_dominates(other.record, each.record) for other in plans)
         each.record = each.record.model_copy(update={"rank": place, "pareto": pareto})
     return plans
+
+
+def choose_finalists(plans: list[RankedPlan], count: int) -> list[RankedPlan]:
+    """The first `count` ranked plans that differ in more than their batch limit."""
+    chosen: dict[tuple, RankedPlan] = {}
+    for each in plans:
+        used = each.deployment_used
+        kind = (used.gpu.id, used.tensor_parallel_size, used.kv_cache_dtype, used.num_speculative_tokens)
+        chosen.setdefault(kind, each)
+    return list(chosen.values())[:count]
 
 
 def _dominates(a: Plan, b: Plan) -> bool:
@@ -269,10 +281,10 @@ def build_report(
 ) -> PlanReport:
     """Put everything together; `runs` are those of the first finalist, then of the second, and so on."""
     per_finalist = question.num_loads
-    records = [plan.record for plan in plans]
-    for place, _ in enumerate(finalists):
+    for place, finalist in enumerate(finalists):
         mine = runs[place * per_finalist : (place + 1) * per_finalist]
-        records[place] = _with_loads(question, records[place], mine)
+        finalist.record = _with_loads(question, finalist.record, mine)
+    records = [plan.record for plan in plans]
     rejections = tuple(e.rejection for e in explored if e.rejection is not None)
     step_time = explored[0].engine.step_time()
     return PlanReport(
@@ -295,9 +307,7 @@ def _with_loads(question: Question, record: Plan, runs: list[SimulationResult]) 
         terms.append(term.model_copy(update={"range_ms": spread}))
     warnings = [*record.warnings, *runs[0].warnings]
     if met < _ROBUST_SHARE * len(runs):
-        warnings.append(
-            f"the SLO holds on {met} of {len(runs)} resampled loads: one more replica would make it safer"
-        )
+        warnings.append(f"the SLO holds on {met} of {len(runs)} resampled loads: one more replica would make it safer")
     update = {
         "terms": tuple(terms),
         "loads": Loads(met=met, of=len(runs)),

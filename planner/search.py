@@ -10,7 +10,7 @@ The cheapest plans are simulated again on resampled loads, which says how much o
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import product
 
 import joblib
@@ -28,6 +28,7 @@ from planner.plan_report import (
     RejectionCause,
     build_plan,
     build_report,
+    choose_finalists,
     rank,
 )
 from planner.simulation import SLO, SimulationOptions, SimulationResult, SloLost, simulate
@@ -74,7 +75,7 @@ class Question:
     max_num_seqs: tuple[int, ...] = DEFAULT_MAX_NUM_SEQS
     draft_lengths: tuple[int, ...] = (0,)
     speculation: SpeculationConfig | None = None
-    prices: PriceList = PriceList()
+    prices: PriceList = field(default_factory=PriceList)
     seed: int = 0
     num_finalists: int = 3
     num_loads: int = 5
@@ -156,7 +157,7 @@ def plan(question: Question, n_jobs: int = -1, progress: Progress | None = None)
         note(len(explored), len(engines), "engines")
     _refuse_if_impossible(question, explored)
     plans = rank([build_plan(question, e.plan, e.memory) for e in explored if e.plan and e.memory])
-    finalists = plans[: question.num_finalists]
+    finalists = choose_finalists(plans, question.num_finalists)
     loads = [(question, finalist.deployment_used, seed) for finalist in finalists for seed in range(question.num_loads)]
     runs: list[SimulationResult] = []
     for run in _map(n_jobs, repeat, loads):
@@ -238,16 +239,14 @@ def explore(question: Question, engine: Deployment) -> Explored:
 
 def _floor_rejection(question: Question, engine: Deployment, floor: Floor) -> Rejection:
     reason = (
-        f"{floor.term} p{question.slo.percentile:g} ≤ {floor.limit_ms:g} ms is out of reach: {floor.why} takes at least "
-        f"{floor.at_least_ms:.3g} ms"
+        f"{floor.term} p{question.slo.percentile:g} ≤ {floor.limit_ms:g} ms is out of reach: {floor.why} takes at "
+        f"least {floor.at_least_ms:.3g} ms"
     )
     cause = RejectionCause.FLOOR
     return Rejection.of(question, engine, cause, reason, term=floor.term, at_least_ms=floor.at_least_ms)
 
 
-def _search_replicas(
-    question: Question, engine: Deployment, memory: MemoryReport, fewest: int, most: int
-) -> Explored:
+def _search_replicas(question: Question, engine: Deployment, memory: MemoryReport, fewest: int, most: int) -> Explored:
     tried: dict[int, SimulationResult | str] = {}
 
     def passes(replicas: int) -> bool:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass
 from enum import StrEnum
@@ -68,7 +69,8 @@ def takes_groups(command: Callable[..., _Result]) -> Callable[..., _Result]:
     return with_flags
 
 
-def _flag(*names: str, help: str, panel: str, **settings: Any) -> Any:
+def flag(*names: str, help: str, panel: str, **settings: Any) -> Any:
+    """A Typer option, listed under `panel` in the help."""
     return typer.Option(*names, help=help, rich_help_panel=panel, **settings)
 
 
@@ -78,7 +80,7 @@ _SERVED = "Model and GPU"
 
 Model = Annotated[
     str,
-    _flag(
+    flag(
         "--model",
         help="Catalog id, Hugging Face repository, or path to a config.json.",
         panel=_SERVED,
@@ -86,18 +88,18 @@ Model = Annotated[
     ),
 ]
 System = Annotated[
-    str, _flag("--system", help="GPU id; `memwall catalog gpus` lists them.", panel=_SERVED, metavar="GPU")
+    str, flag("--system", help="GPU id; `memwall catalog gpus` lists them.", panel=_SERVED, metavar="GPU")
 ]
 TensorParallelSize = Annotated[
-    int, _flag("--tensor-parallel-size", "-tp", help="GPUs per replica.", panel=_SERVED, metavar="N")
+    int, flag("--tensor-parallel-size", "-tp", help="GPUs per replica.", panel=_SERVED, metavar="N")
 ]
 Replicas = Annotated[
     int,
-    _flag("--replicas", help="Engines behind the router.", panel=_SERVED, min=1, max=10_000, metavar="N"),
+    flag("--replicas", help="Engines behind the router.", panel=_SERVED, min=1, max=10_000, metavar="N"),
 ]
 Quantization = Annotated[
     str | None,
-    _flag("--quantization", help="fp8 to quantise the linear weights while loading.", panel=_SERVED, metavar="fp8"),
+    flag("--quantization", help="fp8 to quantise the linear weights while loading.", panel=_SERVED, metavar="fp8"),
 ]
 
 
@@ -120,47 +122,51 @@ _ENGINE = "Engine"
 
 KVCacheDtypeName = Annotated[
     str,
-    _flag(
-        "--kv-cache-dtype", help="auto (bf16), fp8, int8, int4 or int2.", panel=_ENGINE, metavar="DTYPE"
-    ),
+    flag("--kv-cache-dtype", help="auto (bf16), fp8, int8, int4 or int2.", panel=_ENGINE, metavar="DTYPE"),
 ]
 MaxModelLen = Annotated[
     int | None,
-    _flag("--max-model-len", help="Longest sequence, prompt and answer.", panel=_ENGINE, metavar="TOKENS"),
+    flag(
+        "--max-model-len",
+        help="Longest sequence; default: what the workload needs, or in `memory` the model's limit.",
+        panel=_ENGINE,
+        metavar="TOKENS",
+    ),
 ]
-MaxNumSeqs = Annotated[
-    int, _flag("--max-num-seqs", help="Most sequences in one step.", panel=_ENGINE, metavar="N")
-]
+MaxNumSeqs = Annotated[int, flag("--max-num-seqs", help="Most sequences in one step.", panel=_ENGINE, metavar="N")]
 MaxNumBatchedTokens = Annotated[
-    int, _flag("--max-num-batched-tokens", help="Token budget of one step.", panel=_ENGINE, metavar="TOKENS")
+    int, flag("--max-num-batched-tokens", help="Token budget of one step.", panel=_ENGINE, metavar="TOKENS")
 ]
 GpuMemoryUtilization = Annotated[
     float,
-    _flag("--gpu-memory-utilization", help="Share of GPU memory for the engine.", panel=_ENGINE, metavar="SHARE"),
+    flag("--gpu-memory-utilization", help="Share of GPU memory for the engine.", panel=_ENGINE, metavar="SHARE"),
 ]
 BlockSize = Annotated[
     int | None,
-    _flag(
-        "--block-size", help="Tokens per KV block; default 16, or 64 for int4 and int2.", panel=_ENGINE, metavar="TOKENS"
+    flag(
+        "--block-size",
+        help="Tokens per KV block; default 16, or 64 for int4 and int2.",
+        panel=_ENGINE,
+        metavar="TOKENS",
     ),
 ]
 NumGpuBlocksOverride = Annotated[
     int | None,
-    _flag("--num-gpu-blocks-override", help="KV blocks, if they are known.", panel=_ENGINE, metavar="N"),
+    flag("--num-gpu-blocks-override", help="KV blocks, if they are known.", panel=_ENGINE, metavar="N"),
 ]
 KVCachePolicy = Annotated[
     str,
-    _flag(
+    flag(
         "--kv-cache-policy",
         help="hybrid keeps the window of sliding layers, unified the full context.",
         panel=_ENGINE,
         metavar="POLICY",
     ),
 ]
-EnforceEager = Annotated[bool, _flag("--enforce-eager", help="No CUDA graphs.", panel=_ENGINE)]
+EnforceEager = Annotated[bool, flag("--enforce-eager", help="No CUDA graphs.", panel=_ENGINE)]
 EnablePrefixCaching = Annotated[
     bool | None,
-    _flag(
+    flag(
         "--enable-prefix-caching/--no-enable-prefix-caching",
         help="Reuse the KV of shared prompt beginnings; default: where the workload tells of any.",
         panel=_ENGINE,
@@ -169,7 +175,7 @@ EnablePrefixCaching = Annotated[
 ]
 EnableChunkedPrefill = Annotated[
     bool,
-    _flag(
+    flag(
         "--enable-chunked-prefill/--no-enable-chunked-prefill",
         help="Split long prompts over steps.",
         panel=_ENGINE,
@@ -177,7 +183,7 @@ EnableChunkedPrefill = Annotated[
 ]
 Router = Annotated[
     str,
-    _flag(
+    flag(
         "--router",
         help="auto, round-robin, least-outstanding or prefix-affinity.",
         panel=_ENGINE,
@@ -223,17 +229,17 @@ class SpeculationOptions:
 
     speculative_config: Annotated[
         str | None,
-        _flag(
+        flag(
             "--speculative-config",
             "-sc",
-            help='vLLM\'s JSON: \'{"method": "ngram", "num_speculative_tokens": 4}\', or with a draft "model".',
+            help='vLLM\'s JSON: "method" ngram or draft_model (with a "model"), and "num_speculative_tokens".',
             panel=_SPECULATION,
             metavar="JSON",
         ),
     ] = None
     acceptance_rates: Annotated[
         str | None,
-        _flag(
+        flag(
             "--acceptance-rates",
             help="Per draft position, given that all before it were accepted: 0.8,0.7,0.7.",
             panel=_SPECULATION,
@@ -242,7 +248,7 @@ class SpeculationOptions:
     ] = None
     acceptance_concentration: Annotated[
         float | None,
-        _flag(
+        flag(
             "--acceptance-concentration",
             help="How alike requests are: shape sum of a Beta; default: all the same.",
             panel=_SPECULATION,
@@ -311,7 +317,7 @@ class WorkloadOptions:
 
     trace: Annotated[
         Path | None,
-        _flag(
+        flag(
             "--trace",
             help="Request log: Azure or BurstGPT CSV, Mooncake JSONL, `vllm bench` result, or any CSV or JSONL.",
             panel=_TRACE,
@@ -320,7 +326,7 @@ class WorkloadOptions:
     ] = None
     trace_format: Annotated[
         str | None,
-        _flag(
+        flag(
             "--trace-format",
             help="auto, azure, mooncake, burstgpt, csv, jsonl or vllm_bench; default: told by the columns.",
             panel=_TRACE,
@@ -329,7 +335,7 @@ class WorkloadOptions:
     ] = None
     columns: Annotated[
         str | None,
-        _flag(
+        flag(
             "--columns",
             help="Which columns to read: arrival=t_ms,input=n_in,output=n_out (also session, hash_ids).",
             panel=_TRACE,
@@ -337,14 +343,14 @@ class WorkloadOptions:
         ),
     ] = None
     sort_arrivals: Annotated[
-        bool, _flag("--sort-arrivals", help="Sort requests by arrival instead of refusing.", panel=_TRACE)
+        bool, flag("--sort-arrivals", help="Sort requests by arrival instead of refusing.", panel=_TRACE)
     ] = False
     skip_failed: Annotated[
-        bool, _flag("--skip-failed", help="Leave out requests without output instead of refusing.", panel=_TRACE)
+        bool, flag("--skip-failed", help="Leave out requests without output instead of refusing.", panel=_TRACE)
     ] = False
     request_rate: Annotated[
         float | None,
-        _flag(
+        flag(
             "--request-rate",
             help=f"Requests per second, inf for all at once; default {_DEFAULT_RATE:g}.",
             panel=_SYNTHETIC,
@@ -353,53 +359,57 @@ class WorkloadOptions:
     ] = None
     burstiness: Annotated[
         float | None,
-        _flag("--burstiness", help="Gamma shape of the gaps; 1 is Poisson.", panel=_SYNTHETIC, metavar="X"),
+        flag("--burstiness", help="Gamma shape of the gaps; 1 is Poisson.", panel=_SYNTHETIC, metavar="X"),
     ] = None
     num_prompts: Annotated[
         int | None,
-        _flag("--num-prompts", help="Requests; default: ten minutes of them.", panel=_SYNTHETIC, metavar="N"),
+        flag("--num-prompts", help="Requests; default: ten minutes of them.", panel=_SYNTHETIC, metavar="N"),
     ] = None
     isl: Annotated[
         str | None,
-        _flag("--isl", help=f"Input tokens: {_LENGTH_FORMS}.", panel=_SYNTHETIC, metavar="LENGTH"),
+        flag("--isl", help=f"Input tokens: {_LENGTH_FORMS}.", panel=_SYNTHETIC, metavar="LENGTH"),
     ] = None
     osl: Annotated[
-        str | None, _flag("--osl", help="Output tokens, in the same forms.", panel=_SYNTHETIC, metavar="LENGTH")
+        str | None, flag("--osl", help="Output tokens, in the same forms.", panel=_SYNTHETIC, metavar="LENGTH")
     ] = None
     shared_prefix_tokens: Annotated[
         int | None,
-        _flag(
-            "--shared-prefix-tokens", help="Tokens of a beginning that prompts share.", panel=_SYNTHETIC, metavar="TOKENS"
+        flag(
+            "--shared-prefix-tokens",
+            help="Tokens of a beginning that prompts share.",
+            panel=_SYNTHETIC,
+            metavar="TOKENS",
         ),
     ] = None
     shared_prefix_share: Annotated[
         float | None,
-        _flag(
-            "--shared-prefix-share", help="Share of prompts that have one; default 1.", panel=_SYNTHETIC, metavar="SHARE"
+        flag(
+            "--shared-prefix-share",
+            help="Share of prompts that have one; default 1.",
+            panel=_SYNTHETIC,
+            metavar="SHARE",
         ),
     ] = None
     num_shared_prefixes: Annotated[
         int | None,
-        _flag("--num-shared-prefixes", help="How many there are; default 1.", panel=_SYNTHETIC, metavar="N"),
+        flag("--num-shared-prefixes", help="How many there are; default 1.", panel=_SYNTHETIC, metavar="N"),
     ] = None
     start_s: Annotated[
         float | None,
-        _flag("--start-s", help="Leave out what arrives before this second.", panel=_EITHER, metavar="S"),
+        flag("--start-s", help="Leave out what arrives before this second.", panel=_EITHER, metavar="S"),
     ] = None
     end_s: Annotated[
         float | None,
-        _flag("--end-s", help="Leave out what arrives from this second on.", panel=_EITHER, metavar="S"),
+        flag("--end-s", help="Leave out what arrives from this second on.", panel=_EITHER, metavar="S"),
     ] = None
     rate_scale: Annotated[
         float | None,
-        _flag("--rate-scale", help="Let requests arrive X times as fast.", panel=_EITHER, metavar="X"),
+        flag("--rate-scale", help="Let requests arrive X times as fast.", panel=_EITHER, metavar="X"),
     ] = None
     max_requests: Annotated[
-        int | None, _flag("--max-requests", help="Keep the first N requests.", panel=_EITHER, metavar="N")
+        int | None, flag("--max-requests", help="Keep the first N requests.", panel=_EITHER, metavar="N")
     ] = None
-    seed: Annotated[
-        int, _flag("--seed", help="Same seed, same result.", panel=_EITHER, min=0, metavar="N")
-    ] = 0
+    seed: Annotated[int, flag("--seed", help="Same seed, same result.", panel=_EITHER, min=0, metavar="N")] = 0
 
     def given(self, *names: str) -> list[str]:
         """Those of these flags that were set, as they are written on the command line."""
@@ -488,7 +498,9 @@ def _parse_columns(text: str | None) -> dict[str, str] | None:
     for part in text.split(","):
         role, equals, name = (piece.strip() for piece in part.partition("="))
         if not (role and equals and name):
-            raise UserError(f"--columns is {text!r}; write role=column pairs, e.g. arrival=t_ms,input=n_in,output=n_out")
+            raise UserError(
+                f"--columns is {text!r}; write role=column pairs, e.g. arrival=t_ms,input=n_in,output=n_out"
+            )
         if role in columns:
             raise UserError(f"--columns names the {role} column twice, {columns[role]!r} and {name!r}")
         columns[role] = name
@@ -509,17 +521,15 @@ _SIMULATION = "Simulation"
 class SLOOptions:
     """Limits on latency, all at one percentile of requests."""
 
-    ttft: Annotated[
-        float | None, _flag("--ttft", help="Limit on time to first token.", panel=_SLO, metavar="MS")
-    ] = None
+    ttft: Annotated[float | None, flag("--ttft", help="Limit on time to first token.", panel=_SLO, metavar="MS")] = None
     tpot: Annotated[
-        float | None, _flag("--tpot", help="Limit on time per output token after it.", panel=_SLO, metavar="MS")
+        float | None, flag("--tpot", help="Limit on time per output token after it.", panel=_SLO, metavar="MS")
     ] = None
-    e2el: Annotated[
-        float | None, _flag("--e2el", help="Limit on arrival to last token.", panel=_SLO, metavar="MS")
-    ] = None
+    e2el: Annotated[float | None, flag("--e2el", help="Limit on arrival to last token.", panel=_SLO, metavar="MS")] = (
+        None
+    )
     percentile: Annotated[
-        float, _flag("--percentile", help="Share of requests within each limit.", panel=_SLO, metavar="PERCENT")
+        float, flag("--percentile", help="Share of requests within each limit.", panel=_SLO, metavar="PERCENT")
     ] = 99.0
 
 
@@ -540,7 +550,7 @@ class RunOptions:
 
     warmup_s: Annotated[
         float | None,
-        _flag(
+        flag(
             "--warmup-s",
             help="Do not measure what arrives earlier; default 60, at most 5 % of the load.",
             panel=_SIMULATION,
@@ -549,11 +559,11 @@ class RunOptions:
     ] = None
     client_timeout_s: Annotated[
         float | None,
-        _flag("--client-timeout-s", help="Clients give up after this long.", panel=_SIMULATION, metavar="S"),
+        flag("--client-timeout-s", help="Clients give up after this long.", panel=_SIMULATION, metavar="S"),
     ] = None
     reject_too_long: Annotated[
         bool,
-        _flag("--reject-too-long", help="Reject prompts beyond max-model-len instead of refusing.", panel=_SIMULATION),
+        flag("--reject-too-long", help="Reject prompts beyond max-model-len instead of refusing.", panel=_SIMULATION),
     ] = False
 
 
@@ -594,12 +604,14 @@ def _check_output_file(path: Path | None) -> Path | None:
         raise UserError(f"--output-file {path}: this is a folder; give a file in it")
     if not path.parent.is_dir():
         raise UserError(f"--output-file {path}: there is no folder {path.parent}")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise UserError(f"--output-file {path}: you may not write there")
     return path
 
 
 OutputFile = Annotated[
     Path | None,
-    _flag(
+    flag(
         "--output-file",
         help="Also write the JSON here, whole or not at all.",
         panel=_OUTPUT,
@@ -613,5 +625,5 @@ OutputFile = Annotated[
 class OutputOptions:
     """Where the answer goes, and in which form."""
 
-    output: Annotated[Format, _flag("--output", help="What to print.", panel=_OUTPUT)] = Format.TABLE
+    output: Annotated[Format, flag("--output", help="What to print.", panel=_OUTPUT)] = Format.TABLE
     output_file: OutputFile = None

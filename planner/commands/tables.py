@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import tempfile
 import textwrap
 from collections.abc import Iterable, Sequence
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
+
+from planner.errors import UserError
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -28,12 +31,25 @@ def deliver(record: BaseModel, table: str, options: OutputOptions) -> None:
     """Print an answer as asked, and write its JSON to the file if there is one.
 
     Raises:
-        OSError: the file cannot be written; it is then as it was before.
+        UserError: the file cannot be written; it is then as it was before.
     """
-    document = record.model_dump_json(indent=2) + "\n"
+    document = record.model_dump_json(indent=2)
+    show(document if options.output == "json" else table)
     if options.output_file is not None:
-        write_whole(options.output_file, document)
-    typer.echo(document if options.output == "json" else table, nl=options.output != "json")
+        write_whole(options.output_file, document + "\n")
+
+
+def show(text: str) -> None:
+    """Print on stdout. That a reader such as `head` has seen enough changes nothing about the answer."""
+    try:
+        typer.echo(text)
+    except BrokenPipeError:
+        discard_stdout()
+
+
+def discard_stdout() -> None:
+    """Let what is still to be printed, or flushed at exit, go nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -43,12 +59,18 @@ def write_whole(path: Path, text: str) -> None:
     regular file (a pipe, /dev/null) is written to directly.
 
     Raises:
-        OSError: it cannot be written; the old content, if any, is untouched.
+        UserError: it cannot be written; the old content, if any, is untouched.
     """
-    if path.exists() and not path.is_file():
-        path.write_text(text, encoding="utf-8")
-        return
-    path = path.resolve()
+    try:
+        if path.exists() and not path.is_file():
+            path.write_text(text, encoding="utf-8")
+        else:
+            _replace(path.resolve(), text)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
+
+
+def _replace(path: Path, text: str) -> None:
     mode = path.stat().st_mode & 0o777 if path.exists() else 0o666 & ~_umask()
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     temporary = Path(name)
@@ -87,7 +109,9 @@ def columns(header: Sequence[str], rows: Iterable[Sequence[object]], left: int =
     widths = [max(len(row[i]) for row in titled) for i in range(len(header))]
 
     def line(row: Sequence[str]) -> str:
-        padded = [f"{cell:<{w}}" if i < left else f"{cell:>{w}}" for i, (cell, w) in enumerate(zip(row, widths, strict=True))]
+        padded = [
+            f"{cell:<{w}}" if i < left else f"{cell:>{w}}" for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        ]
         return (" " * indent + "  ".join(padded)).rstrip()
 
     lines = [line(row) for row in cells]

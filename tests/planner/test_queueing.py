@@ -48,7 +48,9 @@ def serve(arrival_s, tokens, replicas: int = 1, warmup_s: float = 0.0, router: s
     workload = Workload("queue", np.asarray(arrival_s, float), np.asarray(tokens), np.ones(len(tokens), int))
     # One block holds any request.
     scheduler, cache = SchedulerConfig(MAX_TOKENS, 1, MAX_TOKENS), KVCacheConfig(3, MAX_TOKENS)
-    return simulate(workload, System(scheduler, cache, PerToken(), replicas, router), SimulationOptions(warmup_s=warmup_s))
+    return simulate(
+        workload, System(scheduler, cache, PerToken(), replicas, router), SimulationOptions(warmup_s=warmup_s)
+    )
 
 
 def exponential_tokens(rng: np.random.Generator, count: int) -> np.ndarray:
@@ -172,7 +174,13 @@ def test_sample_paths(replicas):
         [lindley(arrival_s[first::replicas], tokens[first::replicas] * TOKEN_S) for first in range(replicas)]
     )
     result = serve(arrival_s, tokens, replicas)
-    statistics = [result.queue_ms.mean, result.queue_ms.p50, result.queue_ms.p90, result.queue_ms.p99, result.queue_ms.max]
+    statistics = [
+        result.queue_ms.mean,
+        result.queue_ms.p50,
+        result.queue_ms.p90,
+        result.queue_ms.p99,
+        result.queue_ms.max,
+    ]
     expected = [waits_s.mean(), *np.percentile(waits_s, [50, 90, 99, 100])]
     assert statistics == pytest.approx(np.array(expected) * 1e3, rel=1e-9)
 

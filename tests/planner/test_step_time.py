@@ -105,7 +105,7 @@ def test_default_decode_run_is_its_own_steps(contexts, steps):
 
 @pytest.mark.parametrize("seconds", [math.nan, math.inf, -math.inf, -1e-9, 3600.1, 1e300])
 def test_absurd_predictions(seconds):
-    with pytest.raises(UserError, match="the step-time model predicts .* between 0 and 3600 s"):
+    with pytest.raises(UserError, match=r"the step-time model predicts .* between 0 and 3600 s"):
         Predicts(lambda _: seconds).ticks(StepShape(decode_contexts=[1]))
     with pytest.raises(UserError):
         Predicts(lambda _: seconds).decode_run([1], 3)

@@ -1,0 +1,424 @@
+"""`memwall plan`: which deployments meet an SLO, ranked by cost."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+from planner.commands.options import (
+    DEFAULT_MODEL,
+    DEFAULT_SYSTEM,
+    GROUP,
+    BlockSize,
+    EnableChunkedPrefill,
+    EnablePrefixCaching,
+    EnforceEager,
+    GpuMemoryUtilization,
+    KVCachePolicy,
+    MaxModelLen,
+    MaxNumBatchedTokens,
+    Model,
+    OutputOptions,
+    Quantization,
+    Router,
+    SLOOptions,
+    SpeculationOptions,
+    WorkloadOptions,
+    flag,
+    slo_from_options,
+    speculation_from_options,
+    takes_groups,
+    workload_from_options,
+)
+from planner.errors import UserError
+
+if TYPE_CHECKING:
+    from planner.hardware import GpuSpec
+    from planner.memory import KVCacheDtype
+    from planner.plan_report import Plan, PlanReport, Rejection
+    from planner.search import Question
+
+_SEARCH = "Search"
+_SHOWN_PLANS = 10
+_Value = TypeVar("_Value")
+
+
+@dataclass(frozen=True, slots=True)
+class SearchOptions:
+    """What is searched, and how thoroughly."""
+
+    system: Annotated[
+        str, flag("--system", help="GPU ids to compare: h200_sxm,h100_sxm.", panel=_SEARCH, metavar="GPU,…")
+    ] = DEFAULT_SYSTEM
+    total_gpus: Annotated[
+        int, flag("--total-gpus", help="Most GPUs that a plan may use.", panel=_SEARCH, metavar="N")
+    ] = 64
+    tensor_parallel_size: Annotated[
+        str | None,
+        flag(
+            "--tensor-parallel-size",
+            "-tp",
+            help="Sizes to consider; default: 1,2,4,8 as far as they divide the model.",
+            panel=_SEARCH,
+            metavar="N,…",
+        ),
+    ] = None
+    kv_cache_dtype: Annotated[
+        str,
+        flag(
+            "--kv-cache-dtype",
+            help="KV formats to consider: auto, fp8, int8, int4, int2.",
+            panel=_SEARCH,
+            metavar="DTYPE,…",
+        ),
+    ] = "auto,fp8"
+    max_num_seqs: Annotated[
+        str, flag("--max-num-seqs", help="Batch limits to consider.", panel=_SEARCH, metavar="N,…")
+    ] = "64,256"
+    draft_lengths: Annotated[
+        str | None,
+        flag(
+            "--draft-lengths",
+            help="Values of k to consider with --speculative-config; default: 0, 1, 2, 4, … up to its k.",
+            panel=_SEARCH,
+            metavar="K,…",
+        ),
+    ] = None
+    price: Annotated[
+        list[str] | None,
+        flag("--price", help="USD per GPU hour, e.g. h200_sxm=2.90; repeatable.", panel=_SEARCH, metavar="GPU=USD"),
+    ] = None
+    price_tier: Annotated[
+        str,
+        flag("--price-tier", help="low, typical or high of the catalog's prices.", panel=_SEARCH, metavar="TIER"),
+    ] = "typical"
+    finalists: Annotated[
+        int, flag("--finalists", help="Plans to check on resampled loads.", panel=_SEARCH, min=0, metavar="N")
+    ] = 3
+    loads: Annotated[
+        int, flag("--loads", help="Loads per finalist, the given one included.", panel=_SEARCH, min=1, metavar="N")
+    ] = 5
+    jobs: Annotated[int, flag("--jobs", "-j", help="Processes; -1 for one per core.", panel=_SEARCH, metavar="N")] = -1
+
+
+@takes_groups
+def plan(
+    model: Model = DEFAULT_MODEL,
+    search: SearchOptions = GROUP,
+    workload: WorkloadOptions = GROUP,
+    slo: SLOOptions = GROUP,
+    quantization: Quantization = None,
+    max_model_len: MaxModelLen = None,
+    max_num_batched_tokens: MaxNumBatchedTokens = 8192,
+    gpu_memory_utilization: GpuMemoryUtilization = 0.92,
+    block_size: BlockSize = None,
+    kv_cache_policy: KVCachePolicy = "hybrid",
+    enforce_eager: EnforceEager = False,
+    enable_prefix_caching: EnablePrefixCaching = None,
+    enable_chunked_prefill: EnableChunkedPrefill = True,
+    router: Router = "auto",
+    warmup_s: Annotated[
+        float | None,
+        flag("--warmup-s", help="Do not measure what arrives earlier.", panel=_SEARCH, metavar="S"),
+    ] = None,
+    reject_too_long: Annotated[
+        bool,
+        flag("--reject-too-long", help="Reject prompts beyond max-model-len instead of refusing.", panel=_SEARCH),
+    ] = False,
+    speculation: SpeculationOptions = GROUP,
+    output: OutputOptions = GROUP,
+) -> int:
+    """Find the cheapest deployments that meet an SLO.
+
+    Without arguments: Llama-3.1-8B on H200 under a synthetic chat load of 8 requests/s, TTFT within 1,000 ms and TPOT
+    within 50 ms for 99 % of requests.
+    """
+    from planner.catalog import load_model
+    from planner.commands.tables import deliver
+    from planner.deployment import Deployment, length_for
+    from planner.search import DEFAULT_SLO, Question
+    from planner.search import plan as search_plans
+
+    spec = load_model(model, quantization)
+    gpus = _gpus(search.system)
+    load = workload_from_options(workload)
+    drafter = speculation_from_options(speculation)
+    limits = slo_from_options(slo)
+    hashes = load.prefix_block_hashes is not None
+    engine = Deployment(
+        model=spec,
+        gpu=gpus[0],
+        max_model_len=max_model_len or length_for(load, spec),
+        max_num_batched_tokens=max_num_batched_tokens,
+        block_size=block_size,
+        gpu_memory_utilization=gpu_memory_utilization,
+        kv_cache_policy=kv_cache_policy,
+        enforce_eager=enforce_eager,
+        enable_prefix_caching=hashes if enable_prefix_caching is None else enable_prefix_caching,
+        enable_chunked_prefill=enable_chunked_prefill,
+        router=router,
+    )
+    question = Question(
+        engine=engine,
+        workload=load,
+        slo=limits if limits.limits() else DEFAULT_SLO,
+        gpus=gpus,
+        total_gpus=search.total_gpus,
+        tensor_parallel_sizes=_numbers("--tensor-parallel-size", search.tensor_parallel_size, 1),
+        kv_cache_dtypes=_kv_cache_dtypes(search.kv_cache_dtype),
+        max_num_seqs=_numbers("--max-num-seqs", search.max_num_seqs, 1) or (),
+        draft_lengths=_draft_lengths(search.draft_lengths, drafter.num_speculative_tokens if drafter else 0),
+        speculation=drafter,
+        prices=_prices(search),
+        seed=workload.seed,
+        num_finalists=search.finalists,
+        num_loads=search.loads,
+        warmup_s=warmup_s,
+        reject_too_long=reject_too_long,
+        quantization=quantization,
+    )
+    with _progress_bar() as progress:
+        report = search_plans(question, search.jobs, progress)
+    deliver(report, _table(report), output)
+    if not report.plans:
+        print(f"no feasible plan: {_nearest(report, question)}", file=sys.stderr)
+        return 1
+    return 0
+
+
+# ---- flags ---------------------------------------------------------------------------------------------------------
+
+
+def _listed(name: str, text: str, read: Callable[[str], _Value], example: str) -> tuple[_Value, ...]:
+    """The distinct values of a comma-separated flag, in the order given."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(parts):
+        raise UserError(f"{name} is {text!r}; write values separated by commas, e.g. {example}")
+    return tuple(dict.fromkeys(read(part) for part in parts))
+
+
+def _numbers(name: str, text: str | None, least: int) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+
+    def read(part: str) -> int:
+        try:
+            value = int(part)
+        except ValueError:
+            value = least - 1
+        if value < least:
+            raise UserError(
+                f"{name} has {part!r}; it takes whole numbers from {least} on, e.g. {least + 1},{least + 3}"
+            )
+        return value
+
+    return _listed(name, text, read, f"{least + 1},{least + 3}")
+
+
+def _gpus(text: str) -> tuple[GpuSpec, ...]:
+    from planner.catalog import load_gpu
+
+    return _listed("--system", text, load_gpu, "h200_sxm,h100_sxm")
+
+
+def _kv_cache_dtypes(text: str) -> tuple[KVCacheDtype, ...]:
+    from planner.memory import KVCacheDtype
+
+    return _listed("--kv-cache-dtype", text, KVCacheDtype.parse, "auto,fp8")
+
+
+def _draft_lengths(text: str | None, longest: int) -> tuple[int, ...]:
+    lengths = _numbers("--draft-lengths", text, 0)
+    if lengths is not None:
+        return lengths
+    powers = [1 << i for i in range(longest.bit_length()) if 1 << i <= longest]
+    return tuple(sorted({0, longest, *powers}))
+
+
+def _prices(search: SearchOptions) -> Any:
+    import math
+
+    from planner.catalog import load_gpu
+    from planner.deployment import PriceList
+
+    overrides = []
+    for text in search.price or []:
+        name, equals, usd = text.partition("=")
+        try:
+            value = float(usd)
+        except ValueError:
+            value = math.nan
+        if not equals or not (math.isfinite(value) and value > 0):
+            raise UserError(f"--price is {text!r}; write a GPU and USD per hour, e.g. h200_sxm=2.90")
+        overrides.append((load_gpu(name.strip()).id, value))
+    return PriceList(search.price_tier, tuple(overrides))
+
+
+@contextmanager
+def _progress_bar() -> Iterator[Callable[[int, int, str], None] | None]:
+    """A bar on stderr, where that is a terminal."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        tasks: dict[str, Any] = {}
+
+        def advance(done: int, total: int, what: str) -> None:
+            if what not in tasks:
+                tasks[what] = bar.add_task(what, total=total)
+            bar.update(tasks[what], completed=done)
+
+        yield advance
+
+
+# ---- what people read ----------------------------------------------------------------------------------------------
+
+
+def _table(report: PlanReport) -> str:
+    from planner.commands.tables import columns, page, paragraph, verdict, warnings
+
+    asked = report.question
+    load = asked.workload
+    limits = {"TTFT": asked.ttft_ms, "TPOT": asked.tpot_ms, "E2EL": asked.e2el_ms}
+    slo = ", ".join(f"{name} ≤ {limit:g} ms" for name, limit in limits.items() if limit is not None)
+    rate = f"{load.request_rate_per_s:.2f} requests/s" if load.request_rate_per_s else "all at once"
+    head = [
+        f"{asked.model} · {load.name}: {load.num_requests:,} requests, {rate} · p{asked.percentile:g} {slo}",
+        paragraph(f"step times: {report.step_time}"),
+    ]
+    if not report.plans:
+        return page(head, verdict(False, "no feasible plan"), _rejections(report.rejections), warnings(report.warnings))
+    shown = report.plans[:_SHOWN_PLANS]
+    table = columns(_header(report), [_row(plan) for plan in shown], left=2)
+    more = len(report.plans) - len(shown)
+    notes = ["$/1M: input and output tokens at this load. * on the Pareto front of tok/s/GPU and tok/s/user."]
+    if more:
+        notes.append(f"{more} more feasible plans: --output json has them all.")
+    return page(
+        head,
+        table,
+        "\n".join(notes),
+        _winner(report.plans[0]),
+        _rejections(report.rejections),
+        _effort(report),
+        warnings(report.warnings),
+    )
+
+
+def _header(report: PlanReport) -> list[str]:
+    terms = [f"{term.term.upper()} ms" for term in report.plans[0].terms]
+    return [
+        "#",
+        "system",
+        "GPUs",
+        "TP×rep",
+        "KV",
+        "seqs",
+        "k",
+        "$/h",
+        "$/1M",
+        *terms,
+        "tok/s/GPU",
+        "tok/s/user",
+        "loads",
+    ]
+
+
+def _row(plan: Plan) -> list[str]:
+    from planner.commands.tables import milliseconds
+
+    used = plan.deployment
+    return [
+        f"{plan.rank}{'*' if plan.pareto else ''}",
+        used.system,
+        str(plan.num_gpus),
+        f"{used.tensor_parallel_size}×{used.replicas}",
+        "bf16" if used.kv_cache_dtype == "bfloat16" else used.kv_cache_dtype,
+        str(used.max_num_seqs),
+        str(used.num_speculative_tokens),
+        _usd(plan.usd_per_hour),
+        _usd(plan.usd_per_million_tokens),
+        *[milliseconds(term.achieved_ms) for term in plan.terms],
+        f"{plan.output_tokens_per_s_per_gpu:,.0f}",
+        f"{plan.tokens_per_s_per_user:,.0f}",
+        f"{plan.loads.met}/{plan.loads.of}" if plan.loads else "-",
+    ]
+
+
+def _usd(value: float | None) -> str:
+    return f"{value:,.2f}" if value is not None else "?"
+
+
+def _winner(plan: Plan) -> list[str]:
+    """The first plan in full: what binds, how sure, how full."""
+    from planner.commands.tables import milliseconds, pairs, paragraph, verdict, warnings
+
+    used, result = plan.deployment, plan.result
+    rows = []
+    for term in plan.terms:
+        text = f"{milliseconds(term.achieved_ms)} ms of {term.limit_ms:g} ms ({term.share_of_limit:.0%})"
+        if term.range_ms is not None:
+            low, high = milliseconds(term.range_ms.low), milliseconds(term.range_ms.high)
+            text += f"; {low} to {high} ms over resampled loads"
+        rows.append(
+            (f"{term.term.upper()} p{term.percentile:g}", text + (", binds" if term.term == plan.binding_term else ""))
+        )
+    if plan.loads:
+        rows.append(("SLO held", f"on {plan.loads.met} of {plan.loads.of} loads ({plan.loads.method})"))
+    rows.append(
+        (
+            "KV cache",
+            f"{plan.num_kv_blocks:,} blocks per replica, {result.kv_usage_peak:.0%} full at the peak; "
+            f"{plan.max_concurrency:.1f} sequences of {used.max_model_len:,} tokens fit",
+        )
+    )
+    if plan.usd_per_gpu_hour is not None:
+        dated = f", {plan.price_date}" if plan.price_date else ""
+        rows.append(("price", f"${plan.usd_per_gpu_hour:.2f} per GPU hour ({plan.price_source}{dated})"))
+    name = (
+        f"plan 1: {plan.num_gpus} × {used.system} as {used.replicas} "
+        f"replica{'s' if used.replicas > 1 else ''} of TP {used.tensor_parallel_size}"
+    )
+    launch = paragraph(
+        "To launch it: memwall plan … --output-file plan.json, then memwall export plan.json --target vllm"
+    )
+    return [verdict(True, name), pairs(rows), *warnings(plan.warnings), launch]
+
+
+def _rejections(rejections: Sequence[Rejection]) -> list[str]:
+    """Engines without a plan, those with the same constraint together."""
+    from planner.commands.tables import pairs
+
+    groups: dict[tuple[str, int, str], list[Rejection]] = {}
+    for each in rejections:
+        groups.setdefault((each.system, each.tensor_parallel_size, each.reason), []).append(each)
+    if not groups:
+        return []
+    rows = []
+    for (system, tp, reason), members in groups.items():
+        kinds = ", ".join(dict.fromkeys(member.kv_cache_dtype for member in members))
+        rows.append((f"{system} TP {tp}", f"{members[0].cause}: {reason} [{kinds}]"))
+    return ["not feasible:", pairs(rows)]
+
+
+def _effort(report: PlanReport) -> str:
+    e = report.effort
+    return (
+        f"searched {e.num_candidates:,} candidates ({e.num_engines} engines): {e.num_engines_without_memory} engines "
+        f"lack memory, {e.num_engines_out_of_reach} out of reach by bound, {e.num_engines_simulated} simulated in "
+        f"{e.num_simulations} runs"
+    )
+
+
+def _nearest(report: PlanReport, question: Question) -> str:
+    """The rejection that came furthest."""
+    order = {"memory": 0, "floor": 1, "gpus": 2, "slo": 3}
+    best = max(report.rejections, key=lambda r: order[r.cause.value])
+    return f"closest is {best.system} at tensor parallel {best.tensor_parallel_size}, where {best.reason}"
