@@ -170,7 +170,8 @@ def _unavailable(entry: metadata.EntryPoint, error: ImportError) -> TyperCommand
 
     app = typer.Typer(add_completion=False)
     settings = {"allow_extra_args": True, "ignore_unknown_options": True}
-    help_text = "Cannot be loaded." if _is_ours(error) else f"Not installed: pip install '{_distribution(extra)}'"
+    install = _distribution(extra).replace("[", "\\[")  # the help is Rich markup, where [engine] would be a style
+    help_text = "Cannot be loaded." if _is_ours(error) else f"Not installed: pip install '{install}'"
     app.command(entry.name, help=help_text, add_help_option=False, context_settings=settings)(say_what_is_missing)
     return typer.main.get_command(app)
 

@@ -60,7 +60,7 @@ class DeploymentRecord(_Record):
     draft_model: str | None
     """Repository or name of the draft model."""
     router: str
-    """"auto", "round-robin", "least-outstanding" or "prefix-affinity"."""
+    """"round-robin", "least-outstanding" or "prefix-affinity"; "auto" if no workload has decided yet."""
 
     @classmethod
     def from_deployment(cls, deployment: Deployment, quantization: str | None = None) -> DeploymentRecord:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 from pydantic import BaseModel, ConfigDict
 
@@ -50,6 +50,7 @@ def simulate_report(
     Raises:
         UserError: as `planner.advice.examine`, and for settings out of their range.
     """
+    deployment = replace(deployment, router=deployment.router_for(workload))
     memory = deployment.memory(with_remedies=True)
     return SimulateReport(
         deployment=DeploymentRecord.from_deployment(deployment, quantization),

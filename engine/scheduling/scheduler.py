@@ -61,6 +61,7 @@ class Scheduler:
         running: admitted requests, oldest first.
         num_steps: steps scheduled so far.
         num_preemptions: preemptions so far.
+        num_used_before_release: blocks that were held when requests last finished, just before theirs went back.
     """
 
     def __init__(self, config: SchedulerConfig, cache: KVCacheConfig) -> None:
@@ -74,6 +75,7 @@ class Scheduler:
         self.running: list[Request] = []
         self.num_steps = 0
         self.num_preemptions = 0
+        self.num_used_before_release = 0
         self._enable_prefix_caching = cache.enable_prefix_caching
         self._in_flight: deque[Step] = deque()
         # True from a page shortage while steps are in flight until all of them have been updated.
@@ -157,12 +159,15 @@ class Scheduler:
 
     # ---- one step --------------------------------------------------------------------------------------------------
 
-    def schedule(self) -> Step:
+    def schedule(self, admit: bool = True) -> Step:
         """Choose the tokens of the next step and reserve their pages.
 
         It may be called again before the previous step is updated: a token that a step in flight is sampling can
         already be scheduled, its value never passes through here. Drafts in flight cannot: how many of them count is
         not known before their update.
+
+        Args:
+            admit: False to leave the waiting queue alone.
 
         Returns:
             The step; empty if nothing can run before a step in flight is updated, or at all. A non-empty step must be
@@ -174,7 +179,7 @@ class Scheduler:
                 return step
             self._drains = False
         budget = self._schedule_running(step, self.config.max_num_batched_tokens)
-        if self.waiting and not step.preempted and not self._drains:
+        if admit and self.waiting and not step.preempted and not self._drains:
             self._schedule_waiting(step, budget)
         if not step.is_empty:
             self.num_steps += 1
@@ -388,6 +393,7 @@ class Scheduler:
     def _retire(self, finished: list[Request]) -> None:
         """Take finished requests off the running list and release their pages."""
         if finished:
+            self.num_used_before_release = self.kv.pool.num_used
             self.running = [request for request in self.running if request.status is RequestStatus.RUNNING]
             for request in finished:
                 self._detach_and_release(request)

@@ -420,5 +420,5 @@ def _effort(report: PlanReport) -> str:
 def _nearest(report: PlanReport, question: Question) -> str:
     """The rejection that came furthest."""
     order = {"memory": 0, "floor": 1, "gpus": 2, "slo": 3}
-    best = max(report.rejections, key=lambda r: order[r.cause.value])
+    best = max(report.rejections, key=lambda r: (order[r.cause.value], r.tensor_parallel_size))
     return f"closest is {best.system} at tensor parallel {best.tensor_parallel_size}, where {best.reason}"

@@ -76,8 +76,8 @@ class AcceptanceProcess:
         return AcceptanceProcess(self.conditional_rates[:num_speculative_tokens], self.concentration)
 
     def mean_accepted(self) -> float:
-        """Expected accepted drafts of a round of all positions, exact under the variation between requests."""
-        u = (np.arange(4096) + 0.5) / 4096
+        """Expected accepted drafts of a round of all positions, averaged over the quantiles of requests."""
+        u = (np.arange(4096) + 0.5) / 4096  # midpoint rule over the distribution of requests
         return float(np.cumprod(self.request_rates(u), axis=1).sum(axis=1).mean())
 
     def request_rates(self, u: np.ndarray) -> np.ndarray:

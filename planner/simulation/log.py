@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from planner.simulation.slo import SLO
 
 
+# The longest gap between tokens that a 64-bit log can hold: 2.5 hours.
+MAX_GAP = 2**63 - 1
+
+
 class SloLost(Exception):  # noqa: N818 - an outcome, not an error
     """Enough requests have missed a limit that its percentile cannot be met any more.
 
@@ -43,14 +47,21 @@ class SloWatch:
         self._limits = {name: limit * 1e-3 for name, limit in slo.limits().items()}
         self._warmup_ticks = warmup_s * TICKS_PER_SECOND
         measured = arrival_s >= warmup_s
-        several = int((measured & (output_tokens > 1)).sum())
+        self._has_tpot = output_tokens > 1
+        several = int((measured & self._has_tpot).sum())
         self._counts = {"ttft": int(measured.sum()), "tpot": several, "e2el": int(measured.sum())}
-        self._misses = dict.fromkeys(self._limits, 0)
+        self._missed: dict[str, set[int]] = {term: set() for term in self._limits}
 
     def first_token(self, request: SimulatedRequest, now: int) -> None:
         """Raises SloLost if this late first token settles it."""
         if "ttft" in self._limits:
             self._judge("ttft", (now - request.arrival) / TICKS_PER_SECOND, request, now)
+
+    def aborted(self, request: SimulatedRequest, now: int) -> None:
+        """A request whose client gave up misses every limit. Raises SloLost if that settles it."""
+        for term in self._limits:
+            if term != "tpot" or self._has_tpot[request.index]:
+                self._judge(term, math.inf, request, now)
 
     def finished(self, request: SimulatedRequest) -> None:
         """Raises SloLost if this late or slow finish settles it."""
@@ -65,14 +76,14 @@ class SloWatch:
         limit = self._limits[term]
         if seconds <= limit or request.arrival < self._warmup_ticks:
             return
-        self._misses[term] += 1
+        self._missed[term].add(request.index)
         # The percentile interpolates between the order statistics around rank; both are beyond the limit once this
         # many are.
         count = self._counts[term]
         rank = math.floor(self._percentile / 100 * (count - 1))
-        if self._misses[term] >= count - rank:
-            time_s = now / TICKS_PER_SECOND
-            raise SloLost(term, limit * 1e3, self._misses[term], count, time_s)
+        misses = len(self._missed[term])
+        if misses >= count - rank:
+            raise SloLost(term, limit * 1e3, misses, count, now / TICKS_PER_SECOND)
 
 
 class RequestLog:
@@ -82,6 +93,7 @@ class RequestLog:
         queue_s: arrival to first being scheduled.
         ttft_s: arrival to first token.
         e2el_s: arrival to last token; NaN for aborted and rejected requests.
+        end_s: instant of the last token or of the abort; NaN for rejected requests.
         output_tokens: tokens sampled.
         cached_tokens: prompt tokens found in the prefix cache.
         preemptions: times it was preempted.
@@ -127,22 +139,27 @@ class RequestLog:
         i = self._write(request)
         self.end_s[i] = now / TICKS_PER_SECOND
         self.num_aborted += 1
+        if self.watch is not None:
+            self.watch.aborted(request, now)
 
 
 class ReplicaLog:
     """What one replica did.
 
     Attributes:
+        requests: the log of the whole simulation.
         runs: four integers each, (first, increment, steps, batch): `steps` consecutive gaps between tokens, each longer
             than the one before by `increment` ticks, in each of `batch` requests.
-        samples: five floats each, (time_s, running, waiting, used blocks, preemptions so far), whenever the batch
-            changed.
-        num_drafted, num_accepted, num_rounds: of speculation.
+        counts: three floats each, (time_s, running, waiting), at every change; constant in between.
+        samples: three floats each, (time_s, used blocks, preemptions so far), whenever the batch changes; before and
+            after pages go back. In between the blocks grow, nearly linearly, with every decoded token.
+        num_rounds, num_drafted, num_accepted: of speculation.
     """
 
     def __init__(self, requests: RequestLog) -> None:
         self.requests = requests
         self.runs = array("q")
+        self.counts = array("d")
         self.samples = array("d")
         self.num_rounds = 0
         self.num_drafted = 0
@@ -156,14 +173,8 @@ class ReplicaLog:
         self.num_drafted += drafted
         self.num_accepted += accepted
 
-    def finished(self, request: SimulatedRequest) -> None:
-        self.requests.finished(request)
+    def count(self, now: int, scheduler: Scheduler) -> None:
+        self.counts.extend((now / TICKS_PER_SECOND, len(scheduler.running), len(scheduler.waiting)))
 
-    def aborted(self, request: SimulatedRequest, now: int) -> None:
-        self.requests.aborted(request, now)
-
-    def sample(self, now: int, scheduler: Scheduler) -> None:
-        used = scheduler.kv.pool.num_used
-        self.samples.extend(
-            (now / TICKS_PER_SECOND, len(scheduler.running), len(scheduler.waiting), used, scheduler.num_preemptions)
-        )
+    def sample(self, now: int, scheduler: Scheduler, used: int) -> None:
+        self.samples.extend((now / TICKS_PER_SECOND, used, scheduler.num_preemptions))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import simpy
 
 from engine.scheduling import Request, RequestStatus, Scheduler, Step
-from planner.simulation.log import ReplicaLog
+from planner.simulation.log import MAX_GAP, ReplicaLog
 from planner.step_time import DecodeRun, StepTime
 
 # Order of events at one instant: a step's end is seen by what arrives at that very instant, and the next step starts
@@ -99,6 +99,7 @@ class Replica:
         scheduler = self.scheduler
         blocked = bool(scheduler.waiting) or len(scheduler.running) >= scheduler.config.max_num_seqs
         scheduler.add(request)
+        self.log.count(self.env.now, scheduler)
         if self._idle:
             self._idle = False
             self._start_soon()
@@ -112,8 +113,11 @@ class Replica:
             return
         if self._run is not None:
             self._interrupt_run()
+        now = self.env.now
         self.scheduler.abort(request)
-        self.log.aborted(request, self.env.now)
+        self.log.count(now, self.scheduler)
+        self.log.sample(now, self.scheduler, self.scheduler.kv.pool.num_used)
+        self.log.requests.aborted(request, now)
 
     # ---- steps -----------------------------------------------------------------------------------------------------
 
@@ -152,7 +156,8 @@ class Replica:
                 if request.scheduled < 0:
                     request.scheduled = now
             if step.admitted or step.preempted:
-                self.log.sample(now, scheduler)
+                self.log.count(now, scheduler)
+                self.log.sample(now, scheduler, scheduler.kv.pool.num_used)
             if not step.is_empty:
                 return step
             if not step.preempted:
@@ -186,7 +191,8 @@ class Replica:
         if end == now:
             self._start_soon()
         else:
-            self._step = self._schedule()
+            # It began before whatever arrived since, and admitted nobody.
+            self._step = self.scheduler.schedule(admit=False)
             self._began = began + run.cumulative(done)
             Timer(self.env, end - now, STEP_END, self._end, self._generation)
 
@@ -236,7 +242,7 @@ class Replica:
             request.first_token = now
             self.log.requests.first_token(request, now)
         else:
-            self.log.decoded(now - request.last_token, 0, 1, 1)
+            self.log.decoded(min(now - request.last_token, MAX_GAP), 0, 1, 1)
         request.last_token = now if self.num_speculative_tokens else -1
 
     def _update_speculative(self, step: Step) -> list[SimulatedRequest]:
@@ -250,7 +256,7 @@ class Replica:
         finished = scheduler.update(step, num_sampled)
         for request in step.decode_requests + step.verify_requests:
             if request.status is not RequestStatus.ABORTED:
-                self.log.decoded(now - request.last_token, 0, 1, 1)
+                self.log.decoded(min(now - request.last_token, MAX_GAP), 0, 1, 1)
                 request.last_token = now
         for request in step.requests():
             if request.status is RequestStatus.RUNNING:
@@ -258,8 +264,10 @@ class Replica:
         return finished
 
     def _finish(self, finished: list[SimulatedRequest]) -> None:
-        now = self.env.now
+        now, scheduler = self.env.now, self.scheduler
         for request in finished:
             request.finish = now
-            self.log.finished(request)
-        self.log.sample(now, self.scheduler)
+            self.log.requests.finished(request)
+        self.log.count(now, scheduler)
+        self.log.sample(now, scheduler, scheduler.num_used_before_release)
+        self.log.sample(now, scheduler, scheduler.kv.pool.num_used)

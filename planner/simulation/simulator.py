@@ -96,13 +96,15 @@ def simulate(workload: Workload, system: System, options: SimulationOptions | No
     """
     options = options or SimulationOptions()
     warmup_s = warmup_seconds(workload, options)
-    _check_prompts(workload, system.scheduler.max_model_len, options.reject_too_long)
+    _check_prompts(workload, system.scheduler, options.reject_too_long)
     env = simpy.Environment(initial_time=0)
     watch = None
     if options.stop_when_slo_is_lost and options.slo.limits():
         watch = SloWatch(options.slo, warmup_s, workload.arrival_s, workload.output_tokens)
     requests = RequestLog(len(workload), watch)
     k = system.speculation.num_speculative_tokens if system.speculation else 0
+    if k < 0:
+        raise UserError(f"num_speculative_tokens must not be negative, not {k}")
     replicas = []
     for _ in range(_checked_replicas(system.replicas)):
         try:
@@ -168,7 +170,8 @@ def _arrivals(
             Timer(env, delay, ABORT, lambda _, replica=replica, request=request: replica.abort(request))
 
 
-def _check_prompts(workload: Workload, max_model_len: int, reject: bool) -> None:
+def _check_prompts(workload: Workload, scheduler: SchedulerConfig, reject: bool) -> None:
+    max_model_len, budget = scheduler.max_model_len, scheduler.max_num_batched_tokens
     too_long = np.flatnonzero(workload.input_tokens >= max_model_len)
     if too_long.size and not reject:
         i = int(too_long[0])
@@ -179,6 +182,13 @@ def _check_prompts(workload: Workload, max_model_len: int, reject: bool) -> None
         )
     if too_long.size == len(workload):
         raise UserError(f"{workload.name}: every prompt exceeds max_model_len {max_model_len}; raise --max-model-len")
+    over = np.flatnonzero((workload.input_tokens > budget) & (workload.input_tokens < max_model_len))
+    if over.size and not scheduler.enable_chunked_prefill:
+        i = int(over[0])
+        raise UserError(
+            f"{workload.name}: request {i + 1} of {len(workload)} has a prompt of {workload.input_tokens[i]} tokens, "
+            f"more than max_num_batched_tokens {budget}; turn chunked prefill on or raise --max-num-batched-tokens"
+        )
 
 
 def _checked_replicas(replicas: int) -> int:
@@ -190,7 +200,10 @@ def _checked_replicas(replicas: int) -> int:
 def _timeouts(timeout_s: float | Sequence[float] | None, count: int) -> list[float] | None:
     if timeout_s is None:
         return None
-    timeouts = np.broadcast_to(np.asarray(timeout_s, float), count)
+    given = np.asarray(timeout_s, float)
+    if given.shape not in ((), (count,)):
+        raise UserError(f"client timeouts must be one number or one for each of {count} requests, not {given.shape}")
+    timeouts = np.broadcast_to(given, count)
     if np.isnan(timeouts).any() or (timeouts <= 0).any():
         raise UserError("a client timeout must be a positive number of seconds")
     return timeouts.tolist()

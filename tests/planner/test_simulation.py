@@ -434,12 +434,12 @@ def test_waiting_is_averaged_from_the_arrival_on():
 
 
 def test_throughput_by_hand():
-    # Over the 20 ms of arrivals, in which B ends: one request, 1 token out, 4 in.
+    # As `vllm bench serve`: everything over the 32 ms to the last token. 3 requests, 7 tokens out, 18 in.
     result = tiny()
-    assert result.request_throughput_per_s == pytest.approx(1 / 0.020)
-    assert result.output_throughput_tokens_per_s == pytest.approx(1 / 0.020)
-    assert result.total_throughput_tokens_per_s == pytest.approx(5 / 0.020)
-    # All at once: over the whole run. Two prompts of 4 and 4 at 10 ms, a decode each at 14 ms.
+    assert result.request_throughput_per_s == pytest.approx(3 / 0.032)
+    assert result.output_throughput_tokens_per_s == pytest.approx(7 / 0.032)
+    assert result.total_throughput_tokens_per_s == pytest.approx(25 / 0.032)
+    # All at once. Two prompts of 4 and 4 at 10 ms, a decode each at 14 ms.
     burst = run(load([0, 0], [4, 4], [2, 2]), Affine(2, query=1))
     assert burst.request_throughput_per_s == pytest.approx(2 / 0.014)
     assert burst.output_throughput_tokens_per_s == pytest.approx(4 / 0.014)
@@ -447,24 +447,24 @@ def test_throughput_by_hand():
 
 
 @pytest.mark.parametrize(
-    ("slo", "attainment", "goodput", "met"),
+    ("slo", "good", "met"),
     [
-        # TTFT 20, 15, 5; TPOT 4.5, none, 3.5; E2EL 29, 15, 12. Only B ends within the arrivals' 20 ms.
-        (SLO(), None, None, None),
-        (SLO(ttft_ms=14), 1 / 3, 0, False),
-        (SLO(ttft_ms=16), 2 / 3, 50, False),
-        (SLO(tpot_ms=4), 2 / 3, 50, False),
-        (SLO(ttft_ms=16, tpot_ms=3), 1 / 3, 50, False),
-        (SLO(ttft_ms=16, e2el_ms=13), 1 / 3, 0, False),
-        (SLO(ttft_ms=21, tpot_ms=5, e2el_ms=30, percentile=100), 1, 50, True),
-        (SLO(ttft_ms=16, percentile=50), 2 / 3, 50, True),
-        (SLO(ttft_ms=14, percentile=50), 1 / 3, 0, False),
+        # TTFT 20, 15, 5; TPOT 4.5, none, 3.5; E2EL 29, 15, 12, of A, B, C, in 32 ms.
+        (SLO(), None, None),
+        (SLO(ttft_ms=14), 1, False),
+        (SLO(ttft_ms=16), 2, False),
+        (SLO(tpot_ms=4), 2, False),
+        (SLO(ttft_ms=16, tpot_ms=3), 1, False),
+        (SLO(ttft_ms=16, e2el_ms=13), 1, False),
+        (SLO(ttft_ms=21, tpot_ms=5, e2el_ms=30, percentile=100), 3, True),
+        (SLO(ttft_ms=16, percentile=50), 2, True),
+        (SLO(ttft_ms=14, percentile=50), 1, False),
     ],
 )
-def test_goodput_by_hand(slo, attainment, goodput, met):
+def test_goodput_by_hand(slo, good, met):
     result = tiny(slo=slo)
-    assert result.slo_attainment == (attainment if attainment is None else pytest.approx(attainment))
-    assert result.goodput_per_s == (goodput if goodput is None else pytest.approx(goodput))
+    assert result.slo_attainment == (good if good is None else pytest.approx(good / 3))
+    assert result.goodput_per_s == (good if good is None else pytest.approx(good / 0.032))
     assert result.slo_met is met
 
 
