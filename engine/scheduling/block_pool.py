@@ -40,7 +40,8 @@ class BlockPool:
         if num_blocks < 2:
             raise ValueError(f"a block pool needs at least 2 blocks (one is the null block), not {num_blocks}")
         self.num_blocks = num_blocks
-        # The low-water mark of num_free.
+        # Blocks that can be taken, blank and retained, and the fewest that there have been.
+        self.num_free = num_blocks - 1
         self.fewest_free = num_blocks - 1
         self._blank = list(range(num_blocks - 1, 0, -1))
         self._retained: OrderedDict[int, None] = OrderedDict()
@@ -49,11 +50,6 @@ class BlockPool:
         self._hash_of: list[Hashable] = [None] * num_blocks
         self._group_of = [0] * num_blocks
         self._index: list[dict[Hashable, int]] = [{} for _ in range(num_groups)]
-
-    @property
-    def num_free(self) -> int:
-        """Blocks that can be taken."""
-        return len(self._blank) + len(self._retained)
 
     @property
     def num_used(self) -> int:
@@ -72,9 +68,10 @@ class BlockPool:
             ValueError: if fewer are free; nothing is taken then.
         """
         blank = self._blank
-        free = len(blank) + len(self._retained) - count
+        free = self.num_free - count
         if free < 0:
             raise ValueError(f"cannot take {count} blocks: {self.num_free} are free")
+        self.num_free = free
         if free < self.fewest_free:
             self.fewest_free = free
         if count <= len(blank):
@@ -107,16 +104,19 @@ class BlockPool:
             table = [block for block in table if block != NULL_BLOCK]
         if not any(self._index):
             self._blank.extend(table[::-1])
+            self.num_free += len(table)
             return
         references, blank, retained = self._references, self._blank, self._retained
         for block in reversed(table):
             count = references[block]
             if count == _NOT_HASHED:
                 blank.append(block)
+                self.num_free += 1
             else:
                 references[block] = count - 1
                 if count == 1:
                     retained[block] = None
+                    self.num_free += 1
 
     def longest_prefix(self, group: int, hashes: Sequence[Hashable]) -> list[int]:
         """The blocks of the longest leading run of hashes that the group has cached. Holds nothing."""
@@ -147,6 +147,7 @@ class BlockPool:
                 references[block] = count + 1
                 if count == 0:
                     del retained[block]
+                    self.num_free -= 1
         self.fewest_free = min(self.fewest_free, self.num_free)
 
     def register(self, group: int, blocks: Sequence[int], hashes: Sequence[Hashable]) -> None:
@@ -181,6 +182,7 @@ class BlockPool:
                 if block != NULL_BLOCK:
                     held[block] = held.get(block, 0) + 1
         blank = set(self._blank)
+        assert self.num_free == len(self._blank) + len(self._retained), "num_free is off"
         assert len(blank) == len(self._blank), "a block is blank twice"
         assert NULL_BLOCK not in blank, "the null block is blank"
         assert not blank & self._retained.keys(), "a block is both blank and retained"

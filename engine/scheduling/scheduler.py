@@ -21,6 +21,10 @@ from engine.scheduling.kv_cache import KVCacheConfig, KVCacheManager
 from engine.scheduling.request import Request, RequestStatus
 from engine.scheduling.step import Step
 
+# Where `advance` packs a step and the index of a running request into one integer.
+_STEP_SHIFT = 20
+_INDEX_MASK = (1 << _STEP_SHIFT) - 1
+
 
 @dataclass(frozen=True, slots=True)
 class SchedulerConfig:
@@ -44,6 +48,8 @@ class SchedulerConfig:
         for name in ("max_num_batched_tokens", "max_num_seqs", "max_model_len"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.max_num_seqs > _INDEX_MASK:
+            raise ValueError(f"max_num_seqs must be at most {_INDEX_MASK}, not {self.max_num_seqs}")
         if self.num_lookahead_tokens < 0:
             raise ValueError(f"num_lookahead_tokens must not be negative, not {self.num_lookahead_tokens}")
         if self.max_num_seqs > self.max_num_batched_tokens:
@@ -297,9 +303,7 @@ class Scheduler:
 
     # ---- its result ------------------------------------------------------------------------------------------------
 
-    def update(
-        self, step: Step, num_sampled: Sequence[int] = (), stopped: Collection[Request] = ()
-    ) -> list[Request]:
+    def update(self, step: Step, num_sampled: Sequence[int] = (), stopped: Collection[Request] = ()) -> list[Request]:
         """Record what a step sampled: one token per decode and per finished prefill, and the given verify results.
 
         Args:
@@ -332,9 +336,7 @@ class Scheduler:
                 self._settle(step, request, 1, 1, 0, stopped, finished)
         else:
             self._settle_decodes(step.decode_requests, finished)
-        for request, (count, _), sampled in zip(
-            step.verify_requests, step.shape.verifies, num_sampled, strict=True
-        ):
+        for request, (count, _), sampled in zip(step.verify_requests, step.shape.verifies, num_sampled, strict=True):
             self._settle(step, request, count, sampled, count - sampled, stopped, finished)
         self._retire(finished)
         return finished
@@ -496,32 +498,33 @@ class Scheduler:
     def _cross_page_boundaries(self, steps: int) -> None:
         """Take (and commit) pages in the order in which single steps would: by step, then by running order."""
         block_size, running = self.kv.block_size, self.running
-        new_pages: list[tuple[int, int]] = []
+        # Events as single integers, step × 2^20 + index: a range lists those of one request, and they sort fast.
+        end, stride = steps << _STEP_SHIFT, block_size << _STEP_SHIFT
+        new_pages: list[int] = []
         for index, request in enumerate(running):
-            first = request.num_slots - request.num_computed_tokens
-            if first < steps:
-                new_pages.append((first, index))
-                if first + block_size < steps:
-                    new_pages += [(step, index) for step in range(first + block_size, steps, block_size)]
-        commits: list[tuple[int, int]] = []
+            new_pages += range((request.num_slots - request.num_computed_tokens << _STEP_SHIFT) + index, end, stride)
+        commits: list[int] = []
         if self._enable_prefix_caching:
             for index, request in enumerate(running):
                 if request.num_hashed_blocks < len(request.block_hashes):
                     computed = request.num_computed_tokens
                     if computed // block_size > request.num_hashed_blocks:
-                        commits.append((1, index))  # hashes that came after their blocks were full
+                        commits.append((1 << _STEP_SHIFT) + index)  # hashes that came after their blocks were full
                     fill = block_size - computed % block_size
-                    commits.extend((step, index) for step in range(fill, steps + 1, block_size))
+                    commits += range((fill << _STEP_SHIFT) + index, end + (1 << _STEP_SHIFT), stride)
         if commits or (new_pages and self.kv.has_sliding_groups):
             self._cross_one_by_one(new_pages, commits)
         elif new_pages:
             new_pages.sort()
-            self.kv.add_pages([running[index] for _, index in new_pages])
+            self.kv.add_pages([running[event & _INDEX_MASK] for event in new_pages])
 
-    def _cross_one_by_one(self, new_pages: list[tuple[int, int]], commits: list[tuple[int, int]]) -> None:
+    def _cross_one_by_one(self, new_pages: list[int], commits: list[int]) -> None:
         """The same where the order of taking, releasing and committing matters."""
         # A block fills at the end of one step, before anything is allocated for the next.
-        events = sorted([(step, 0, index) for step, index in commits] + [(step, 1, index) for step, index in new_pages])
+        events = sorted(
+            [(event >> _STEP_SHIFT, 0, event & _INDEX_MASK) for event in commits]
+            + [(event >> _STEP_SHIFT, 1, event & _INDEX_MASK) for event in new_pages]
+        )
         bases = [request.num_computed_tokens for request in self.running]
         for step, allocates, index in events:
             request = self.running[index]
@@ -562,4 +565,3 @@ class Scheduler:
     def kv_usage(self) -> float:
         """Share of the blocks that requests hold, 0 to 1."""
         return self.kv.pool.num_used / (self.kv.pool.num_blocks - 1)
-
