@@ -1,7 +1,7 @@
 """`python -m planner.bench`: how fast the simulator and the search are, as a committed record.
 
-Every measurement runs in a process of its own, so that peak memory is its own too; simulations are pinned to one core.
-The record holds the command, the commit, the environment, every repetition and the medians.
+Every benchmark runs in a process of its own, so that peak memory is its own too; simulations are pinned to one core and
+repeated after one run that is not counted. The record holds the command, the commit, the environment, every repetition and the medians.
 """
 
 from __future__ import annotations
@@ -59,9 +59,7 @@ def _run_all(arguments: argparse.Namespace) -> dict[str, Any]:
     jobs += [{"kind": "simulate", "requests": n, "replicas": 2} for n in arguments.requests]
     results = []
     for job in jobs:
-        # A million requests take a minute; their linearity does not need five of them.
-        repetitions = arguments.repetitions if job.get("requests", 0) < 500_000 else min(arguments.repetitions, 3)
-        runs = [_in_own_process(job) for _ in range(repetitions)]
+        runs = _in_own_process({**job, "repetitions": arguments.repetitions})
         wall = statistics.median(run["wall_s"] for run in runs)
         results.append({**_anonymous(job), "median_wall_s": wall, **_derived(runs, wall), "repetitions": runs})
         print(f"  {_name(job)}: {wall:.2f} s", file=sys.stderr)
@@ -82,7 +80,7 @@ def _run_all(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _in_own_process(job: dict[str, Any]) -> dict[str, Any]:
+def _in_own_process(job: dict[str, Any]) -> list[dict[str, Any]]:
     command = [sys.executable, "-m", "planner.bench", "--one", json.dumps(job)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -90,11 +88,13 @@ def _in_own_process(job: dict[str, Any]) -> dict[str, Any]:
     return json.loads(done.stdout)
 
 
-def _measure(job: dict[str, Any]) -> dict[str, Any]:
-    return _measure_plan(job) if job["kind"] == "plan" else _measure_simulation(job)
+def _measure(job: dict[str, Any]) -> list[dict[str, Any]]:
+    if job["kind"] == "plan":
+        return [_measure_plan(job) for _ in range(job["repetitions"])]
+    return _measure_simulation(job)
 
 
-def _measure_simulation(job: dict[str, Any]) -> dict[str, Any]:
+def _measure_simulation(job: dict[str, Any]) -> list[dict[str, Any]]:
     from planner.catalog import load_gpu, load_model
     from planner.deployment import Deployment, length_for
     from planner.simulation import SLO, SimulationOptions, simulate
@@ -116,17 +116,24 @@ def _measure_simulation(job: dict[str, Any]) -> dict[str, Any]:
     deployment = Deployment(model, load_gpu("h200_sxm"), replicas=job["replicas"], max_model_len=length)
     options = SimulationOptions(slo=SLO(ttft_ms=1000, tpot_ms=50))
     system = deployment.system(workload)
-    simulate(workload.head(200), system, options)  # imports and caches, as any second simulation finds them
-    started = time.perf_counter()
-    result = simulate(workload, system, options)
-    wall_s = time.perf_counter() - started
-    return {
-        "wall_s": wall_s,
-        "simulated_s": workload.duration_s,
-        "num_requests": len(workload),
-        "num_steps": result.num_steps,
-        "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-    }
+    simulate(workload.head(20_000), system, options)  # not counted: imports, caches and the heap's first growth
+    # A million requests take a minute; their linearity does not need five of them.
+    repetitions = job["repetitions"] if len(workload) < 500_000 else 1
+    runs = []
+    for _ in range(repetitions):
+        started = time.perf_counter()
+        result = simulate(workload, system, options)
+        wall_s = time.perf_counter() - started
+        runs.append(
+            {
+                "wall_s": wall_s,
+                "simulated_s": workload.duration_s,
+                "num_requests": len(workload),
+                "num_steps": result.num_steps,
+                "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+            }
+        )
+    return runs
 
 
 def _measure_plan(job: dict[str, Any]) -> dict[str, Any]:

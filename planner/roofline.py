@@ -100,7 +100,11 @@ class RooflineStepTime(StepTime):
         self._window_token_ticks = [(window, self._kv_token_ticks(count, 1)) for window, count in self._windows]
         # By query length: ticks per cached token in the full layers, and (reach, ticks) of each window.
         self._verify_rates: dict[int, tuple[int, list[tuple[int, int]]]] = {}
-        self._base_ticks: dict[tuple[int, int, int, bool], int] = {}
+        self._decode_base_ticks: dict[int, int] = {}
+        self._host_s = a.step_s + a.layer_s * model.num_layers
+        # Prefill attention: seconds per (query, key) pair and per key read, in one layer.
+        self._pair_s = self._flops_per_pair(absorbed=False) / self._attention_flops
+        self._key_s = self._kv_bytes / self._bandwidth
 
     # ---- the contract ----------------------------------------------------------------------------------------------
 
@@ -111,14 +115,17 @@ class RooflineStepTime(StepTime):
         contexts = step.decode_contexts
         if not (step.prefills or step.verifies):
             return self._decode_base(len(contexts)) + self._decode_attention_ticks(contexts)
-        base = self._base(step.num_tokens, step.num_requests, step.num_sampled, bool(step.prefills))
-        attention_s = 0.0
-        for query, context in step.prefills:
-            attention_s += self._prefill_attention_s(query, context)
-        ticks = base + to_ticks(attention_s, step) + self._decode_attention_ticks(contexts)
+        num_tokens = len(contexts)
+        attention_ticks = self._decode_attention_ticks(contexts)
         for query, context in step.verifies:
-            ticks += self._verify_attention_ticks(query, context)
-        return ticks
+            num_tokens += query
+            attention_ticks += self._verify_attention_ticks(query, context)
+        seconds = 0.0
+        for query, context in step.prefills:
+            num_tokens += query
+            seconds += self._prefill_attention_s(query, context)
+        seconds += self._base_s(num_tokens, step.num_requests, step.num_sampled, bool(step.prefills))
+        return attention_ticks + to_ticks(seconds, step)
 
     def decode_run(self, contexts: list[int], steps: int) -> DecodeRun:
         increment = self._full_token_ticks * len(contexts)
@@ -172,32 +179,31 @@ class RooflineStepTime(StepTime):
         return ticks
 
     def _prefill_attention_s(self, query: int, context: int) -> float:
-        seconds = 0.0
-        flops_per_pair = self._flops_per_pair(absorbed=False)
-        for window, count in [(None, self._full_layers), *self._windows]:
+        pairs = attended_pairs(query, context, None)
+        seconds = self._full_layers * max(pairs * self._pair_s, (context + query) * self._key_s)
+        for window, count in self._windows:
             pairs = attended_pairs(query, context, window)
-            keys = context + query if window is None else min(context + query, window + query - 1)
-            compute_s = pairs * flops_per_pair / self._attention_flops
-            seconds += count * max(compute_s, keys * self._kv_bytes / self._bandwidth)
+            keys = min(context + query, window + query - 1)
+            seconds += count * max(pairs * self._pair_s, keys * self._key_s)
         return seconds
 
     # ---- dense work, all-reduce, host ------------------------------------------------------------------------------
 
     def _decode_base(self, batch: int) -> int:
-        return self._base(batch, batch, batch, False)
-
-    def _base(self, num_tokens: int, num_requests: int, num_sampled: int, has_prefill: bool) -> int:
-        """Ticks of everything but attention; a function of four numbers, so it is remembered."""
-        key = (num_tokens, num_requests, num_sampled, has_prefill)
-        ticks = self._base_ticks.get(key)
+        """Ticks of a decode step without its attention; a function of the batch alone, so it is remembered."""
+        ticks = self._decode_base_ticks.get(batch)
         if ticks is None:
-            a = self.assumptions
-            host_s = a.step_s + a.layer_s * self.model.num_layers + a.request_s * num_requests
-            if has_prefill:
-                host_s += a.prefill_step_s
-            seconds = self.dense_s(num_tokens, num_sampled) + self.all_reduce_s(num_tokens) + host_s
-            self._base_ticks[key] = ticks = to_ticks(seconds, f"{num_tokens} tokens")
+            seconds = self._base_s(batch, batch, batch, has_prefill=False)
+            self._decode_base_ticks[batch] = ticks = to_ticks(seconds, f"{batch} decodes")
         return ticks
+
+    def _base_s(self, num_tokens: int, num_requests: int, num_sampled: int, has_prefill: bool) -> float:
+        """Seconds of everything but attention."""
+        a = self.assumptions
+        host_s = self._host_s + a.request_s * num_requests
+        if has_prefill:
+            host_s += a.prefill_step_s
+        return self.dense_s(num_tokens, num_sampled) + self.all_reduce_s(num_tokens) + host_s
 
     @cached_property
     def _dense_terms(self) -> tuple[float, float, float, float, float, float]:

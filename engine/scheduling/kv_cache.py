@@ -129,7 +129,7 @@ class KVCacheManager:
         if num_cached_tokens:
             for table in tables:
                 self.pool.hold(table)
-        request.block_tables = [list(table) for table in tables]
+        request.block_tables = [table.copy() for table in tables]
         request.num_slots = len(tables[0]) * self.block_size
         request.num_hashed_blocks = len(tables[0])
         request.num_computed_tokens = num_cached_tokens

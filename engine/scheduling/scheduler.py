@@ -321,11 +321,8 @@ class Scheduler:
         """
         if not self._in_flight or self._in_flight[0] is not step:
             raise ValueError("steps must be updated in the order in which they were scheduled")
-        if len(num_sampled) != len(step.verify_requests):
-            raise ValueError(f"{len(num_sampled)} verify results for {len(step.verify_requests)} verify requests")
-        for (query, _), sampled in zip(step.shape.verifies, num_sampled, strict=True):
-            if not 1 <= sampled <= query:
-                raise ValueError(f"a verification of {query} tokens cannot yield {sampled}")
+        if step.verify_requests or num_sampled:
+            self._check_verified(step, num_sampled)
         self._in_flight.popleft()
         finished: list[Request] = []
         for request, (count, context) in zip(step.prefill_requests, step.shape.prefills, strict=True):
@@ -336,10 +333,21 @@ class Scheduler:
                 self._settle(step, request, 1, 1, 0, stopped, finished)
         else:
             self._settle_decodes(step.decode_requests, finished)
-        for request, (count, _), sampled in zip(step.verify_requests, step.shape.verifies, num_sampled, strict=True):
-            self._settle(step, request, count, sampled, count - sampled, stopped, finished)
-        self._retire(finished)
+        if num_sampled:
+            verified = zip(step.verify_requests, step.shape.verifies, num_sampled, strict=True)
+            for request, (count, _), sampled in verified:
+                self._settle(step, request, count, sampled, count - sampled, stopped, finished)
+        if finished:
+            self._retire(finished)
         return finished
+
+    @staticmethod
+    def _check_verified(step: Step, num_sampled: Sequence[int]) -> None:
+        if len(num_sampled) != len(step.verify_requests):
+            raise ValueError(f"{len(num_sampled)} verify results for {len(step.verify_requests)} verify requests")
+        for (query, _), sampled in zip(step.shape.verifies, num_sampled, strict=True):
+            if not 1 <= sampled <= query:
+                raise ValueError(f"a verification of {query} tokens cannot yield {sampled}")
 
     def _settle_decodes(self, requests: list[Request], finished: list[Request]) -> None:
         """What `_settle` does, for what nearly every entry of nearly every step is."""
@@ -394,11 +402,10 @@ class Scheduler:
 
     def _retire(self, finished: list[Request]) -> None:
         """Take finished requests off the running list and release their pages."""
-        if finished:
-            self.num_used_before_release = self.kv.pool.num_used
-            self.running = [request for request in self.running if request.status is RequestStatus.RUNNING]
-            for request in finished:
-                self._detach_and_release(request)
+        self.num_used_before_release = self.kv.pool.num_used
+        self.running = [request for request in self.running if request.status is RequestStatus.RUNNING]
+        for request in finished:
+            self._detach_and_release(request)
 
     def _detach_and_release(self, request: Request) -> None:
         """Release a request's pages, now or, if a step in flight uses them, when that step is updated."""
@@ -492,7 +499,8 @@ class Scheduler:
             if output >= request.max_output_tokens:
                 request.status = RequestStatus.FINISHED_LENGTH
                 finished.append(request)
-        self._retire(finished)
+        if finished:
+            self._retire(finished)
         return finished
 
     def _cross_page_boundaries(self, steps: int) -> None:
