@@ -28,8 +28,8 @@ lint: $(TEST_INSTALLED) ## check style and formatting
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
 
-bench: $(BASE_INSTALLED) ## measure the planner's own speed
-	@$(PY) -m planner.bench
+bench: $(BASE_INSTALLED) ## measure the speed of the planner; TRACE=path.csv adds the Azure hour
+	@$(PY) -m planner.bench $(if $(TRACE),--trace $(TRACE))
 
 clean: ## remove .venv, build products and caches
 	@rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

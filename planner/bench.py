@@ -1,7 +1,8 @@
 """`python -m planner.bench`: how fast the simulator and the search are, as a committed record.
 
 Every benchmark runs in a process of its own, so that peak memory is its own too; simulations are pinned to one core and
-repeated after one run that is not counted. The record holds the command, the commit, the environment, every repetition and the medians.
+repeated after one run that is not counted. The record holds the command, the commit, the environment, every repetition
+and the medians.
 """
 
 from __future__ import annotations

@@ -150,17 +150,16 @@ class ReplicaLog:
         requests: the log of the whole simulation.
         runs: four integers each, (first, increment, steps, batch): `steps` consecutive gaps between tokens, each longer
             than the one before by `increment` ticks, in each of `batch` requests.
-        counts: three floats each, (time_s, running, waiting), at every change; constant in between.
-        samples: three floats each, (time_s, used blocks, preemptions so far), whenever the batch changes; before and
-            after pages go back. In between the blocks grow, nearly linearly, with every decoded token.
+        changes: six floats each, (time_s, running, waiting, preemptions so far, blocks held before, blocks held after),
+            whenever a request comes, starts, is preempted or ends. Blocks are NaN when one comes: the batch may then be
+            in the middle of many steps. Between two changes of the batch they grow, nearly linearly, with every token.
         num_rounds, num_drafted, num_accepted: of speculation.
     """
 
     def __init__(self, requests: RequestLog) -> None:
         self.requests = requests
         self.runs = array("q")
-        self.counts = array("d")
-        self.samples = array("d")
+        self.changes = array("d")
         self.num_rounds = 0
         self.num_drafted = 0
         self.num_accepted = 0
@@ -173,8 +172,7 @@ class ReplicaLog:
         self.num_drafted += drafted
         self.num_accepted += accepted
 
-    def count(self, now: int, scheduler: Scheduler) -> None:
-        self.counts.extend((now / TICKS_PER_SECOND, len(scheduler.running), len(scheduler.waiting)))
-
-    def sample(self, now: int, scheduler: Scheduler, used: int) -> None:
-        self.samples.extend((now / TICKS_PER_SECOND, used, scheduler.num_preemptions))
+    def changed(self, now: int, scheduler: Scheduler, used_before: float, used_after: float) -> None:
+        running, waiting = len(scheduler.running), len(scheduler.waiting)
+        time_s = now / TICKS_PER_SECOND
+        self.changes.extend((time_s, running, waiting, scheduler.num_preemptions, used_before, used_after))

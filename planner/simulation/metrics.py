@@ -183,7 +183,7 @@ def evaluate(outcome: Outcome, slo: SLO, warmup_s: float, seed: int) -> Simulati
         num_kv_blocks=blocks,
         kv_usage_peak=max(outcome.peak_used_blocks) / blocks,
         kv_usage_mean=mean_used / (blocks * len(outcome.replicas)),
-        max_running=int(max(max(replica.counts[1::3], default=0) for replica in outcome.replicas)),
+        max_running=int(max(max(replica.changes[1::6], default=0) for replica in outcome.replicas)),
         mean_running=mean_running,
         mean_waiting=mean_waiting,
         num_preemptions=int(log.preemptions.sum()),
@@ -268,19 +268,20 @@ def _timeline(outcome: Outcome, end_s: float) -> tuple[tuple[TimelinePoint, ...]
     at_grid = np.zeros((4, TIMELINE_POINTS))
     means = np.zeros(3)
     for replica in outcome.replicas:
-        if not replica.counts:
+        if not replica.changes:
             continue
-        times, *counts = np.asarray(replica.counts).reshape(-1, 3).T
+        changes = np.asarray(replica.changes).reshape(-1, 6).T
+        times, counts, before, after = changes[0], changes[1:4], changes[4], changes[5]
         place = np.searchsorted(times, grid, side="right") - 1
-        at_grid[:2] += np.where(place >= 0, np.array(counts)[:, np.maximum(place, 0)], 0.0)
+        at_grid[:3] += np.where(place >= 0, counts[:, np.maximum(place, 0)], 0.0)
         lasting = np.diff(np.append(times, max(end_s, times[-1])))
-        means[:2] += (np.array(counts) * lasting).sum(axis=1)
-        sampled, used, preemptions = np.asarray(replica.samples).reshape(-1, 3).T
-        at_grid[2] += np.interp(grid, sampled, used, left=0.0)
-        place = np.searchsorted(sampled, grid, side="right") - 1
-        at_grid[3] += np.where(place >= 0, preemptions[np.maximum(place, 0)], 0.0)
-        # Blocks grow between two changes of the batch: the trapezoid is their mean.
-        means[2] += ((used[1:] + used[:-1]) / 2 * np.diff(sampled)).sum()
+        means[:2] += (counts[:2] * lasting).sum(axis=1)
+        known = np.isfinite(after)
+        if known.any():
+            times, before, after = times[known], before[known], after[known]
+            # Blocks grow between two changes of the batch: the trapezoid is their mean.
+            means[2] += ((after[:-1] + before[1:]) / 2 * np.diff(times)).sum()
+            at_grid[3] += np.interp(grid, np.repeat(times, 2), np.stack([before, after], axis=1).ravel(), left=0.0)
     if end_s > 0:
         means /= end_s
     blocks = outcome.num_kv_blocks * len(outcome.replicas)
@@ -288,6 +289,6 @@ def _timeline(outcome: Outcome, end_s: float) -> tuple[tuple[TimelinePoint, ...]
         TimelinePoint(
             time_s=float(t), running=int(running), waiting=int(waiting), kv_usage=used / blocks, preemptions=int(count)
         )
-        for t, running, waiting, used, count in zip(grid, *at_grid.tolist(), strict=True)
+        for t, running, waiting, count, used in zip(grid, *at_grid.tolist(), strict=True)
     )
     return points, float(means[0]), float(means[1]), float(means[2])

@@ -6,6 +6,8 @@ happens in between cuts the leap at a step boundary. Leaping and stepping give i
 
 from __future__ import annotations
 
+import math
+
 import simpy
 
 from engine.scheduling import Request, RequestStatus, Scheduler, Step
@@ -99,7 +101,7 @@ class Replica:
         scheduler = self.scheduler
         blocked = bool(scheduler.waiting) or len(scheduler.running) >= scheduler.config.max_num_seqs
         scheduler.add(request)
-        self.log.count(self.env.now, scheduler)
+        self.log.changed(self.env.now, scheduler, math.nan, math.nan)
         if self._idle:
             self._idle = False
             self._start_soon()
@@ -115,8 +117,8 @@ class Replica:
             self._interrupt_run()
         now = self.env.now
         self.scheduler.abort(request)
-        self.log.count(now, self.scheduler)
-        self.log.sample(now, self.scheduler, self.scheduler.kv.pool.num_used)
+        used = self.scheduler.kv.pool.num_used
+        self.log.changed(now, self.scheduler, used, used)
         self.log.requests.aborted(request, now)
 
     # ---- steps -----------------------------------------------------------------------------------------------------
@@ -156,8 +158,8 @@ class Replica:
                 if request.scheduled < 0:
                     request.scheduled = now
             if step.admitted or step.preempted:
-                self.log.count(now, scheduler)
-                self.log.sample(now, scheduler, scheduler.kv.pool.num_used)
+                used = scheduler.kv.pool.num_used
+                self.log.changed(now, scheduler, used, used)
             if not step.is_empty:
                 return step
             if not step.preempted:
@@ -268,6 +270,4 @@ class Replica:
         for request in finished:
             request.finish = now
             self.log.requests.finished(request)
-        self.log.count(now, scheduler)
-        self.log.sample(now, scheduler, scheduler.num_used_before_release)
-        self.log.sample(now, scheduler, scheduler.kv.pool.num_used)
+        self.log.changed(now, scheduler, scheduler.num_used_before_release, scheduler.kv.pool.num_used)
