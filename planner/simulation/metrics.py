@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
@@ -118,47 +120,12 @@ class Outcome:
     num_steps: int
     evidence: Evidence
     step_time: str
-    speculative: bool
 
 
 def evaluate(outcome: Outcome, slo: SLO, warmup_s: float, seed: int) -> SimulationResult:
     """Compute every metric of a finished simulation."""
     workload, log = outcome.workload, outcome.requests
-    arrival = workload.arrival_s
-    counted = (arrival >= warmup_s) & np.isfinite(log.end_s)  # finished, or given up by their clients
-    measured = counted & np.isfinite(log.e2el_s)
-    gave_up = counted & ~measured
-    queue, ttft, e2el = log.queue_s[measured], log.ttft_s[measured], log.e2el_s[measured]
-    output = log.output_tokens[measured]
-    several = output > 1
-    tpot = (e2el[several] - ttft[several]) / (output[several] - 1)
-    end_s = float(np.nanmax(log.end_s)) if np.isfinite(log.end_s).any() else 0.0
-    last_s = float(log.end_s[measured].max()) if measured.any() else end_s
-    span_s = max(last_s - warmup_s, 1e-9)
-    good = _meets(slo, ttft, e2el, output)
-    q = slo.percentile
-    ms = 1e3
-    distributions = {
-        "ttft_ms": _distribution(ttft * ms, q),
-        "queue_ms": _distribution(queue * ms, q),
-        "prefill_ms": _distribution((ttft - queue) * ms, q),
-        "tpot_ms": _distribution(tpot * ms, q),
-        "itl_ms": _gap_distribution(outcome.replicas, q),
-        "e2el_ms": _distribution(e2el * ms, q),
-    }
-    accepted_requests = np.isfinite(log.end_s)
-    verdict = _verdict(arrival[accepted_requests], log.end_s[accepted_requests], arrival[-1], warmup_s)
-    met = None
-    if slo.limits():
-        may_have_tpot = int((gave_up & (workload.output_tokens > 1)).sum())
-        met = verdict is Verdict.STABLE and bool(measured.any())
-        met = met and _within(slo, "ttft", ttft, int(gave_up.sum())) and _within(slo, "e2el", e2el, int(gave_up.sum()))
-        met = met and _within(slo, "tpot", tpot, may_have_tpot)
-    timeline, mean_running, mean_waiting, mean_used = _timeline(outcome, end_s)
-    blocks = outcome.num_kv_blocks
-    rounds = sum(replica.num_rounds for replica in outcome.replicas)
-    drafted = sum(replica.num_drafted for replica in outcome.replicas)
-    accepted = sum(replica.num_accepted for replica in outcome.replicas)
+    measured = _Measured(outcome, warmup_s)
     return SimulationResult(
         workload=workload.name,
         seed=seed,
@@ -169,32 +136,115 @@ def evaluate(outcome: Outcome, slo: SLO, warmup_s: float, seed: int) -> Simulati
         num_finished=log.num_finished,
         num_aborted=log.num_aborted,
         num_rejected=log.num_rejected,
-        num_measured=int(measured.sum()),
+        num_measured=len(measured.ttft_s),
         warmup_s=warmup_s,
-        duration_s=end_s,
-        **distributions,
-        request_throughput_per_s=float(measured.sum() / span_s),
-        output_throughput_tokens_per_s=float(output.sum() / span_s),
-        total_throughput_tokens_per_s=float((output.sum() + workload.input_tokens[measured].sum()) / span_s),
-        goodput_per_s=float(good.sum() / span_s) if slo.limits() else None,
-        slo_attainment=float(good.sum() / counted.sum()) if slo.limits() and counted.any() else None,
-        slo_met=met,
-        verdict=verdict,
-        num_kv_blocks=blocks,
-        kv_usage_peak=max(outcome.peak_used_blocks) / blocks,
-        kv_usage_mean=mean_used / (blocks * len(outcome.replicas)),
-        max_running=int(max(max(replica.changes[1::6], default=0) for replica in outcome.replicas)),
-        mean_running=mean_running,
-        mean_waiting=mean_waiting,
-        num_preemptions=int(log.preemptions.sum()),
-        preempted_share=float((log.preemptions > 0).mean()),
-        prefix_cache_hit_rate=float(log.cached_tokens.sum() / max(1, workload.input_tokens[accepted_requests].sum())),
         num_steps=outcome.num_steps,
-        mean_acceptance_length=1 + accepted / rounds if rounds else None,
-        draft_acceptance_rate=accepted / drafted if drafted else None,
         warnings=(),
-        timeline=timeline,
+        **_latencies(measured, outcome.replicas, slo.percentile),
+        **_rates(measured, slo),
+        **_judgement(measured, outcome, slo),
+        **_state(outcome),
+        **_speculation(outcome.replicas),
     )
+
+
+class _Measured:
+    """The requests that arrived after the warm-up and finished, as arrays of one row each.
+
+    Attributes:
+        queue_s, ttft_s, e2el_s, input_tokens, output_tokens: of these requests.
+        tpot_s: of those with two output tokens or more.
+        num_gave_up: requests after the warm-up whose clients gave up, and those of them with a TPOT to miss.
+        span_s: from the end of the warm-up to the last of their tokens.
+    """
+
+    def __init__(self, outcome: Outcome, warmup_s: float) -> None:
+        workload, log = outcome.workload, outcome.requests
+        counted = (workload.arrival_s >= warmup_s) & np.isfinite(log.end_s)
+        chosen = counted & np.isfinite(log.e2el_s)
+        gave_up = counted & ~chosen
+        self.warmup_s = warmup_s
+        self.queue_s, self.ttft_s, self.e2el_s = log.queue_s[chosen], log.ttft_s[chosen], log.e2el_s[chosen]
+        self.input_tokens, self.output_tokens = workload.input_tokens[chosen], log.output_tokens[chosen]
+        several = self.output_tokens > 1
+        self.tpot_s = (self.e2el_s[several] - self.ttft_s[several]) / (self.output_tokens[several] - 1)
+        self.num_gave_up = int(gave_up.sum())
+        self.num_gave_up_with_tpot = int((gave_up & (workload.output_tokens > 1)).sum())
+        self.span_s = max(float(log.end_s[chosen].max()) - warmup_s, 1e-9) if chosen.any() else math.inf
+
+
+def _latencies(measured: _Measured, replicas: list[ReplicaLog], slo_percentile: float) -> dict[str, Any]:
+    seconds = {
+        "ttft_ms": measured.ttft_s,
+        "queue_ms": measured.queue_s,
+        "prefill_ms": measured.ttft_s - measured.queue_s,
+        "tpot_ms": measured.tpot_s,
+        "e2el_ms": measured.e2el_s,
+    }
+    distributions = {name: _distribution(values * 1e3, slo_percentile) for name, values in seconds.items()}
+    return {**distributions, "itl_ms": _gap_distribution(replicas, slo_percentile)}
+
+
+def _rates(measured: _Measured, slo: SLO) -> dict[str, Any]:
+    count, span_s = len(measured.ttft_s), measured.span_s
+    output, total = measured.output_tokens.sum(), measured.output_tokens.sum() + measured.input_tokens.sum()
+    good = int(_meets(slo, measured.ttft_s, measured.e2el_s, measured.output_tokens).sum())
+    judged = count + measured.num_gave_up
+    asked = bool(slo.limits())
+    return {
+        "request_throughput_per_s": count / span_s,
+        "output_throughput_tokens_per_s": float(output / span_s),
+        "total_throughput_tokens_per_s": float(total / span_s),
+        "goodput_per_s": good / span_s if asked else None,
+        "slo_attainment": good / judged if asked and judged else None,
+    }
+
+
+def _judgement(measured: _Measured, outcome: Outcome, slo: SLO) -> dict[str, Any]:
+    arrival_s, end_s = outcome.workload.arrival_s, outcome.requests.end_s
+    taken = np.isfinite(end_s)  # rejected requests never were in the system
+    verdict = _verdict(arrival_s[taken], end_s[taken], float(arrival_s[-1]), measured.warmup_s)
+    met = None
+    if slo.limits():
+        met = (
+            verdict is Verdict.STABLE
+            and len(measured.ttft_s) > 0
+            and _within(slo, "ttft", measured.ttft_s, measured.num_gave_up)
+            and _within(slo, "e2el", measured.e2el_s, measured.num_gave_up)
+            and _within(slo, "tpot", measured.tpot_s, measured.num_gave_up_with_tpot)
+        )
+    return {"verdict": verdict, "slo_met": met}
+
+
+def _state(outcome: Outcome) -> dict[str, Any]:
+    log, workload = outcome.requests, outcome.workload
+    ended = np.isfinite(log.end_s)
+    end_s = float(log.end_s[ended].max()) if ended.any() else 0.0
+    timeline, mean_running, mean_waiting, mean_used = _timeline(outcome, end_s)
+    blocks = outcome.num_kv_blocks
+    return {
+        "duration_s": end_s,
+        "num_kv_blocks": blocks,
+        "kv_usage_peak": max(outcome.peak_used_blocks) / blocks,
+        "kv_usage_mean": mean_used / (blocks * len(outcome.replicas)),
+        "max_running": int(max(max(replica.changes[1::6], default=0) for replica in outcome.replicas)),
+        "mean_running": mean_running,
+        "mean_waiting": mean_waiting,
+        "num_preemptions": int(log.preemptions.sum()),
+        "preempted_share": float((log.preemptions > 0).mean()),
+        "prefix_cache_hit_rate": float(log.cached_tokens.sum() / max(1, workload.input_tokens[ended].sum())),
+        "timeline": timeline,
+    }
+
+
+def _speculation(replicas: list[ReplicaLog]) -> dict[str, Any]:
+    rounds = sum(replica.num_rounds for replica in replicas)
+    drafted = sum(replica.num_drafted for replica in replicas)
+    accepted = sum(replica.num_accepted for replica in replicas)
+    return {
+        "mean_acceptance_length": 1 + accepted / rounds if rounds else None,
+        "draft_acceptance_rate": accepted / drafted if drafted else None,
+    }
 
 
 def _meets(slo: SLO, ttft_s: np.ndarray, e2el_s: np.ndarray, output_tokens: np.ndarray) -> np.ndarray:

@@ -124,7 +124,6 @@ def simulate(workload: Workload, system: System, options: SimulationOptions | No
         num_steps=sum(replica.scheduler.num_steps for replica in replicas),
         evidence=system.step_time.evidence,
         step_time=system.step_time.description,
-        speculative=k > 0,
     )
     return evaluate(outcome, options.slo, warmup_s, options.seed)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from functools import cache
-from itertools import product
+from itertools import pairwise, product
 
 import numpy as np
 import pytest
@@ -188,7 +188,7 @@ def test_ranks():
     assert list(plans) == priced + unpriced
     assert [plan.usd_per_hour for plan in priced] == sorted(plan.usd_per_hour for plan in priced)
     assert [plan.num_gpus for plan in unpriced] == sorted(plan.num_gpus for plan in unpriced)
-    for before, after in zip(plans, plans[1:], strict=False):
+    for before, after in pairwise(plans):
         if (before.usd_per_hour, before.num_gpus) == (after.usd_per_hour, after.num_gpus):
             assert (before.deployment.kv_cache_dtype, after.deployment.kv_cache_dtype) != ("fp8", "bfloat16")
             if before.deployment.kv_cache_dtype == after.deployment.kv_cache_dtype:
