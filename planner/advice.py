@@ -37,9 +37,7 @@ def examine(
     result = simulate(workload, system, options)
     warnings = [*memory.warnings, *workload.notes, *_evidence(result), *_saturation(result)]
     warnings += cliff_warning(workload, system, options, result)
-    warnings += _prefix_capacity(workload, deployment, memory, result)
-    if result.num_rejected:
-        warnings.append(f"{result.num_rejected} of {result.num_requests} prompts exceed max_model_len: rejected")
+    warnings += load_warnings(workload, deployment, memory, result)
     return result.model_copy(update={"warnings": tuple(warnings)})
 
 
@@ -86,6 +84,16 @@ def _saturation(result: SimulationResult) -> list[str]:
             "percentiles describe this trace's length, not a steady state"
         ]
     return []
+
+
+def load_warnings(
+    workload: Workload, deployment: Deployment, memory: MemoryReport, result: SimulationResult
+) -> list[str]:
+    """What the deployment could not do with this load: prompts it rejected, prefixes it could not keep."""
+    warnings = _prefix_capacity(workload, deployment, memory, result)
+    if result.num_rejected:
+        warnings.append(f"{result.num_rejected} of {result.num_requests} prompts exceed max_model_len: rejected")
+    return warnings
 
 
 def _prefix_capacity(

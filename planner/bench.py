@@ -38,6 +38,8 @@ def main() -> None:
     parser.add_argument("--one", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     try:
+        if arguments.repetitions < 1:
+            raise UserError(f"--repetitions must be at least 1, not {arguments.repetitions}")
         if arguments.one:
             print(json.dumps(_measure(json.loads(arguments.one))))
             return
@@ -65,8 +67,10 @@ def _run_all(arguments: argparse.Namespace) -> dict[str, Any]:
         results.append({**_anonymous(job), "median_wall_s": wall, **_derived(runs, wall), "repetitions": runs})
         print(f"  {_name(job)}: {wall:.2f} s", file=sys.stderr)
     shown = ["--trace", Path(arguments.trace).name] if arguments.trace else []
+    shown += ["--repetitions", str(arguments.repetitions), "--cores", str(arguments.cores)]
+    shown += ["--requests", *map(str, arguments.requests)]
     return {
-        "command": " ".join(["python -m planner.bench", *shown, f"--repetitions {arguments.repetitions}"]),
+        "command": " ".join(["python -m planner.bench", *shown]),
         "commit": _commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "environment": {

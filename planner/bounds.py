@@ -1,4 +1,4 @@
-"""What no number of replicas can improve, and how few of them could possibly do: found without simulating.
+"""What no number of replicas can improve, and about how many the load needs: found without simulating.
 
 A request that meets nobody else still has to be computed. Its time to first token is at least that of its own prefill
 steps, and its time per token at least that of a batch of one. If the SLO's percentile of these floors already exceeds
@@ -20,7 +20,7 @@ from planner.step_time import StepTime
 from planner.workload import Workload
 
 _GRID = 48
-# The demand below is an estimate from full batches; replicas are tried from a little under it.
+# Replicas are tried from a little under the estimate.
 _DEMAND_SLACK = 0.9
 
 
@@ -44,9 +44,10 @@ class Floors:
     """Lower bounds on one replica's latencies for the requests of a workload."""
 
     def __init__(self, workload: Workload, deployment: Deployment, step_time: StepTime, warmup_s: float) -> None:
-        measured = workload.arrival_s >= warmup_s
+        length = deployment.max_model_len or deployment.model.max_position_embeddings
+        measured = (workload.arrival_s >= warmup_s) & (workload.input_tokens < length)  # longer prompts are rejected
         self.input_tokens = workload.input_tokens[measured]
-        self.output_tokens = workload.output_tokens[measured]
+        self.output_tokens = np.minimum(workload.output_tokens[measured], length - self.input_tokens)
         self._step_time = step_time
         self._budget = deployment.max_num_batched_tokens
         self._tokens_per_step = deployment.num_speculative_tokens + 1
@@ -60,7 +61,9 @@ class Floors:
         seconds, context = 0.0, 0
         while context < num_tokens:
             chunk = min(self._budget, num_tokens - context)
-            seconds += self._step_time.predict(StepShape(prefills=[(chunk, context)]))
+            # Only the last chunk reaches the LM head.
+            sampled = int(context + chunk == num_tokens)
+            seconds += self._step_time.predict(StepShape(prefills=[(chunk, context)], num_sampled=sampled))
             context += chunk
         return seconds
 
@@ -76,6 +79,8 @@ class Floors:
 
     def violated(self, slo: SLO) -> Floor | None:
         """The term that an idle system misses, the worst if several; None if all could be met."""
+        if not self.input_tokens.size:
+            return None
         limits = slo.limits()
         prefill = self._from_below(self.prefill_s, self.input_tokens)
         token = self._from_below(self.token_s, self.input_tokens)
@@ -100,24 +105,29 @@ class Floors:
         return max(found, key=lambda floor: floor.at_least_ms / floor.limit_ms, default=None)
 
 
-def fewest_replicas(
+def busy_replicas(
     workload: Workload, deployment: Deployment, memory: MemoryReport, step_time: StepTime, warmup_s: float
 ) -> int:
-    """Replicas below which the load cannot be served at all, by the time of full prefill and full decode steps."""
+    """About how many replicas the load keeps busy while it arrives, by the time of full prefill and decode steps.
+
+    An estimate to start a search from, not a bound: a load may be served after its arrivals, and long chunks cost more
+    attention than short prompts.
+    """
     span_s = workload.duration_s - warmup_s
     if span_s <= 0:
         return 1
     measured = workload.arrival_s >= warmup_s
     prompt_tokens = float(workload.input_tokens[measured].sum())
     if deployment.enable_prefix_caching:
-        prompt_tokens *= 1 - workload.infinite_cache_hit_rate()
+        prompt_tokens *= 1 - workload.infinite_cache_hit_rate(memory.block_size)
     budget = deployment.max_num_batched_tokens
     prefill_s = prompt_tokens * step_time.predict(StepShape(prefills=[(budget, 0)])) / budget
     # A typical running request is half-way through its output.
     context = int((workload.input_tokens[measured] + workload.output_tokens[measured] / 2).mean())
     held = max(1, memory.num_kv_blocks * memory.block_size // max(context, 1))
     batch = max(1, min(deployment.max_num_seqs, held))
-    accepted = deployment.speculation.simulated().acceptance.mean_accepted() if deployment.speculation else 0.0
+    drafting = deployment.active_speculation
+    accepted = drafting.simulated().acceptance.mean_accepted() if drafting else 0.0
     full_step_s = step_time.predict(StepShape(decode_contexts=[context] * batch))
     decode_s = float(workload.output_tokens[measured].sum()) / (1 + accepted) / batch * full_step_s
     return max(1, math.ceil(_DEMAND_SLACK * max(prefill_s, decode_s) / span_s))

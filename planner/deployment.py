@@ -60,13 +60,18 @@ class Deployment:
         """Draft length k; 0 without speculation."""
         return self.speculation.num_speculative_tokens if self.speculation else 0
 
+    @property
+    def active_speculation(self) -> SpeculationConfig | None:
+        """The speculation that is really done: none where k is 0, not even a draft model in memory."""
+        return self.speculation if self.num_speculative_tokens else None
+
     def memory_settings(self) -> MemorySettings:
         """What the memory model needs of it.
 
         Raises:
             UserError: a setting out of its range.
         """
-        speculation = self.speculation
+        speculation = self.active_speculation
         return MemorySettings(
             tensor_parallel_size=self.tensor_parallel_size,
             max_model_len=self.max_model_len,
@@ -96,9 +101,10 @@ class Deployment:
         block_size = self.memory_settings().resolved_block_size
         tp = self.tensor_parallel_size
         target = RooflineStepTime(self.model, self.gpu, tp, self.kv_cache_dtype, block_size)
-        if self.speculation is None or self.speculation.draft_model is None:
+        speculation = self.active_speculation
+        if speculation is None or speculation.draft_model is None:
             return target
-        draft = RooflineStepTime(self.speculation.draft_model, self.gpu, tp, self.kv_cache_dtype, block_size)
+        draft = RooflineStepTime(speculation.draft_model, self.gpu, tp, self.kv_cache_dtype, block_size)
         return DraftedStepTime(target, draft, self.num_speculative_tokens)
 
     def router_for(self, workload: Workload) -> str:
@@ -125,14 +131,14 @@ class Deployment:
             raise UserError(memory.reason or "it does not fit")
         settings = self.memory_settings()
         layout = kv_layout(self.model, settings)
-        speculation = self.speculation.simulated() if self.speculation and self.num_speculative_tokens else None
+        speculation = self.active_speculation
         try:
             scheduler = SchedulerConfig(
                 max_num_batched_tokens=self.max_num_batched_tokens,
                 max_num_seqs=self.max_num_seqs,
                 max_model_len=memory.max_model_len,
                 enable_chunked_prefill=self.enable_chunked_prefill,
-                num_lookahead_tokens=self.speculation.num_lookahead_tokens if speculation else 0,
+                num_lookahead_tokens=speculation.num_lookahead_tokens if speculation else 0,
             )
             cache = KVCacheConfig(
                 # The null block is scratch memory on top of the pool.
@@ -143,7 +149,8 @@ class Deployment:
             )
         except ValueError as error:
             raise UserError(str(error)) from None
-        return System(scheduler, cache, self.step_time(), self.replicas, self.router_for(workload), speculation)
+        simulated = speculation.simulated() if speculation else None
+        return System(scheduler, cache, self.step_time(), self.replicas, self.router_for(workload), simulated)
 
 
 def length_for(workload: Workload, model: ModelSpec) -> int:
@@ -167,6 +174,10 @@ class PriceList:
     def __post_init__(self) -> None:
         if self.tier not in ("low", "typical", "high"):
             raise UserError(f"price tier is {self.tier!r}; it must be low, typical or high")
+        names = [name for name, _ in self.overrides]
+        for name in names:
+            if names.count(name) > 1:
+                raise UserError(f"the price of {name} is given {names.count(name)} times; give it once")
 
     def price(self, gpu: GpuSpec) -> Price | None:
         """The price of one GPU and hour; None where none is known.

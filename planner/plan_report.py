@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from planner.advice import load_warnings
 from planner.deployment import Deployment
 from planner.errors import UserError
 from planner.memory import MemoryReport
@@ -22,8 +23,8 @@ from planner.workload.workload import WorkloadSummary
 if TYPE_CHECKING:
     from planner.search import Explored, Question
 
-SCHEMA_VERSION = 1
-# Two plans whose SLO headroom differs by less are equally good in that respect.
+SCHEMA_VERSION: Literal[1] = 1
+# A finalist that meets the SLO on a smaller share of its loads is warned about.
 _ROBUST_SHARE = 0.9
 
 
@@ -99,8 +100,8 @@ class Rejection(_Record):
     max_num_seqs: int
     num_speculative_tokens: int
     cause: RejectionCause = Field(
-        description="memory: one request does not fit; floor: an idle replica misses the SLO; gpus: the GPU budget "
-        "cannot serve the load; slo: simulated, and missed with the whole GPU budget"
+        description="memory: one request does not fit; floor: an idle replica misses the SLO; gpus and slo: simulated, "
+        "and missed with the whole GPU budget, which for gpus is smaller than what the load keeps busy"
     )
     reason: str = Field(description="one sentence")
     term: str | None = Field(default=None, description="the SLO term, where the cause is floor")
@@ -148,7 +149,7 @@ class SearchEffort(_Record):
     num_engines: int = Field(description="combinations of GPU, TP, KV dtype, max_num_seqs and k")
     num_candidates: int = Field(description="engines times the replica counts that the GPU budget allows")
     num_engines_without_memory: int
-    num_engines_out_of_reach: int = Field(description="an idle replica misses the SLO, or the budget is too small")
+    num_engines_out_of_reach: int = Field(description="an idle replica already misses the SLO")
     num_engines_simulated: int
     num_simulations: int = Field(description="without those on resampled loads")
 
@@ -156,7 +157,7 @@ class SearchEffort(_Record):
 class PlanReport(_Record):
     """The answer of `memwall plan`."""
 
-    schema_version: int = SCHEMA_VERSION
+    schema_version: Literal[1] = SCHEMA_VERSION
     question: QuestionRecord
     evidence: Evidence = Field(description="what the step times rest on")
     step_time: str
@@ -203,7 +204,7 @@ def build_plan(question: Question, found: tuple[Deployment, SimulationResult], m
         pareto=False,
         num_kv_blocks=memory.num_kv_blocks,
         max_concurrency=memory.max_concurrency,
-        warnings=memory.warnings,
+        warnings=(*memory.warnings, *load_warnings(question.workload, deployment, memory, result)),
         result=result.model_copy(update={"timeline": ()}),
     )
     return RankedPlan(record, deployment)
@@ -277,24 +278,24 @@ def build_report(
     explored: list[Explored],
     plans: list[RankedPlan],
     finalists: list[RankedPlan],
-    runs: list[SimulationResult],
+    runs: list[SimulationResult | None],
 ) -> PlanReport:
     """Put everything together; `runs` are those of the first finalist, then of the second, and so on."""
     per_finalist = question.num_loads
     for place, finalist in enumerate(finalists):
-        mine = runs[place * per_finalist : (place + 1) * per_finalist]
+        mine = [run for run in runs[place * per_finalist : (place + 1) * per_finalist] if run is not None]
         finalist.record = _with_loads(question, finalist.record, mine)
     records = [plan.record for plan in plans]
     rejections = tuple(e.rejection for e in explored if e.rejection is not None)
-    step_time = explored[0].engine.step_time()
+    step_times = [e.engine.step_time() for e in explored]
     return PlanReport(
         question=_question_record(question, explored),
-        evidence=step_time.evidence,
-        step_time=records[0].result.step_time if records else step_time.description,
+        evidence=step_times[0].evidence,
+        step_time="; ".join(dict.fromkeys(step_time.description for step_time in step_times)),
         effort=_effort(explored),
         plans=tuple(records),
         rejections=rejections,
-        warnings=_warnings(question, records, step_time.evidence),
+        warnings=_warnings(question, records, step_times[0].evidence),
     )
 
 
@@ -320,7 +321,7 @@ def _with_loads(question: Question, record: Plan, runs: list[SimulationResult]) 
 def _effort(explored: list[Explored]) -> SearchEffort:
     causes = [e.rejection.cause for e in explored if e.rejection is not None]
     without_memory = causes.count(RejectionCause.MEMORY)
-    out_of_reach = causes.count(RejectionCause.FLOOR) + causes.count(RejectionCause.GPUS)
+    out_of_reach = causes.count(RejectionCause.FLOOR)
     return SearchEffort(
         num_engines=len(explored),
         num_candidates=sum(e.num_candidates for e in explored),

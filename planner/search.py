@@ -2,8 +2,9 @@
 
 The space is GPU type × tensor parallelism × KV precision × max_num_seqs × draft length, and for each of these
 engines the number of replicas. An engine is dropped without simulation if its memory does not hold one request, or if
-an idle replica already misses the SLO. For the others the fewest replicas that meet the SLO are found by simulation: up
-from a bound on the demand until the SLO is met, then by bisection, so that the plan passes and one replica less fails.
+an idle replica already misses the SLO. For the others replicas are tried by simulation: up from an estimate of the
+demand until the SLO is met, then by bisection, so that the plan passes and one replica less fails. (More replicas need
+not always be better: routing changes which requests meet. What is found is a point where one less fails.)
 The cheapest plans are simulated again on resampled loads, which says how much of the answer is this one trace.
 """
 
@@ -16,7 +17,7 @@ from itertools import product
 import joblib
 
 from planner.advice import cliff_warning
-from planner.bounds import Floor, Floors, fewest_replicas
+from planner.bounds import Floor, Floors, busy_replicas
 from planner.deployment import Deployment, PriceList
 from planner.errors import UserError
 from planner.hardware import GpuSpec
@@ -32,7 +33,7 @@ from planner.plan_report import (
     rank,
 )
 from planner.simulation import SLO, SimulationOptions, SimulationResult, SloLost, simulate
-from planner.simulation.simulator import warmup_seconds
+from planner.simulation.simulator import check_prompts, warmup_seconds
 from planner.speculation import SpeculationConfig
 from planner.workload import Workload
 
@@ -149,6 +150,12 @@ def plan(question: Question, n_jobs: int = -1, progress: Progress | None = None)
         UserError: for input that makes no engine possible, and for an SLO that no engine of the search could meet even
             without load.
     """
+    if n_jobs == 0 or n_jobs < -1:
+        raise UserError(f"--jobs is {n_jobs}; it must be at least 1, or -1 for one process per core")
+    replace(question.engine, max_num_seqs=1).memory_settings()  # refuse what no engine of the search could be
+    length = question.engine.max_model_len or question.model.max_position_embeddings
+    budget = None if question.engine.enable_chunked_prefill else question.engine.max_num_batched_tokens
+    check_prompts(question.workload, length, budget, question.reject_too_long)
     engines = list(engines_of(question))
     note = progress or (lambda done, total, what: None)
     explored = []
@@ -159,7 +166,7 @@ def plan(question: Question, n_jobs: int = -1, progress: Progress | None = None)
     plans = rank([build_plan(question, e.plan, e.memory) for e in explored if e.plan and e.memory])
     finalists = choose_finalists(plans, question.num_finalists)
     loads = [(question, finalist.deployment_used, seed) for finalist in finalists for seed in range(question.num_loads)]
-    runs: list[SimulationResult] = []
+    runs: list[SimulationResult | None] = []
     for run in _map(n_jobs, repeat, loads):
         runs.append(run)
         note(len(runs), len(loads), "resampled loads")
@@ -183,33 +190,52 @@ def engines_of(question: Question) -> Iterator[Deployment]:
     Raises:
         UserError: if the given tensor-parallel sizes suit none of the GPUs.
     """
-    found = False
-    complaint: UserError | None = None
+    budget = question.engine.max_num_batched_tokens
+    batch_limits = [seqs for seqs in question.max_num_seqs if seqs <= budget]
+    if not batch_limits:
+        raise UserError(
+            f"max_num_seqs ({min(question.max_num_seqs)}) must not exceed max_num_batched_tokens ({budget}): every "
+            f"running request needs a token of each step's budget"
+        )
+    for gpu, tp in _shapes(question):
+        for dtype, seqs, k in product(question.kv_cache_dtypes, batch_limits, question.draft_lengths):
+            yield replace(
+                question.engine,
+                gpu=gpu,
+                tensor_parallel_size=tp,
+                replicas=1,
+                kv_cache_dtype=dtype,
+                max_num_seqs=seqs,
+                speculation=question.speculation.with_k(k) if question.speculation else None,
+            )
+
+
+def _shapes(question: Question) -> list[tuple[GpuSpec, int]]:
+    """GPU types and tensor-parallel sizes that go together.
+
+    Raises:
+        UserError: if a size that was asked for, or every default one, suits none of the GPUs.
+    """
+    complaints: dict[int, UserError] = {}
+    shapes = []
     for gpu in question.gpus:
         for tp in question.tensor_parallel_sizes or DEFAULT_TENSOR_PARALLEL_SIZES:
             try:
                 validate_parallelism(question.model, gpu, tp)
             except UserError as error:
-                complaint = complaint or error
+                complaints.setdefault(tp, error)
                 continue
             if tp > question.total_gpus:
-                complaint = complaint or UserError(
+                complaints[tp] = UserError(
                     f"tensor_parallel_size {tp} needs {tp} GPUs, but --total-gpus is {question.total_gpus}"
                 )
                 continue
-            for dtype, seqs, k in product(question.kv_cache_dtypes, question.max_num_seqs, question.draft_lengths):
-                found = True
-                yield replace(
-                    question.engine,
-                    gpu=gpu,
-                    tensor_parallel_size=tp,
-                    replicas=1,
-                    kv_cache_dtype=dtype,
-                    max_num_seqs=seqs,
-                    speculation=question.speculation.with_k(k) if question.speculation else None,
-                )
-    if not found:
-        raise complaint or UserError("there is no engine to consider")
+            shapes.append((gpu, tp))
+    possible = {tp for _, tp in shapes}
+    for tp, complaint in complaints.items():
+        if tp not in possible and (question.tensor_parallel_sizes or not possible):
+            raise complaint
+    return shapes
 
 
 # ---- one engine ----------------------------------------------------------------------------------------------------
@@ -227,14 +253,8 @@ def explore(question: Question, engine: Deployment) -> Explored:
     floor = Floors(question.workload, engine, step_time, warmup_s).violated(question.slo)
     if floor is not None:
         return Explored(engine, most, rejection=_floor_rejection(question, engine, floor))
-    fewest = fewest_replicas(question.workload, engine, memory, step_time, warmup_s)
-    if fewest > most:
-        reason = (
-            f"serving the load at all takes at least {fewest} replicas ({fewest * engine.tensor_parallel_size} GPUs), "
-            f"but --total-gpus is {question.total_gpus}"
-        )
-        return Explored(engine, most, rejection=Rejection.of(question, engine, RejectionCause.GPUS, reason))
-    return _search_replicas(question, engine, memory, fewest, most)
+    busy = busy_replicas(question.workload, engine, memory, step_time, warmup_s)
+    return _search_replicas(question, engine, memory, busy, most)
 
 
 def _floor_rejection(question: Question, engine: Deployment, floor: Floor) -> Rejection:
@@ -246,7 +266,7 @@ def _floor_rejection(question: Question, engine: Deployment, floor: Floor) -> Re
     return Rejection.of(question, engine, cause, reason, term=floor.term, at_least_ms=floor.at_least_ms)
 
 
-def _search_replicas(question: Question, engine: Deployment, memory: MemoryReport, fewest: int, most: int) -> Explored:
+def _search_replicas(question: Question, engine: Deployment, memory: MemoryReport, busy: int, most: int) -> Explored:
     tried: dict[int, SimulationResult | str] = {}
 
     def passes(replicas: int) -> bool:
@@ -254,14 +274,20 @@ def _search_replicas(question: Question, engine: Deployment, memory: MemoryRepor
             tried[replicas] = _try(question, replace(engine, replicas=replicas), memory)
         return not isinstance(tried[replicas], str)
 
-    low, high = fewest - 1, fewest  # `low` fails or is below the bound; `high` is the next to try
+    high = min(busy, most)
+    low = high - 1  # fails, or is below the estimate; `high` is the next to try
     while not passes(high):
         if high == most:
-            reason = f"{tried[most]} even with {most} replicas ({most * engine.tensor_parallel_size} GPUs)"
-            rejection = Rejection.of(question, engine, RejectionCause.SLO, reason)
+            cause, reason = RejectionCause.SLO, f"{tried[most]} even with {_sized(engine, most)}"
+            if busy > most:
+                cause = RejectionCause.GPUS
+                reason = (
+                    f"{tried[most]} with {_sized(engine, most)}, and the load would keep about {busy} replicas busy"
+                )
+            rejection = Rejection.of(question, engine, cause, reason)
             return Explored(engine, most, len(tried), memory, rejection=rejection)
         low, high = high, min(most, high + max(1, round(_GROWTH * high)))
-    # The bound is an estimate, so what lies below it is tried too.
+    # What lies below the estimate is tried too.
     while high > 1 and low == high - 1 and low not in tried and passes(low):
         low, high = low - 1, low
     while high - low > 1:
@@ -275,6 +301,11 @@ def _search_replicas(question: Question, engine: Deployment, memory: MemoryRepor
     return Explored(engine, most, len(tried), memory, (replace(engine, replicas=high), result))
 
 
+def _sized(engine: Deployment, replicas: int) -> str:
+    gpus = replicas * engine.tensor_parallel_size
+    return f"{replicas} replica{'s' * (replicas > 1)} ({gpus} GPU{'s' * (gpus > 1)})"
+
+
 def _try(question: Question, deployment: Deployment, memory: MemoryReport) -> SimulationResult | str:
     """The simulation of a deployment, or why it misses the SLO."""
     options = replace(question.options(), stop_when_slo_is_lost=True)
@@ -284,6 +315,8 @@ def _try(question: Question, deployment: Deployment, memory: MemoryReport) -> Si
         return f"{lost.term} p{question.slo.percentile:g} exceeds {lost.limit_ms:g} ms"
     if result.slo_met:
         return result
+    if not result.num_measured:
+        return "no request could be measured: every prompt after the warm-up is rejected"
     for term, limit in question.slo.limits().items():
         metric = result.metric_ms(term)
         if metric is not None and metric.at_slo_percentile > limit:
@@ -291,10 +324,15 @@ def _try(question: Question, deployment: Deployment, memory: MemoryReport) -> Si
     return "the load saturates it"
 
 
-def repeat(question: Question, deployment: Deployment, seed: int) -> SimulationResult:
-    """A finalist on the given load (seed 0), with the cliff looked for, or on a resampled one."""
+def repeat(question: Question, deployment: Deployment, seed: int) -> SimulationResult | None:
+    """A finalist on the given load (seed 0), with the cliff looked for, or on a resampled one.
+
+    None if the resampled load happens to have no request that the deployment takes.
+    """
     memory = deployment.memory()
     workload = question.workload if seed == 0 else question.workload.resampled(question.seed + seed)
+    if not (workload.input_tokens < memory.max_model_len).any():
+        return None
     system = deployment.system(workload, memory)
     options = replace(question.options(), seed=question.seed + seed)
     if options.warmup_s is not None:

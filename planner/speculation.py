@@ -37,8 +37,10 @@ class SpeculationConfig:
     draft_name: str | None = None
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise unknown_name("speculative method", self.method, METHODS, f"it must be one of {', '.join(METHODS)}")
+        if not isinstance(self.method, str) or self.method not in METHODS:
+            raise unknown_name(
+                "speculative method", str(self.method), METHODS, f"it must be one of {', '.join(METHODS)}"
+            )
         k = self.num_speculative_tokens
         if isinstance(k, bool) or not isinstance(k, int) or not 0 <= k <= MAX_SPECULATIVE_TOKENS:
             raise UserError(f"num_speculative_tokens is {k!r}; it must be an integer, 0 to {MAX_SPECULATIVE_TOKENS}")
@@ -76,7 +78,7 @@ def parse_speculation(text: str, acceptance: AcceptanceProcess | None) -> Specul
     """
     try:
         config = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"--speculative-config is not JSON ({error}); write e.g. {_EXAMPLE}") from None
     if not isinstance(config, dict):
         raise UserError(f"--speculative-config must be a JSON object, e.g. {_EXAMPLE}")
@@ -132,5 +134,5 @@ class DraftedStepTime(StepTime):
         contexts = [context + 1 for context in step.decode_contexts]
         contexts += [context + query for query, context in step.verifies]
         contexts += [context + query for query, context in step.prefills]
-        later = self.draft.ticks(StepShape(decode_contexts=contexts)) * (self.num_speculative_tokens - 1)
+        later = self.draft.ticks(StepShape(decode_contexts=contexts)) * max(0, self.num_speculative_tokens - 1)
         return self.target.ticks(step) + first + later

@@ -151,7 +151,7 @@ def plan(
     engine = Deployment(
         model=spec,
         gpu=gpus[0],
-        max_model_len=max_model_len or length_for(load, spec),
+        max_model_len=length_for(load, spec) if max_model_len is None else max_model_len,
         max_num_batched_tokens=max_num_batched_tokens,
         block_size=block_size,
         gpu_memory_utilization=gpu_memory_utilization,
@@ -172,7 +172,7 @@ def plan(
         max_num_seqs=_numbers("--max-num-seqs", search.max_num_seqs, 1) or (),
         draft_lengths=_draft_lengths(search.draft_lengths, drafter.num_speculative_tokens if drafter else 0),
         speculation=drafter,
-        prices=_prices(search),
+        prices=_prices(search, [gpu.id for gpu in gpus]),
         seed=workload.seed,
         num_finalists=search.finalists,
         num_loads=search.loads,
@@ -238,7 +238,7 @@ def _draft_lengths(text: str | None, longest: int) -> tuple[int, ...]:
     return tuple(sorted({0, longest, *powers}))
 
 
-def _prices(search: SearchOptions) -> Any:
+def _prices(search: SearchOptions, systems: Sequence[str]) -> Any:
     import math
 
     from planner.catalog import load_gpu
@@ -254,6 +254,8 @@ def _prices(search: SearchOptions) -> Any:
         if not equals or not (math.isfinite(value) and value > 0):
             raise UserError(f"--price is {text!r}; write a GPU and USD per hour, e.g. h200_sxm=2.90")
         overrides.append((load_gpu(name.strip()).id, value))
+        if overrides[-1][0] not in systems:
+            raise UserError(f"--price is for {overrides[-1][0]}, which is not among --system {','.join(systems)}")
     return PriceList(search.price_tier, tuple(overrides))
 
 
@@ -290,7 +292,7 @@ def _table(report: PlanReport) -> str:
     slo = ", ".join(f"{name} ≤ {limit:g} ms" for name, limit in limits.items() if limit is not None)
     rate = f"{load.request_rate_per_s:.2f} requests/s" if load.request_rate_per_s else "all at once"
     head = [
-        f"{asked.model} · {load.name}: {load.num_requests:,} requests, {rate} · p{asked.percentile:g} {slo}",
+        paragraph(f"{asked.model} · {load.name}: {load.num_requests:,} requests, {rate} · p{asked.percentile:g} {slo}"),
         paragraph(f"step times: {report.step_time}"),
     ]
     if not report.plans:

@@ -44,7 +44,7 @@ class SloWatch:
 
     def __init__(self, slo: SLO, warmup_s: float, arrival_s: np.ndarray, output_tokens: np.ndarray) -> None:
         self._percentile = slo.percentile
-        self._limits = {name: limit * 1e-3 for name, limit in slo.limits().items()}
+        self._limits = slo.limits()
         self._warmup_ticks = warmup_s * TICKS_PER_SECOND
         measured = arrival_s >= warmup_s
         self._has_tpot = output_tokens > 1
@@ -69,12 +69,14 @@ class SloWatch:
         if "e2el" in self._limits:
             self._judge("e2el", (now - request.arrival) / TICKS_PER_SECOND, request, now)
         if "tpot" in self._limits and request.num_output_tokens > 1:
-            seconds = (now - request.first_token) / TICKS_PER_SECOND / (request.num_output_tokens - 1)
-            self._judge("tpot", seconds, request, now)
+            # To the last bit as `metrics` computes it.
+            e2el_s = (now - request.arrival) / TICKS_PER_SECOND
+            ttft_s = (request.first_token - request.arrival) / TICKS_PER_SECOND
+            self._judge("tpot", (e2el_s - ttft_s) / (request.num_output_tokens - 1), request, now)
 
     def _judge(self, term: str, seconds: float, request: SimulatedRequest, now: int) -> None:
-        limit = self._limits[term]
-        if seconds <= limit or request.arrival < self._warmup_ticks:
+        limit_ms = self._limits[term]
+        if seconds * 1e3 <= limit_ms or request.arrival < self._warmup_ticks:
             return
         self._missed[term].add(request.index)
         # The percentile interpolates between the order statistics around rank; both are beyond the limit once this
@@ -83,7 +85,7 @@ class SloWatch:
         rank = math.floor(self._percentile / 100 * (count - 1))
         misses = len(self._missed[term])
         if misses >= count - rank:
-            raise SloLost(term, limit * 1e3, misses, count, now / TICKS_PER_SECOND)
+            raise SloLost(term, limit_ms, misses, count, now / TICKS_PER_SECOND)
 
 
 class RequestLog:

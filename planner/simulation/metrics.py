@@ -254,7 +254,7 @@ def _meets(slo: SLO, ttft_s: np.ndarray, e2el_s: np.ndarray, output_tokens: np.n
     if "ttft" in limits:
         good &= ttft_s * 1e3 <= limits["ttft"]
     if "tpot" in limits:
-        good &= (e2el_s - ttft_s) * 1e3 <= limits["tpot"] * (output_tokens - 1)
+        good &= (e2el_s - ttft_s) / np.maximum(output_tokens - 1, 1) * 1e3 <= limits["tpot"]
     if "e2el" in limits:
         good &= e2el_s * 1e3 <= limits["e2el"]
     return good

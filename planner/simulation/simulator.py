@@ -96,7 +96,9 @@ def simulate(workload: Workload, system: System, options: SimulationOptions | No
     """
     options = options or SimulationOptions()
     warmup_s = warmup_seconds(workload, options)
-    _check_prompts(workload, system.scheduler, options.reject_too_long)
+    limits = system.scheduler
+    budget = None if limits.enable_chunked_prefill else limits.max_num_batched_tokens
+    check_prompts(workload, limits.max_model_len, budget, options.reject_too_long)
     env = simpy.Environment(initial_time=0)
     watch = None
     if options.stop_when_slo_is_lost and options.slo.limits():
@@ -169,8 +171,17 @@ def _arrivals(
             Timer(env, delay, ABORT, lambda _, replica=replica, request=request: replica.abort(request))
 
 
-def _check_prompts(workload: Workload, scheduler: SchedulerConfig, reject: bool) -> None:
-    max_model_len, budget = scheduler.max_model_len, scheduler.max_num_batched_tokens
+def check_prompts(workload: Workload, max_model_len: int, unchunked_budget: int | None, reject: bool) -> None:
+    """Refuse a workload whose prompts an engine could not take.
+
+    Args:
+        max_model_len: longest sequence.
+        unchunked_budget: the token budget of a step, where prompts must be computed in one; None with chunked prefill.
+        reject: prompts beyond max_model_len will be rejected one by one, so they are no reason to refuse.
+
+    Raises:
+        UserError: naming the first prompt that is too long, or if none would be left.
+    """
     too_long = np.flatnonzero(workload.input_tokens >= max_model_len)
     if too_long.size and not reject:
         i = int(too_long[0])
@@ -181,12 +192,15 @@ def _check_prompts(workload: Workload, scheduler: SchedulerConfig, reject: bool)
         )
     if too_long.size == len(workload):
         raise UserError(f"{workload.name}: every prompt exceeds max_model_len {max_model_len}; raise --max-model-len")
-    over = np.flatnonzero((workload.input_tokens > budget) & (workload.input_tokens < max_model_len))
-    if over.size and not scheduler.enable_chunked_prefill:
+    if unchunked_budget is None:
+        return
+    over = np.flatnonzero((workload.input_tokens > unchunked_budget) & (workload.input_tokens < max_model_len))
+    if over.size:
         i = int(over[0])
         raise UserError(
             f"{workload.name}: request {i + 1} of {len(workload)} has a prompt of {workload.input_tokens[i]} tokens, "
-            f"more than max_num_batched_tokens {budget}; turn chunked prefill on or raise --max-num-batched-tokens"
+            f"more than max_num_batched_tokens {unchunked_budget}; turn chunked prefill on, or raise the budget with "
+            f"--max-num-batched-tokens"
         )
 
 

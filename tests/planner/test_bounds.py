@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from engine.scheduling import StepShape
-from planner.bounds import Floor, Floors, fewest_replicas
+from planner.bounds import Floor, Floors, busy_replicas
 from planner.catalog import load_gpu, load_model
 from planner.deployment import Deployment
 from planner.simulation import SLO, AcceptanceProcess, SimulationOptions, Verdict, simulate
@@ -154,7 +154,7 @@ STABLE = SLO(ttft_ms=1e9)
 
 
 def demand(workload: Workload, used: Deployment) -> int:
-    return fewest_replicas(workload, used, used.memory(), used.step_time(), 0.05 * workload.duration_s)
+    return busy_replicas(workload, used, used.memory(), used.step_time(), 0.05 * workload.duration_s)
 
 
 def serving(workload: Workload, used: Deployment, most: int = 6) -> int:

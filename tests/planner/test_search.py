@@ -123,7 +123,7 @@ def test_every_engine_is_answered_once():
     assert sorted(answered) == sorted(brute_force())
 
 
-def test_plans_have_the_fewest_replicas_that_pass():
+def test_plans_have_the_busy_replicas_that_pass():
     assert len(report().plans) >= 6
     counts = set()
     for plan in report().plans:
@@ -314,8 +314,8 @@ def test_rejected_for_the_gpu_budget():
     """100 prompts of 4,000 tokens a second are 6.4 PFLOP/s and more, and one h100 does not do 1."""
     asked = ask(poisson(100, 600, isl=4000, osl=2), SLO(ttft_ms=1e6), total_gpus=2)
     rejection = only(asked, RejectionCause.GPUS)
-    assert rejection.reason.startswith("serving the load at all takes at least ")
-    assert rejection.reason.endswith(" GPUs), but --total-gpus is 2")
+    assert "with 2 replicas (2 GPUs), and the load would keep about " in rejection.reason
+    assert rejection.reason.endswith(" replicas busy")
     assert not any(simulated(asked, replicas=n).slo_met for n in (1, 2))
 
 
@@ -453,6 +453,14 @@ def test_rejected_prompts_are_warned_about():
     report = plan(asked)
     said = "\n".join([*report.warnings, *report.plans[0].warnings])
     assert "20 of 40 prompts exceed max_model_len" in said
+
+
+def test_a_resampled_load_of_rejected_prompts_only_does_not_end_the_search():
+    """Two short prompts among thirty: some bootstrap draws neither."""
+    workload = load(np.arange(30) * 60.0, [100] * 2 + [3000] * 28, [20] * 30)
+    asked = ask(workload, SLO(ttft_ms=500), engine={"max_model_len": 1024}, reject_too_long=True, warmup_s=0.0)
+    (found,) = plan(replace(asked, num_finalists=1, num_loads=40)).plans
+    assert found.loads.of <= 40
 
 
 # ---- determinism, and the report on disk ---------------------------------------------------------------------------
