@@ -195,21 +195,22 @@ def _processor() -> str:
 
 
 def _print_table(record: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
+    from planner.commands.tables import columns
 
-    table = Table(title="planner speed, median")
-    for column in ("what", "wall s", "× real time", "requests/s", "peak MiB"):
-        table.add_column(column, justify="left" if column == "what" else "right")
-    for result in record["results"]:
-        table.add_row(
+    def figure(result: dict[str, Any], name: str) -> str:
+        return f"{result[name]:,.0f}" if name in result else "-"
+
+    rows = [
+        [
             _name(result),
             f"{result['median_wall_s']:.2f}",
-            f"{result['times_real_time']:,.0f}" if "times_real_time" in result else "",
-            f"{result['requests_per_s']:,.0f}" if "requests_per_s" in result else "",
-            f"{result['median_peak_memory_mib']:,.0f}" if "median_peak_memory_mib" in result else "",
-        )
-    Console().print(table)
+            figure(result, "times_real_time"),
+            figure(result, "requests_per_s"),
+            figure(result, "median_peak_memory_mib"),
+        ]
+        for result in record["results"]
+    ]
+    print(columns(["median of the repetitions", "wall s", "× real time", "requests/s", "peak MiB"], rows))
 
 
 if __name__ == "__main__":

@@ -214,7 +214,7 @@ def test_effort_counts(monkeypatch):
     assert effort.num_engines == engines == len(GPUS) * len(SIZES) * len(DTYPES) * len(SEQS)
     assert effort.num_candidates == engines // 2 * (TOTAL + TOTAL // 2)
     assert effort.num_engines_without_memory == causes.count(RejectionCause.MEMORY)
-    out_of_reach = causes.count(RejectionCause.FLOOR) + causes.count(RejectionCause.GPUS)
+    out_of_reach = causes.count(RejectionCause.FLOOR)
     assert effort.num_engines_out_of_reach == out_of_reach
     assert effort.num_engines_simulated == engines - out_of_reach - effort.num_engines_without_memory
     assert effort.num_simulations == len(ran)
