@@ -98,7 +98,7 @@ class RooflineStepTime(StepTime):
         self._windows = sorted(layers.items())
         self._full_token_ticks = self._kv_token_ticks(self._full_layers, 1)
         self._window_token_ticks = [(window, self._kv_token_ticks(count, 1)) for window, count in self._windows]
-        # By query length: ticks per cached token in the full layers, and (reach, ticks) of each window.
+        self._verify_base_ticks: dict[tuple[int, int, int], int] = {}
         self._verify_rates: dict[int, tuple[int, list[tuple[int, int]]]] = {}
         self._decode_base_ticks: dict[int, int] = {}
         self._host_s = a.step_s + a.layer_s * model.num_layers
@@ -117,14 +117,16 @@ class RooflineStepTime(StepTime):
             return self._decode_base(len(contexts)) + self._decode_attention_ticks(contexts)
         num_tokens = len(contexts)
         attention_ticks = self._decode_attention_ticks(contexts)
-        for query, context in step.verifies:
-            num_tokens += query
-            attention_ticks += self._verify_attention_ticks(query, context)
+        if step.verifies:
+            num_tokens += sum([query for query, _ in step.verifies])
+            attention_ticks += self._verify_attention_ticks(step.verifies)
+        if not step.prefills:
+            return attention_ticks + self._verify_base(num_tokens, step.num_requests, step.num_sampled)
         seconds = 0.0
         for query, context in step.prefills:
             num_tokens += query
             seconds += self._prefill_attention_s(query, context)
-        seconds += self._base_s(num_tokens, step.num_requests, step.num_sampled, bool(step.prefills))
+        seconds += self._base_s(num_tokens, step.num_requests, step.num_sampled, has_prefill=True)
         return attention_ticks + to_ticks(seconds, step)
 
     def decode_run(self, contexts: list[int], steps: int) -> DecodeRun:
@@ -166,17 +168,25 @@ class RooflineStepTime(StepTime):
             ticks += token_ticks * sum([context + 1 if context + 1 < window else window for context in contexts])
         return ticks
 
-    def _verify_attention_ticks(self, query: int, context: int) -> int:
-        rates = self._verify_rates.get(query)
-        if rates is None:
-            windows = [(window + query - 1, self._kv_token_ticks(count, query)) for window, count in self._windows]
-            rates = self._verify_rates[query] = (self._kv_token_ticks(self._full_layers, query), windows)
-        full_ticks, windows = rates
-        keys = context + query
-        ticks = full_ticks * keys
-        for reach, token_ticks in windows:
-            ticks += token_ticks * min(keys, reach)
+    def _verify_attention_ticks(self, verifies: list[tuple[int, int]]) -> int:
+        keys: dict[int, list[int]] = {}
+        for query, context in verifies:
+            keys.setdefault(query, []).append(context + query)
+        ticks = 0
+        for query, lengths in keys.items():
+            full_ticks, windows = self._verify_rate(query)
+            ticks += full_ticks * sum(lengths)
+            for reach, token_ticks in windows:
+                ticks += token_ticks * sum([min(length, reach) for length in lengths])
         return ticks
+
+    def _verify_rate(self, query: int) -> tuple[int, list[tuple[int, int]]]:
+        """Ticks per cached token in the full layers, and (keys in reach, ticks) of each window, for a query length."""
+        rate = self._verify_rates.get(query)
+        if rate is None:
+            windows = [(window + query - 1, self._kv_token_ticks(count, query)) for window, count in self._windows]
+            rate = self._verify_rates[query] = (self._kv_token_ticks(self._full_layers, query), windows)
+        return rate
 
     def _prefill_attention_s(self, query: int, context: int) -> float:
         pairs = attended_pairs(query, context, None)
@@ -195,6 +205,15 @@ class RooflineStepTime(StepTime):
         if ticks is None:
             seconds = self._base_s(batch, batch, batch, has_prefill=False)
             self._decode_base_ticks[batch] = ticks = to_ticks(seconds, f"{batch} decodes")
+        return ticks
+
+    def _verify_base(self, num_tokens: int, num_requests: int, num_sampled: int) -> int:
+        """The same for a step with verifications."""
+        key = (num_tokens, num_requests, num_sampled)
+        ticks = self._verify_base_ticks.get(key)
+        if ticks is None:
+            seconds = self._base_s(num_tokens, num_requests, num_sampled, has_prefill=False)
+            self._verify_base_ticks[key] = ticks = to_ticks(seconds, f"a verification of {num_tokens} tokens")
         return ticks
 
     def _base_s(self, num_tokens: int, num_requests: int, num_sampled: int, has_prefill: bool) -> float:

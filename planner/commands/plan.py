@@ -411,8 +411,10 @@ def _rejections(rejections: Sequence[Rejection]) -> list[str]:
 
 
 def _effort(report: PlanReport) -> str:
+    from planner.commands.tables import paragraph
+
     e = report.effort
-    return (
+    return paragraph(
         f"searched {e.num_candidates:,} candidates ({e.num_engines} engines): {e.num_engines_without_memory} engines "
         f"lack memory, {e.num_engines_out_of_reach} out of reach by bound, {e.num_engines_simulated} simulated in "
         f"{e.num_simulations} runs"

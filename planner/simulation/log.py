@@ -169,8 +169,8 @@ class ReplicaLog:
     def decoded(self, first: int, increment: int, steps: int, batch: int) -> None:
         self.runs.extend((first, increment, steps, batch))
 
-    def verified(self, drafted: int, accepted: int) -> None:
-        self.num_rounds += 1
+    def verified(self, rounds: int, drafted: int, accepted: int) -> None:
+        self.num_rounds += rounds
         self.num_drafted += drafted
         self.num_accepted += accepted
 

@@ -251,15 +251,22 @@ class Replica:
         scheduler, now, k = self.scheduler, self.env.now, self.num_speculative_tokens
         num_sampled = []
         for request, (query, _) in zip(step.verify_requests, step.shape.verifies, strict=True):
-            accepted = min(request.accepted[request.round], query - 1)
+            accepted = request.accepted[request.round]
             request.round += 1
-            num_sampled.append(accepted + 1)
-            self.log.verified(query - 1, accepted)
+            num_sampled.append(accepted + 1 if accepted < query else query)
+        if num_sampled:
+            rounds = len(num_sampled)
+            self.log.verified(rounds, sum([q for q, _ in step.shape.verifies]) - rounds, sum(num_sampled) - rounds)
         finished = scheduler.update(step, num_sampled)
+        # Nearly all of them sampled at the end of the previous step too, and see the same gap.
+        gaps: dict[int, int] = {}
         for request in step.decode_requests + step.verify_requests:
             if request.status is not RequestStatus.ABORTED:
-                self.log.decoded(min(now - request.last_token, MAX_GAP), 0, 1, 1)
+                gap = now - request.last_token
+                gaps[gap] = gaps.get(gap, 0) + 1
                 request.last_token = now
+        for gap, batch in gaps.items():
+            self.log.decoded(min(gap, MAX_GAP), 0, 1, batch)
         for request in step.requests():
             if request.status is RequestStatus.RUNNING:
                 scheduler.set_drafts(request, k)
