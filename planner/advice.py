@@ -49,7 +49,7 @@ def cliff_warning(
         return []
     blocks = system.cache.num_blocks
     fewer = blocks - round(KNEE_SHARE * blocks)
-    needed = system.cache.max_pages(system.scheduler.max_model_len, system.scheduler.max_num_batched_tokens)
+    needed = system.cache.max_pages(system.scheduler.max_model_len, system.scheduler.max_step_tokens)
     if fewer <= needed:
         return [
             f"the KV pool is {result.kv_usage_peak:.0%} full at its peak, and with {KNEE_SHARE:.0%} fewer blocks it "
@@ -91,6 +91,13 @@ def load_warnings(
 ) -> list[str]:
     """What the deployment could not do with this load: prompts it rejected, prefixes it could not keep."""
     warnings = _prefix_capacity(workload, deployment, memory, result)
+    length = memory.max_model_len
+    cut = int(((workload.input_tokens < length) & (workload.input_tokens + workload.output_tokens > length)).sum())
+    if cut:
+        warnings.append(
+            f"{cut} of {result.num_requests} requests reach max_model_len {length} before the end of their output, "
+            f"which is cut there"
+        )
     if result.num_rejected:
         warnings.append(f"{result.num_rejected} of {result.num_requests} prompts exceed max_model_len: rejected")
     return warnings

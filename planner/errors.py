@@ -22,6 +22,9 @@ def unknown_name(kind: str, name: str, known: Iterable[str], where_to_look: str)
         known: the names that exist.
         where_to_look: the command or file that lists them.
     """
-    nearest = difflib.get_close_matches(name.lower(), list(known), n=1, cutoff=0.3)
+    wanted, names = name.lower(), list(known)
+    # What the name begins, e.g. h200 of h200_sxm, before what it resembles.
+    nearest = [each for each in names if wanted and each.startswith(wanted)]
+    nearest = nearest or difflib.get_close_matches(wanted, names, n=1, cutoff=0.3)
     hint = f"did you mean {nearest[0]!r}? " if nearest else ""
     return UserError(f"unknown {kind} {name!r}: {hint}{where_to_look}")

@@ -87,7 +87,7 @@ def vllm_flags(deployment: DeploymentRecord) -> list[tuple[str, ...]]:
         ("--max-model-len", str(deployment.max_model_len)),
         ("--gpu-memory-utilization", f"{deployment.gpu_memory_utilization:g}"),
         ("--kv-cache-dtype", kv_dtype),
-        ("--block-size", str(deployment.block_size)),
+        ("--block-size", str(_block_size(deployment.block_size))),
         ("--max-num-seqs", str(deployment.max_num_seqs)),
         ("--max-num-batched-tokens", str(deployment.max_num_batched_tokens)),
         (_switch("enable-prefix-caching", deployment.enable_prefix_caching),),
@@ -135,3 +135,14 @@ def _remarks(plan: Plan) -> list[str]:
     if deployment.hf_repo is None:
         remarks.append("The plan was made from a config.json: replace the model's name by where its weights are.")
     return remarks
+
+
+def _block_size(tokens: int) -> int:
+    """vLLM's kernels take powers of two.
+
+    Raises:
+        UserError: for any other block size.
+    """
+    if tokens & (tokens - 1):
+        raise UserError(f"block_size is {tokens}; vLLM takes powers of two, so plan with --block-size 16")
+    return tokens

@@ -45,6 +45,9 @@ _LOW_BIT_BLOCK_SIZES = (32, 64, 128)
 _LARGEST_BLOCK_SIZE = 1024
 _MAX_UTILIZATION_ADVISED = 0.95
 _POLICIES = ("hybrid", "unified")
+# Beyond these a number is a slip of the hand. A simulated pool keeps a few words per block.
+_LARGEST_INTEGER = 1 << 62
+_MAXIMA = {"num_gpu_blocks": 1 << 24}
 
 
 class KVCacheDtype(StrEnum):
@@ -167,8 +170,11 @@ class MemorySettings:
 
 
 def _require_integer(name: str, value: object, minimum: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value <= 1 << 62:
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
         raise UserError(f"{name} is {value!r}; it must be a whole number of at least {minimum}")
+    maximum = _MAXIMA.get(name, _LARGEST_INTEGER)
+    if value > maximum:
+        raise UserError(f"{name} is {value}; it must be at most {maximum}")
 
 
 def _require_number(name: str, value: object, maximum: float, requirement: str) -> None:
@@ -298,10 +304,11 @@ class KVLayout:
     def blocks_per_sequence(self, num_tokens: int) -> int:
         """Blocks of a sequence while its last prefill chunk is written: the number to reserve, and vLLM's notion.
 
-        A full group holds every token; a sliding group holds the window before the chunk and the chunk, which start
-        anywhere in a block, hence the extra one.
+        A full group holds every token; a sliding group holds the window before the chunk, the chunk and the slots that
+        speculation may write beyond it, which start anywhere in a block, hence the extra one. The scheduler's
+        `KVCacheConfig.max_pages` counts the same.
         """
-        return self._blocks(num_tokens, min(self.chunk_tokens, num_tokens))
+        return self._blocks(num_tokens, self.chunk_tokens + self.lookahead_tokens)
 
     def blocks_per_decoding_sequence(self, num_tokens: int) -> int:
         """Blocks of a sequence in steady decode, where sliding groups have let go of what left the window.
@@ -700,13 +707,14 @@ def _reason(
     )
     if budget.weights > budget.usable:
         return (
-            f"the weights of {model.name} need {_gib(budget.weights)} per GPU at tensor parallel "
+            f"the weights of {_weights_of(model, settings)} need {_gib(budget.weights)} per GPU at tensor parallel "
             f"{settings.tensor_parallel_size}, more than the {offered}"
         )
     if budget.available == 0:
         return (
-            f"the weights of {model.name} ({_gib(budget.weights)} per GPU) and the engine's own memory "
-            f"({_gib(budget.fixed - budget.weights)}) take all of the {offered}, and leave nothing for the KV cache"
+            f"the weights of {_weights_of(model, settings)} ({_gib(budget.weights)} per GPU) and the engine's own "
+            f"memory ({_gib(budget.fixed - budget.weights)}) take all of the {offered}, and leave nothing for the KV "
+            f"cache"
         )
     length = settings.resolved_max_model_len(model)
     needed = concurrency * layout.blocks_per_sequence(length) * layout.block_bytes
@@ -800,3 +808,8 @@ def _gib(num_bytes: int) -> str:
 
 def _ceil_div(numerator: int, denominator: int) -> int:
     return -(-numerator // denominator)
+
+
+def _weights_of(model: ModelSpec, settings: MemorySettings) -> str:
+    draft = settings.draft_model
+    return f"{model.name} and its draft {draft.name}" if draft else model.name

@@ -261,16 +261,16 @@ def choose_finalists(plans: list[RankedPlan], count: int) -> list[RankedPlan]:
 
 
 def _dominates(a: Plan, b: Plan) -> bool:
-    """Whether plan a is at least as good on both axes, and better on one."""
-    at_least = (
-        a.output_tokens_per_s_per_gpu >= b.output_tokens_per_s_per_gpu
-        and a.tokens_per_s_per_user >= b.tokens_per_s_per_user
-    )
-    better = (
-        a.output_tokens_per_s_per_gpu > b.output_tokens_per_s_per_gpu
-        or a.tokens_per_s_per_user > b.tokens_per_s_per_user
-    )
-    return at_least and better
+    """Whether plan a is at least as good on both axes, and better on one, to three digits.
+
+    Plans of one GPU count serve the same load: their tokens/s differ by when the last request happens to end.
+    """
+
+    def axes(plan: Plan) -> tuple[float, float]:
+        return float(f"{plan.output_tokens_per_s_per_gpu:.3g}"), float(f"{plan.tokens_per_s_per_user:.3g}")
+
+    of_a, of_b = axes(a), axes(b)
+    return of_a != of_b and of_a[0] >= of_b[0] and of_a[1] >= of_b[1]
 
 
 def build_report(
@@ -308,7 +308,9 @@ def _with_loads(question: Question, record: Plan, runs: list[SimulationResult]) 
         terms.append(term.model_copy(update={"range_ms": spread}))
     warnings = [*record.warnings, *runs[0].warnings]
     if met < _ROBUST_SHARE * len(runs):
-        warnings.append(f"the SLO holds on {met} of {len(runs)} resampled loads: one more replica would make it safer")
+        warnings.append(
+            f"the SLO holds on {met} of {len(runs)} loads, the given one and resamples: one more replica would be safer"
+        )
     update = {
         "terms": tuple(terms),
         "loads": Loads(met=met, of=len(runs)),

@@ -6,9 +6,11 @@ import os
 import pytest
 from hypothesis import settings
 
-# Deadlines fail on a busy machine, not on a bug. In CI the same commit gives the same examples.
-settings.register_profile("ci", deadline=None, derandomize=bool(os.environ.get("CI")))
-settings.load_profile("ci")
+# Deadlines fail on a busy machine, not on a bug. The same commit gives the same examples everywhere;
+# HYPOTHESIS_PROFILE=explore looks for new ones.
+settings.register_profile("default", deadline=None, derandomize=True)
+settings.register_profile("explore", deadline=None, derandomize=False, max_examples=1000)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
 def has_cuda() -> bool:

@@ -58,6 +58,11 @@ class SchedulerConfig:
                 f"({self.max_num_batched_tokens}): every running request needs a token of each step's budget"
             )
 
+    @property
+    def max_step_tokens(self) -> int:
+        """Slots that one request can claim in a step: a sliding window has to hold them on top of itself."""
+        return self.max_num_batched_tokens + self.num_lookahead_tokens
+
 
 class Scheduler:
     """Owns the waiting and running requests and their pages.
@@ -88,9 +93,7 @@ class Scheduler:
         self._drains = False
         # True while the head of the queue is known not to fit; cleared by whatever could change that.
         self._head_is_blocked = False
-        # What one request can claim in a step: a sliding window has to hold it on top of itself.
-        self._max_step_tokens = config.max_num_batched_tokens + config.num_lookahead_tokens
-        needed = cache.max_pages(config.max_model_len, self._max_step_tokens)
+        needed = cache.max_pages(config.max_model_len, config.max_step_tokens)
         if needed > self.kv.pool.num_free:
             raise ValueError(
                 f"one request of max_model_len {config.max_model_len} tokens needs {needed} KV blocks of "
@@ -253,7 +256,7 @@ class Scheduler:
                 if not config.enable_chunked_prefill and budget < config.max_num_batched_tokens:
                     break
                 count = budget
-            if not kv.can_hold_whole(request, tables, self._max_step_tokens):
+            if not kv.can_hold_whole(request, tables, config.max_step_tokens):
                 self._head_is_blocked = True
                 break
             kv.adopt_prefix(request, cached, tables)
@@ -497,6 +500,7 @@ class Scheduler:
             request.num_tokens += steps
             request.num_output_tokens = output = request.num_output_tokens + steps
             if output >= request.max_output_tokens:
+                assert output == request.max_output_tokens, f"advance({steps}) goes beyond steady_steps()"
                 request.status = RequestStatus.FINISHED_LENGTH
                 finished.append(request)
         if finished:

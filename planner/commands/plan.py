@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 
 _SEARCH = "Search"
 _SHOWN_PLANS = 10
+_SEQS_COLUMN = 5
 _Value = TypeVar("_Value")
 
 
@@ -297,16 +298,19 @@ def _table(report: PlanReport) -> str:
     ]
     if not report.plans:
         return page(head, verdict(False, "no feasible plan"), _rejections(report.rejections), warnings(report.warnings))
-    shown = report.plans[:_SHOWN_PLANS]
-    table = columns(_header(report), [_row(plan) for plan in shown], left=2)
-    more = len(report.plans) - len(shown)
-    notes = ["$/1M: input and output tokens at this load. * on the Pareto front of tok/s/GPU and tok/s/user."]
-    if more:
-        notes.append(f"{more} more feasible plans: --output json has them all.")
+    rows = _folded(report.plans)
+    table = columns(
+        _header(report), [row for place, row in enumerate(rows) if place < _SHOWN_PLANS or "*" in row[0]], left=2
+    )
+    notes = [
+        "$/1M: input and output tokens at this load. * on the Pareto front of tok/s/GPU and tok/s/user.",
+        f"{len(report.plans)} feasible plans in all; those that differ in nothing but seqs share a row; --output json "
+        f"has each of them.",
+    ]
     return page(
         head,
         table,
-        "\n".join(notes),
+        [paragraph(note) for note in notes],
         _winner(report.plans[0]),
         _rejections(report.rejections),
         _effort(report),
@@ -331,6 +335,18 @@ def _header(report: PlanReport) -> list[str]:
         "tok/s/user",
         "loads",
     ]
+
+
+def _folded(plans: Sequence[Plan]) -> list[list[str]]:
+    """A row for each plan, those that read the same but for the batch limit in one."""
+    rows: dict[tuple[str, ...], list[str]] = {}
+    for plan in plans:
+        row = _row(plan)
+        same = rows.setdefault((*row[1:_SEQS_COLUMN], *row[_SEQS_COLUMN + 1 : -1]), row)
+        if same is not row:
+            same[_SEQS_COLUMN] += f",{row[_SEQS_COLUMN]}"
+            same[0] += "*" if "*" in row[0] and "*" not in same[0] else ""
+    return list(rows.values())
 
 
 def _row(plan: Plan) -> list[str]:
@@ -370,7 +386,10 @@ def _winner(plan: Plan) -> list[str]:
             low, high = milliseconds(term.range_ms.low), milliseconds(term.range_ms.high)
             text += f"; {low} to {high} ms over resampled loads"
         rows.append(
-            (f"{term.term.upper()} p{term.percentile:g}", text + (", binds" if term.term == plan.binding_term else ""))
+            (
+                f"{term.term.upper()} p{term.percentile:g}",
+                text + (", the nearest limit" if term.term == plan.binding_term else ""),
+            )
         )
     if plan.loads:
         rows.append(("SLO held", f"on {plan.loads.met} of {plan.loads.of} loads ({plan.loads.method})"))
@@ -382,7 +401,8 @@ def _winner(plan: Plan) -> list[str]:
         )
     )
     if plan.usd_per_gpu_hour is not None:
-        dated = f", {plan.price_date}" if plan.price_date else ""
+        known = plan.price_date is None or plan.price_date in (plan.price_source or "")
+        dated = f", {plan.price_date}" if plan.price_date and not known else ""
         rows.append(("price", f"${plan.usd_per_gpu_hour:.2f} per GPU hour ({plan.price_source}{dated})"))
     name = (
         f"plan 1: {plan.num_gpus} × {used.system} as {used.replicas} "

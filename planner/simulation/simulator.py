@@ -19,6 +19,7 @@ from planner.simulation.router import make_router
 from planner.simulation.slo import SLO
 from planner.step_time import TICKS_PER_SECOND, StepTime
 from planner.workload import Workload
+from planner.workload.workload import MAX_DURATION_S
 
 # Random streams, one for each purpose: turning one knob does not disturb the others.
 _ACCEPTANCE_STREAM = 0
@@ -219,6 +220,10 @@ def _timeouts(timeout_s: float | Sequence[float] | None, count: int) -> list[flo
     timeouts = np.broadcast_to(given, count)
     if np.isnan(timeouts).any() or (timeouts <= 0).any():
         raise UserError("a client timeout must be a positive number of seconds")
+    if (timeouts[np.isfinite(timeouts)] > MAX_DURATION_S).any():
+        raise UserError(
+            f"a client timeout must be at most {MAX_DURATION_S:g} s; leave it out for clients that never give up"
+        )
     return timeouts.tolist()
 
 

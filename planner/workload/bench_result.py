@@ -7,6 +7,7 @@ all were sent at once), burstiness, max_concurrency. A failed request has 0 outp
 from __future__ import annotations
 
 import json
+import sys
 
 import numpy as np
 
@@ -46,7 +47,7 @@ def read_bench_result(text: str, file: str, seed: int) -> Workload:
 def _parse(text: str, file: str) -> dict:
     try:
         result = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         if getattr(error, "msg", "") == "Extra data":
             raise UserError(
                 f"{file} holds more than one benchmark result (--append-result); keep one per file"
@@ -85,7 +86,7 @@ def _start_times(result: dict, file: str, n: int, notes: list[str]) -> np.ndarra
         return None
     values = _list(result, "start_times", file)
     for i, value in enumerate(values):
-        if type(value) not in (int, float) or not np.isfinite(value):
+        if type(value) not in (int, float) or not abs(value) <= sys.float_info.max:
             raise UserError(f"{file}: start_times[{i}] is {value!r}, which is not a number of seconds")
     if len(values) != n:
         raise UserError(f"{file} has {n} input_lens but {len(values)} start_times")
@@ -117,4 +118,4 @@ def _positive(value: object, key: str, file: str) -> float:
     number = float("inf") if value == "inf" else value
     if type(number) not in (int, float) or not number > 0:
         raise UserError(f"{file}: {key} is {value!r}, which is not a positive number")
-    return float(number)
+    return float(min(number, sys.float_info.max)) if number != float("inf") else number

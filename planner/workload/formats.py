@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -41,6 +42,7 @@ _ALIASES = {
     "hash_ids": "hash_ids prefix_block_hashes block_hashes",
 }
 _REQUIRED = ("arrival", "input", "output")
+_LATEST_UNIX_SECONDS = 1e11
 _UNITS = {"s": 1, "sec": 1, "secs": 1, "seconds": 1, "ms": 1000, "us": 10**6, "ns": 10**9}
 _PREFIX_TOKENS_COLUMN = "prefix_block_tokens"
 _MOONCAKE_BLOCK_TOKENS = 512
@@ -189,9 +191,7 @@ def _missing_column(file: str, what: str, role: str, names: Sequence[str], found
         for candidate, column in lowered.items()
     ]
     score, nearest = max(scored, default=(0.0, ""))
-    hint = (
-        f"; the nearest is {nearest!r}: pass columns={{{role!r}: {nearest!r}}} if it is meant" if score >= 0.6 else ""
-    )
+    hint = f"; the nearest is {nearest!r}: pass --columns {role}={nearest} if it is meant" if score >= 0.6 else ""
     return UserError(f"{file} has no {what}, only {show_columns(found)}{hint}")
 
 
@@ -215,6 +215,7 @@ def _build(
     prefix_block_tokens: int | None,
     notes: list[str],
 ) -> Workload:
+    _refuse_milliseconds(table, roles["arrival"], units_per_second)
     arrival_s = seconds(table, roles["arrival"], units_per_second)
     input_tokens = whole_numbers(table, roles["input"])
     output_tokens = whole_numbers(table, roles["output"])
@@ -235,6 +236,18 @@ def _build(
         session=None if session is None else session[order],
         notes=tuple(notes),
     )
+
+
+def _refuse_milliseconds(table: Table, column: str, units_per_second: int) -> None:
+    """Refuse numbers that would be seconds some 3,000 years from now: Unix time in a smaller unit."""
+    values = table.frame[column]
+    if units_per_second != 1 or not pd.api.types.is_numeric_dtype(values):
+        return
+    if _LATEST_UNIX_SECONDS < values.min() < math.inf:
+        raise UserError(
+            f"{table.file}: {column} begins at {values.iloc[0]:.15g}, which cannot be seconds; put the unit into the "
+            f"column's name, e.g. {column}_ms or {column}_ns"
+        )
 
 
 def _order(table: Table, column: str, arrival_s: np.ndarray, sort: bool, notes: list[str]) -> np.ndarray:
@@ -328,7 +341,7 @@ def _id_list(table: Table, row: int, column: str, cell: object) -> list:
             return cell
     elif cell is None or cell != cell:
         return []
-    elif isinstance(cell, (int, float)) and int(cell) == cell:
+    elif isinstance(cell, (int, float)) and math.isfinite(cell) and int(cell) == cell:
         return [int(cell)]
     raise UserError(f"{table.where(row)}: {column} is {table.cell_of(row, column)[:60]!r}, which is not a list of ids")
 

@@ -17,6 +17,8 @@ from planner.workload.workload import MAX_TOKENS, Workload, split_rows
 _MAX_REQUESTS = 20_000_000
 HASH_BLOCK_TOKENS = 16  # tokens per prefix id of a synthetic workload; vLLM's default KV block
 
+MAX_SHARED_PREFIXES = 1_000_000
+
 
 class LengthDistribution(Protocol):
     """Token counts of a request's prompt or answer."""
@@ -156,8 +158,10 @@ class SyntheticSpec:
             raise UserError(
                 f"about {expected:.3g} requests are too many to simulate; ask for at most {_MAX_REQUESTS:,}"
             )
-        if self.num_shared_prefixes < 1:
-            raise UserError(f"the number of shared prefixes must be at least 1, not {self.num_shared_prefixes}")
+        if not 1 <= self.num_shared_prefixes <= MAX_SHARED_PREFIXES:
+            raise UserError(
+                f"the number of shared prefixes must be from 1 to {MAX_SHARED_PREFIXES}, not {self.num_shared_prefixes}"
+            )
 
 
 def synthesize(spec: SyntheticSpec, seed: int = 0) -> Workload:

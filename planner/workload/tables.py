@@ -94,6 +94,10 @@ def read_csv(text: str, file: str) -> Table:
     except (pd.errors.ParserError, pd.errors.ParserWarning) as error:
         raise _wrong_width(text, file, separator, error) from None
     frame.columns = [str(column).strip() for column in frame.columns]
+    names = [cell.strip() for cell in next(csv.reader([header], delimiter=separator), [])]
+    twice = next((name for name in names if name and names.count(name) > 1), None)
+    if twice is not None:
+        raise UserError(f"{file} has two columns {twice!r}; rename one of them")
     if frame.empty:
         raise UserError(f"{file} is empty: it has a header line but no requests")
 
@@ -136,7 +140,7 @@ def read_jsonl(text: str, file: str) -> Table:
     lines = [line for line in text.split("\n") if line and not line.isspace()]
     try:
         rows = json.loads(f"[{','.join(lines)}]")
-    except (json.JSONDecodeError, RecursionError):
+    except (ValueError, RecursionError):
         rows = None
     if rows is None or len(rows) != len(lines) or not all(type(row) is dict for row in rows):
         raise _bad_json_line(text, file)
@@ -170,8 +174,8 @@ def _bad_json_line(text: str, file: str) -> UserError:
     for number in _filled_line_numbers(text):
         try:
             row = json.loads(lines[number - 1])
-        except (json.JSONDecodeError, RecursionError) as error:
-            reason = getattr(error, "msg", "nested too deeply")
+        except (ValueError, RecursionError) as error:
+            reason = getattr(error, "msg", "too deeply nested, or a number of too many digits")
             shown = lines[number - 1].strip()
             shown = shown if len(shown) <= 60 else shown[:57] + "..."
             return UserError(f"{file} line {number} is not complete JSON ({reason}): {shown}")

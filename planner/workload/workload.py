@@ -25,6 +25,9 @@ _PAGE_BITS = 24
 MAX_TOKENS = 2**_PAGE_BITS - 1
 _MAX_PREFIX_ID = 2**39 - 1
 
+# Thirty years. Longer loads are a unit mistaken for another.
+MAX_DURATION_S = 1e9
+
 
 class LengthSummary(BaseModel):
     """Tokens per request: mean, percentiles (linear interpolation) and maximum."""
@@ -339,6 +342,11 @@ def _checked_arrivals(name: str, values: np.ndarray) -> np.ndarray:
         raise UserError(f"workload {name!r} needs one finite arrival time per request")
     if arrivals[0] < 0 or (np.diff(arrivals) < 0).any():
         raise UserError(f"workload {name!r} needs arrival times that are sorted and not negative")
+    if arrivals[-1] > MAX_DURATION_S:
+        raise UserError(
+            f"workload {name!r} lasts {arrivals[-1]:.3g} s; at most {MAX_DURATION_S:g} s can be simulated, so check "
+            f"the unit of its arrival times, or its rate"
+        )
     return _frozen(arrivals)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -10,7 +11,9 @@ import pytest
 from planner.advice import NEAR_FULL, cliff_warning, examine
 from planner.catalog import load_gpu, load_model
 from planner.deployment import Deployment
-from planner.simulation import SimulationOptions, SimulationResult, Verdict, simulate
+from planner.errors import UserError
+from planner.simulation import AcceptanceProcess, SimulationOptions, SimulationResult, Verdict, simulate
+from planner.speculation import SpeculationConfig
 from planner.workload import Workload
 
 MODEL, GPU = load_model("llama-3.1-8b"), load_gpu("h200_sxm")
@@ -151,3 +154,22 @@ def test_notes_of_the_workload_and_of_the_memory_come_along():
 def test_advice_changes_nothing_but_the_warnings():
     plain = simulate(steady(), deployment(KNEE).system(steady()))
     assert examined(KNEE).model_copy(update={"warnings": ()}) == plain
+
+
+def test_a_draft_and_windows_near_the_smallest_pool():
+    """With 10 % fewer blocks one request would not fit beside its lookahead: that is said, not raised."""
+    model, draft = load_model("gemma-3-27b"), load_model("gemma-3-1b")
+    speculation = SpeculationConfig("draft_model", 4, AcceptanceProcess((0.8, 0.7, 0.7, 0.7)), draft)
+    used = Deployment(model, load_gpu("h200_sxm"), max_model_len=16384, speculation=speculation)
+    smallest = replace(used, num_gpu_blocks_override=used.memory().blocks_per_sequence)
+    workload = load([0.0] * 12, [3000] * 12, [200] * 12)
+    result = examine(workload, smallest)
+    assert result.num_finished == 12
+    assert mentions(result, "could not hold one request of max_model_len")
+    with pytest.raises(UserError, match="KV cache"):
+        examine(workload, replace(smallest, num_gpu_blocks_override=smallest.num_gpu_blocks_override - 1))
+
+
+def test_outputs_cut_at_max_model_len_are_mentioned():
+    used = replace(deployment(6000), max_model_len=1024)
+    assert mentions(examine(load([0.0, 1.0], [1000, 10], [500, 5]), used), "1 of 2 requests reach max_model_len 1024")

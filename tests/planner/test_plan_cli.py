@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shlex
@@ -40,7 +41,7 @@ def test_without_arguments_it_plans_the_default(memwall):
     assert "llama-3.1-8b · synthetic, 8 requests/s: 80 requests" in text
     assert "p99 TTFT ≤ 1000 ms, TPOT ≤ 50 ms" in text
     assert "plan 1: 1 × h200_sxm as 1 replica of TP 1" in text
-    assert ", binds" in text
+    assert ", the nearest limit" in text
     assert "uncalibrated" in text
 
 
@@ -210,16 +211,24 @@ def test_a_table_in_a_narrow_pipe_is_not_cropped(tmp_path):
     for title in ("TTFT ms", "TPOT ms", "E2EL ms", "tok/s/GPU", "tok/s/user", "loads", "$/1M", "TP×rep"):
         assert title in lines[start]
     plans = read_plan((tmp_path / "plan.json").read_text(), "plan.json").plans
-    for plan, line in zip(plans[:10], lines[start + 1 :], strict=False):
+    rows = list(itertools.takewhile(str.strip, lines[start + 1 :]))
+    ranks = []
+    for line in rows:
         cells = line.split()
         assert len(cells) == 15
-        assert cells[0].rstrip("*") == str(plan.rank)
+        ranks.append(int(cells[0].rstrip("*")))
+        plan = plans[ranks[-1] - 1]
         assert cells[0].endswith("*") == plan.pareto
         assert cells[1] == plan.deployment.system
         assert cells[3] == f"{plan.deployment.tensor_parallel_size}×{plan.deployment.replicas}"
+        assert str(plan.deployment.max_num_seqs) in cells[5].split(",")
         assert cells[7] == f"{plan.usd_per_hour:,.2f}"
         assert len(line) == len(lines[start])
-    assert f"{len(plans) - 10} more feasible plans" in done.stdout
+    assert ranks == sorted(ranks)
+    assert ranks[0] == 1
+    # Batch limits that change nothing share a row.
+    assert any("," in line.split()[5] for line in rows)
+    assert f"{len(plans)} feasible plans in all" in squeezed(done.stdout)
 
 
 def test_help_names_the_flags_of_the_field(memwall):

@@ -291,7 +291,7 @@ def test_malformed_bench_results(write, content, message):
         ("t.csv", '"arrival_s,input\n0,1', "not readable as CSV|no column"),
         ("t.csv", b"\x89PNG\r\n\0\0\x1a", "t.csv is a binary file"),
         ("t.csv", OURS.encode() + b"0,1,\xff\n", "t.csv line 2 is not UTF-8"),
-        ("t.csv.gz", gzip.compress(OURS.encode())[:-6], "t.csv.gz is damaged gzip"),
+        ("t.csv.gz", gzip.compress(OURS.encode(), mtime=0)[:-6], "t.csv.gz is damaged gzip"),
         ("t.csv.gz", b"\x1f\x8b123", "t.csv.gz is damaged gzip"),
         ("t.jsonl", jsonl(mooncake(0, 5, 5, []), mooncake(1, 0, 5, [])), "t.jsonl line 2: input_length is '0'"),
         ("t.jsonl", jsonl(mooncake(0, 5, 5, []), mooncake(1, "x", 5, [])), "line 2: input_length is '\"x\"'"),
@@ -376,3 +376,25 @@ def test_saving_and_loading_gives_the_same_workload(tmp_path_factory, requests, 
     _, expected = np.unique(session, return_inverse=True)
     _, found = np.unique(loaded.session, return_inverse=True)
     assert len(set(zip(expected.tolist(), found.tolist(), strict=True))) == len(set(expected.tolist()))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("t.csv", "arrival_time,input_tokens,output_tokens\n1700000000000,1,1\n1700000001000,1,1\n", "arrival_time_ms"),
+        ("t.csv", "arrival_s,input_tokens,output_tokens,input_tokens\n0,1,1,2\n", "two columns 'input_tokens'"),
+        ("t.csv", "arrival_s,input_tokens,output_tokens\n0,1,1\n1e10,1,1\n", "at most 1e"),
+        ("t.csv", "arrival_s,input_tokens,output_tokens,hash_ids\n0,100,1,inf\n", "not a list of ids"),
+        ("t.jsonl", '{"arrival_s": 0, "input_tokens": 1, "output_tokens": 1' + "0" * 5000 + "}\n", "line 1"),
+        ("t.jsonl", '{"arrival_s": 0, "input_tokens": 99, "output_tokens": 1, "hash_ids": Infinity}\n', "list of ids"),
+        ("t.json", '{"input_lens": [1], "output_lens": [1], "start_times": [1' + "0" * 400 + "]}", "start_times"),
+        ("t.json", '{"input_lens": [1, 1], "output_lens": [1, 1], "start_times": [0, 1e300]}', "at most 1e"),
+        ("t.json", '{"input_lens": [1, 1], "output_lens": [1, 1], "request_rate": 1e-300}', "at most 1e"),
+    ],
+)
+def test_absurd_numbers_are_refused(tmp_path, name, content, words):
+    file = tmp_path / name
+    file.write_text(content)
+    with pytest.raises(UserError) as refusal:
+        load_workload(file)
+    assert words in str(refusal.value)

@@ -181,7 +181,8 @@ def test_nonsense_lengths_are_refused(text):
         ({"burstiness": 0.0}, "burstiness must be positive"),
         ({"shared_prefix_share": 1.5}, "from 0 to 1"),
         ({"shared_prefix_tokens": -1}, "shared prefix has"),
-        ({"num_shared_prefixes": 0}, "at least 1"),
+        ({"num_shared_prefixes": 0}, "from 1 to"),
+        ({"num_shared_prefixes": 10**30}, "from 1 to"),
     ],
 )
 def test_impossible_specs_are_refused(change, message):
