@@ -31,6 +31,7 @@ def main() -> None:
     """Run the benchmarks, print a table, write the record."""
     parser = argparse.ArgumentParser(prog="python -m planner.bench", description=__doc__)
     parser.add_argument("--trace", help="Azure conversation trace (CSV); without it only synthetic loads are run")
+    parser.add_argument("--prefix-trace", help="Mooncake conversation trace (JSONL), simulated with prefix caching")
     parser.add_argument("--output-file", default="records/planner_speed.json", help="where the record goes")
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--cores", type=int, default=2, help="cores that the search may use")
@@ -59,6 +60,8 @@ def _run_all(arguments: argparse.Namespace) -> dict[str, Any]:
         trace = arguments.trace
         jobs += [{"kind": "simulate", "trace": trace, "replicas": n} for n in (2, 8)]
         jobs += [{"kind": "plan", "trace": trace, "cores": arguments.cores}]
+    if arguments.prefix_trace:
+        jobs += [{"kind": "simulate", "trace": arguments.prefix_trace, "replicas": 2, "enable_prefix_caching": True}]
     jobs += [{"kind": "simulate", "requests": n, "replicas": 2} for n in arguments.requests]
     results = []
     for job in jobs:
@@ -67,6 +70,8 @@ def _run_all(arguments: argparse.Namespace) -> dict[str, Any]:
         results.append({**_anonymous(job), "median_wall_s": wall, **_derived(runs, wall), "repetitions": runs})
         print(f"  {_name(job)}: {wall:.2f} s", file=sys.stderr)
     shown = ["--trace", Path(arguments.trace).name] if arguments.trace else []
+    if arguments.prefix_trace:
+        shown += ["--prefix-trace", Path(arguments.prefix_trace).name]
     shown += ["--repetitions", str(arguments.repetitions), "--cores", str(arguments.cores)]
     shown += ["--requests", *map(str, arguments.requests)]
     return {
@@ -118,7 +123,13 @@ def _measure_simulation(job: dict[str, Any]) -> list[dict[str, Any]]:
         workload = synthesize(spec, seed=0)
     model = load_model("llama-3.1-8b")
     length = length_for(workload, model)
-    deployment = Deployment(model, load_gpu("h200_sxm"), replicas=job["replicas"], max_model_len=length)
+    deployment = Deployment(
+        model,
+        load_gpu("h200_sxm"),
+        replicas=job["replicas"],
+        max_model_len=length,
+        enable_prefix_caching=job.get("enable_prefix_caching", False),
+    )
     options = SimulationOptions(slo=SLO(ttft_ms=1000, tpot_ms=50))
     system = deployment.system(workload)
     simulate(workload.head(20_000), system, options)  # not counted: imports, caches and the heap's first growth

@@ -25,11 +25,10 @@ import math
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
-from pydantic import BaseModel, ConfigDict
-
 from planner.errors import UserError
 from planner.hardware import GpuSpec
 from planner.model import ModelSpec, ParameterRole
+from planner.schema import Record
 
 GIB = 1 << 30
 MIB = 1 << 20
@@ -474,11 +473,7 @@ def _budget(model: ModelSpec, gpu: GpuSpec, settings: MemorySettings) -> _Budget
 # --- the report -----------------------------------------------------------------------------------------------------
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-
-class RankMemory(_Record):
+class RankMemory(Record):
     """What one rank holds."""
 
     rank: int
@@ -501,7 +496,7 @@ class RankMemory(_Record):
     """KV heads cached here; with latent attention 1, the whole latent."""
 
 
-class Remedy(_Record):
+class Remedy(Record):
     """One change of the settings, and what would then fit."""
 
     change: str
@@ -514,7 +509,7 @@ class Remedy(_Record):
     """True if it would hold what was asked."""
 
 
-class MemoryReport(_Record):
+class MemoryReport(Record):
     """The memory of one replica. Bytes are per rank where the name says so."""
 
     model: str

@@ -9,13 +9,14 @@ from dataclasses import replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from planner.advice import load_warnings
 from planner.deployment import Deployment
 from planner.errors import UserError
 from planner.memory import MemoryReport
 from planner.records import DeploymentRecord
+from planner.schema import Record
 from planner.simulation import SimulationResult
 from planner.step_time import Evidence
 from planner.workload.workload import WorkloadSummary
@@ -28,18 +29,14 @@ SCHEMA_VERSION: Literal[1] = 1
 _ROBUST_SHARE = 0.9
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Range(_Record):
+class Range(Record):
     """Lowest and highest value over the resampled loads."""
 
     low: float
     high: float
 
 
-class SloTerm(_Record):
+class SloTerm(Record):
     """One limit of the SLO, and what the plan achieves."""
 
     term: str = Field(description='"ttft", "tpot" or "e2el"')
@@ -50,7 +47,7 @@ class SloTerm(_Record):
     range_ms: Range | None = Field(description="over the resampled loads; finalists only")
 
 
-class Loads(_Record):
+class Loads(Record):
     """How a finalist did on the given load and on resampled ones."""
 
     met: int = Field(description="loads on which every limit held")
@@ -58,7 +55,7 @@ class Loads(_Record):
     method: str = Field(default="moving-block bootstrap of the arrivals, blocks of 60 s; the first is the given load")
 
 
-class Plan(_Record):
+class Plan(Record):
     """A deployment that meets the SLO with the fewest replicas of its engine."""
 
     rank: int = Field(description="1 is the cheapest per hour")
@@ -91,7 +88,7 @@ class RejectionCause(StrEnum):
     SLO = "slo"
 
 
-class Rejection(_Record):
+class Rejection(Record):
     """An engine that meets the SLO with no number of replicas."""
 
     system: str
@@ -122,7 +119,7 @@ class Rejection(_Record):
         )
 
 
-class QuestionRecord(_Record):
+class QuestionRecord(Record):
     """What was asked."""
 
     model: str
@@ -143,7 +140,7 @@ class QuestionRecord(_Record):
     workload: WorkloadSummary
 
 
-class SearchEffort(_Record):
+class SearchEffort(Record):
     """How the space was covered."""
 
     num_engines: int = Field(description="combinations of GPU, TP, KV dtype, max_num_seqs and k")
@@ -154,7 +151,7 @@ class SearchEffort(_Record):
     num_simulations: int = Field(description="without those on resampled loads")
 
 
-class PlanReport(_Record):
+class PlanReport(Record):
     """The answer of `memwall plan`."""
 
     schema_version: Literal[1] = SCHEMA_VERSION

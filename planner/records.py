@@ -4,17 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pydantic import BaseModel, ConfigDict
+from planner.schema import Record
 
 if TYPE_CHECKING:
     from planner.deployment import Deployment
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-
-class DeploymentRecord(_Record):
+class DeploymentRecord(Record):
     """One engine configuration and its replicas, with every default filled in. Exporters read only this."""
 
     model: str
@@ -102,7 +98,7 @@ class DeploymentRecord(_Record):
         )
 
 
-class SLORecord(_Record):
+class SLORecord(Record):
     """Limits on latency; None where nothing was asked."""
 
     ttft_ms: float | None
@@ -115,7 +111,7 @@ class SLORecord(_Record):
     """Share of requests, in percent, that must be within each limit."""
 
 
-class PriceRecord(_Record):
+class PriceRecord(Record):
     """A rental price as it was seen."""
 
     usd_per_gpu_hour: float
@@ -126,7 +122,7 @@ class PriceRecord(_Record):
     """When."""
 
 
-class GpuRecord(_Record):
+class GpuRecord(Record):
     """A GPU as the catalog knows it; rates are dense data-sheet peaks."""
 
     id: str
@@ -169,7 +165,7 @@ class GpuRecord(_Record):
     """What else to know."""
 
 
-class ModelRecord(_Record):
+class ModelRecord(Record):
     """A model as its config.json describes it."""
 
     id: str
@@ -218,7 +214,7 @@ class ModelRecord(_Record):
     """What else to know."""
 
 
-class CatalogRecord(_Record):
+class CatalogRecord(Record):
     """Everything that has a name."""
 
     models: tuple[ModelRecord, ...]

@@ -37,11 +37,13 @@ class RooflineAssumptions:
         attention_efficiency: of the dense bf16 rate in prefill attention (FlashAttention-3 on H200, long prompts).
         link_efficiency: of the link bandwidth in an all-reduce (NCCL between two H200: 301 of 450 GB/s).
         all_reduce_latency_s: fixed part of an all-reduce (NCCL, two H200, 8 KB: 11.4 us).
-        all_reduce_hop_s: added for each rank beyond two, on a fast link; PCIe costs three times both latencies.
-        layer_s: launch gaps per layer of a step.
-        step_s: host time per step.
-        prefill_step_s: added host time of a step with prompt chunks, which does not replay a full CUDA graph.
-        request_s: host and sampling time per request of a step.
+        all_reduce_hop_s: added for each rank beyond two. An assumption: nothing was measured beyond two ranks.
+        pcie_latency_factor: what both latencies are multiplied by without a fast link. An assumption.
+        layer_s, step_s: launch gaps per layer, host time per step. Together they are what vLLM's TPOT at batch 1 takes
+            beyond the weights (4.89 ms, of which 3.91 at the memory efficiency above); their split is an assumption.
+        prefill_step_s: added host time of a step with prompt chunks, which does not replay a full CUDA graph: what
+            vLLM's TTFT of prompts of 1,024 to 4,096 tokens takes beyond the compute (3 to 4 ms).
+        request_s: host and sampling time per request of a step: the rest of vLLM's TPOT at batch 256 (18.2 ms).
     """
 
     memory_efficiency: float = 0.80
@@ -51,6 +53,7 @@ class RooflineAssumptions:
     link_efficiency: float = 0.67
     all_reduce_latency_s: float = 11.4e-6
     all_reduce_hop_s: float = 3.4e-6
+    pcie_latency_factor: float = 3.0
     layer_s: float = 22e-6
     step_s: float = 200e-6
     prefill_step_s: float = 3e-3
@@ -265,7 +268,7 @@ class RooflineStepTime(StepTime):
         a = self.assumptions
         latency_s = a.all_reduce_latency_s + a.all_reduce_hop_s * (ranks - 2)
         if not self.gpu.fast_link:
-            latency_s *= 3
+            latency_s *= a.pcie_latency_factor
         sent = 2.0 * (ranks - 1) / ranks * num_tokens * self.model.hidden_size * 2
         transfer_s = sent / (self.gpu.link_bandwidth_bytes_per_s * a.link_efficiency)
         return 2 * self.model.num_layers * (latency_s + transfer_s)

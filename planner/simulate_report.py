@@ -4,20 +4,17 @@ from __future__ import annotations
 
 from dataclasses import asdict, replace
 
-from pydantic import BaseModel, ConfigDict
-
 from planner.advice import examine
 from planner.deployment import Deployment
 from planner.memory import MemoryReport
 from planner.records import DeploymentRecord, SLORecord
+from planner.schema import Record
 from planner.simulation import SimulationOptions, SimulationResult
 from planner.workload import Workload, WorkloadSummary
 
 
-class SimulateReport(BaseModel):
+class SimulateReport(Record):
     """One deployment under one workload: the question and the answer."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     deployment: DeploymentRecord
     """What was simulated, with every default filled in."""

@@ -8,8 +8,9 @@ from enum import StrEnum
 from typing import Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from planner.schema import Record
 from planner.simulation.gaps import gap_statistics
 from planner.simulation.log import ReplicaLog, RequestLog
 from planner.simulation.slo import SLO
@@ -27,11 +28,7 @@ _MIN_BACKLOG = 8
 _NEVER_MS = 1e15
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Distribution(_Record):
+class Distribution(Record):
     """A metric over requests (or, for ITL, over gaps between tokens), in milliseconds."""
 
     mean: float
@@ -50,7 +47,7 @@ class Verdict(StrEnum):
     SATURATED = "saturated"
 
 
-class TimelinePoint(_Record):
+class TimelinePoint(Record):
     """The state of all replicas together at one instant."""
 
     time_s: float
@@ -60,7 +57,7 @@ class TimelinePoint(_Record):
     preemptions: int = Field(description="so far")
 
 
-class SimulationResult(_Record):
+class SimulationResult(Record):
     """What one simulation found. Times are of requests that arrived after the warm-up and finished."""
 
     workload: str

@@ -40,7 +40,7 @@ def roofline(model: str, tensor_parallel_size: int = 1, **options) -> RooflineSt
 @cache
 def bare(model: str, tensor_parallel_size: int = 1, compute: float = 1.0, **options) -> RooflineStepTime:
     """Full data-sheet rates and no host time. `compute` scales the FLOP rates."""
-    assumptions = RooflineAssumptions(1, compute, compute, compute, 1, 0, 0, 0, 0, 0, 0)
+    assumptions = RooflineAssumptions(1, compute, compute, compute, 1, *[0] * 7)
     return RooflineStepTime(load_model(model), h200(), tensor_parallel_size, assumptions=assumptions, **options)
 
 
@@ -226,7 +226,7 @@ def test_large_products_are_bound_by_compute():
 
 def test_fp8_weights():
     model = load_model("llama-3.1-8b", "fp8")
-    assumptions = RooflineAssumptions(1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0)
+    assumptions = RooflineAssumptions(1, 1, 1, 1, 1, *[0] * 7)
     step_time = RooflineStepTime(model, h200(), assumptions=assumptions)
     # Without the LM head, which stays in bf16: half the bytes, twice the rate.
     assert step_time.dense_s(1, 0) == pytest.approx(bare("llama-3.1-8b").dense_s(1, 0) / 2, rel=0.01)
