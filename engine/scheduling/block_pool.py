@@ -111,12 +111,11 @@ class BlockPool:
             count = references[block]
             if count == _NOT_HASHED:
                 blank.append(block)
-                self.num_free += 1
             else:
                 references[block] = count - 1
                 if count == 1:
                     retained[block] = None
-                    self.num_free += 1
+        self.num_free = len(blank) + len(retained)
 
     def longest_prefix(self, group: int, hashes: Sequence[Hashable]) -> list[int]:
         """The blocks of the longest leading run of hashes that the group has cached. Holds nothing."""
