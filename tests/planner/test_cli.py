@@ -46,6 +46,7 @@ BAD_TRACES = {
     "renamed column": ("arrival_s,input_tokens,otput_tokens\n0,100,10\n", ("otput_tokens",)),
     "no number": ("arrival_s,input_tokens,output_tokens\n0,100,10\n1,many,10\n", ("line 3", "input_tokens", "many")),
     "NaN": ("arrival_s,input_tokens,output_tokens\n0,nan,10\n", ("line 2", "input_tokens")),
+    "infinite": ("arrival_s,input_tokens,output_tokens\ninf,10,10\n", ("line 2", "arrival_s")),
     "negative length": ("arrival_s,input_tokens,output_tokens\n0,-5,10\n", ("line 2", "-5")),
     "zero length": ("arrival_s,input_tokens,output_tokens\n0,5,0\n", ("line 2", "output_tokens")),
     "unsorted": ("arrival_s,input_tokens,output_tokens\n5,5,5\n1,5,5\n", ("line 3", "sort")),
@@ -53,12 +54,13 @@ BAD_TRACES = {
 }
 
 
+@pytest.mark.parametrize("command", ["simulate", "plan"])
 @pytest.mark.parametrize("case", BAD_TRACES)
-def test_bad_traces(memwall, tmp_path, case):
+def test_bad_traces(memwall, tmp_path, case, command):
     text, words = BAD_TRACES[case]
     trace, answer = tmp_path / "trace.csv", tmp_path / "answer.json"
     trace.write_text(text)
-    memwall("simulate", "--trace", trace, "--output-file", answer).check_bad_input("trace.csv", *words)
+    memwall(command, "--trace", trace, "--output-file", answer).check_bad_input("trace.csv", *words)
     assert names(tmp_path) == ["trace.csv"]
 
 

@@ -239,30 +239,6 @@ def test_help_names_the_flags_of_the_field(memwall):
 
 # ---- bad input -----------------------------------------------------------------------------------------------------
 
-BAD_TRACES = {
-    "empty": ("", ("empty",)),
-    "only a header": ("arrival_s,input_tokens,output_tokens\n", ("no requests",)),
-    "missing column": ("arrival_s,input_tokens\n0,100\n", ("output",)),
-    "renamed column": ("arrival_s,input_tokens,otput_tokens\n0,100,10\n", ("otput_tokens",)),
-    "no number": ("arrival_s,input_tokens,output_tokens\n0,100,10\n1,many,10\n", ("line 3", "many")),
-    "NaN": ("arrival_s,input_tokens,output_tokens\n0,nan,10\n", ("line 2", "input_tokens")),
-    "infinite": ("arrival_s,input_tokens,output_tokens\ninf,10,10\n", ("line 2", "arrival_s")),
-    "negative length": ("arrival_s,input_tokens,output_tokens\n0,-5,10\n", ("line 2", "-5")),
-    "zero length": ("arrival_s,input_tokens,output_tokens\n0,5,0\n", ("line 2", "output_tokens")),
-    "unsorted": ("arrival_s,input_tokens,output_tokens\n5,5,5\n1,5,5\n", ("line 3", "sort")),
-    "binary": ("\0\1\2\3", ("trace.csv",)),
-}
-
-
-@pytest.mark.parametrize("case", BAD_TRACES)
-def test_bad_traces(memwall, tmp_path, case):
-    text, words = BAD_TRACES[case]
-    trace, answer = tmp_path / "trace.csv", tmp_path / "plan.json"
-    trace.write_text(text)
-    memwall("plan", "--trace", trace, *QUICK, "--output-file", answer).check_bad_input("trace.csv", *words)
-    assert names(tmp_path) == ["trace.csv"]
-
-
 BAD_FLAGS = [
     # Names.
     ("--system h20_sxm", "unknown GPU 'h20_sxm'", "did you mean 'h200_sxm'?"),
