@@ -165,11 +165,12 @@ class PlanReport(Record):
 
 
 class RankedPlan:
-    """A plan in the making: the record, and the deployment behind it."""
+    """A plan in the making: the record, and the deployment and the whole simulation behind it."""
 
-    def __init__(self, record: Plan, deployment: Deployment) -> None:
+    def __init__(self, record: Plan, deployment: Deployment, result: SimulationResult) -> None:
         self.record = record
         self.deployment_used = deployment
+        self.result = result
 
 
 def build_plan(question: Question, found: tuple[Deployment, SimulationResult], memory: MemoryReport) -> RankedPlan:
@@ -204,7 +205,7 @@ def build_plan(question: Question, found: tuple[Deployment, SimulationResult], m
         warnings=(*memory.warnings, *load_warnings(question.workload, deployment, memory, result)),
         result=result.model_copy(update={"timeline": ()}),
     )
-    return RankedPlan(record, deployment)
+    return RankedPlan(record, deployment, result)
 
 
 def _terms(question: Question, result: SimulationResult) -> tuple[SloTerm, ...]:

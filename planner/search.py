@@ -165,7 +165,11 @@ def plan(question: Question, n_jobs: int = -1, progress: Progress | None = None)
     _refuse_if_impossible(question, explored)
     plans = rank([build_plan(question, e.plan, e.memory) for e in explored if e.plan and e.memory])
     finalists = choose_finalists(plans, question.num_finalists)
-    loads = [(question, finalist.deployment_used, seed) for finalist in finalists for seed in range(question.num_loads)]
+    loads = [
+        (question, finalist.deployment_used, seed, finalist.result if seed == 0 else None)
+        for finalist in finalists
+        for seed in range(question.num_loads)
+    ]
     runs: list[SimulationResult | None] = []
     for run in _map(n_jobs, repeat, loads):
         runs.append(run)
@@ -324,22 +328,26 @@ def _try(question: Question, deployment: Deployment, memory: MemoryReport) -> Si
     return "the load saturates it"
 
 
-def repeat(question: Question, deployment: Deployment, seed: int) -> SimulationResult | None:
-    """A finalist on the given load (seed 0), with the cliff looked for, or on a resampled one.
+def repeat(
+    question: Question, deployment: Deployment, seed: int, known: SimulationResult | None
+) -> SimulationResult | None:
+    """A finalist on a resampled load; or, with the search's own result for the given load, the cliff looked for.
 
     None if the resampled load happens to have no request that the deployment takes.
     """
     memory = deployment.memory()
-    workload = question.workload if seed == 0 else question.workload.resampled(question.seed + seed)
+    if known is not None:
+        system = deployment.system(question.workload, memory)
+        warnings = cliff_warning(question.workload, system, question.options(), known)
+        return known.model_copy(update={"warnings": tuple(warnings)})
+    workload = question.workload.resampled(question.seed + seed)
     if not (workload.input_tokens < memory.max_model_len).any():
         return None
     system = deployment.system(workload, memory)
     options = replace(question.options(), seed=question.seed + seed)
     if options.warmup_s is not None:
         options = replace(options, warmup_s=min(options.warmup_s, workload.duration_s))
-    result = simulate(workload, system, options)
-    warnings = cliff_warning(workload, system, options, result) if seed == 0 else []
-    return result.model_copy(update={"warnings": tuple(warnings)})
+    return simulate(workload, system, options)
 
 
 def _refuse_if_impossible(question: Question, explored: list[Explored]) -> None:
