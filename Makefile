@@ -1,4 +1,5 @@
-# Needs Python 3.11 or later, make and a package registry; everything is installed into .venv.
+# Needs Python 3.11 or later, make and a package registry; everything is installed into .venv. Planning installs no
+# torch; what tests, measures or checks the kernels does.
 PYTHON ?= python3
 WORKERS ?= auto
 
@@ -7,13 +8,14 @@ PY := $(VENV)/bin/python
 # One empty file per finished step of the installation; a newer pyproject.toml repeats the step.
 VENV_MADE := $(VENV)/.made
 BASE_INSTALLED := $(VENV)/.base-installed
+ENGINE_INSTALLED := $(VENV)/.engine-installed
 TEST_INSTALLED := $(VENV)/.test-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup plan test lint bench clean
+.PHONY: help setup plan test test-gpu lint bench bench-kernels clean
 
 help: ## list the targets (default)
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	@echo "  PYTHON=python3.12 picks the interpreter that .venv is made from; WORKERS=4 the test processes."
 
 setup: $(BASE_INSTALLED) ## create .venv and install Memwall into it
@@ -24,12 +26,19 @@ plan: $(BASE_INSTALLED) ## run memwall plan with its default question
 test: $(TEST_INSTALLED) ## run the tests (those that need a GPU are skipped without one)
 	@$(PY) -m pytest -q -n $(WORKERS) --maxprocesses 8
 
+test-gpu: $(TEST_INSTALLED) ## run only the tests that need a GPU, in one process; fails without one
+	@$(PY) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "make test-gpu: no CUDA device was found")'
+	@$(PY) -m pytest -q -m gpu tests/kernels
+
 lint: $(TEST_INSTALLED) ## check style and formatting
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
 
 bench: $(BASE_INSTALLED) ## measure the speed of the planner; TRACE=path.csv adds the Azure hour
 	@$(PY) -m planner.bench $(if $(TRACE),--trace $(TRACE))
+
+bench-kernels: $(ENGINE_INSTALLED) ## measure the kernels beside their peers, on a GPU; OUTPUT=path.json writes the record
+	@$(PY) -m kernels.bench $(if $(OUTPUT),--output $(OUTPUT))
 
 clean: ## remove .venv, build products and caches
 	@rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
@@ -46,7 +55,12 @@ $(BASE_INSTALLED): pyproject.toml $(VENV_MADE)
 	@$(PY) -m pip install -qq --disable-pip-version-check --editable .
 	@touch $@
 
-$(TEST_INSTALLED): pyproject.toml $(VENV_MADE)
-	@echo "installing memwall[test] into $(VENV)"
-	@$(PY) -m pip install -qq --disable-pip-version-check --editable '.[test]'
+$(ENGINE_INSTALLED): pyproject.toml $(VENV_MADE)
+	@echo "installing memwall[engine] into $(VENV)"
+	@$(PY) -m pip install -qq --disable-pip-version-check --editable '.[engine]'
 	@touch $(BASE_INSTALLED) $@
+
+$(TEST_INSTALLED): pyproject.toml $(VENV_MADE)
+	@echo "installing memwall[engine,test] into $(VENV)"
+	@$(PY) -m pip install -qq --disable-pip-version-check --editable '.[engine,test]'
+	@touch $(BASE_INSTALLED) $(ENGINE_INSTALLED) $@

@@ -1,0 +1,81 @@
+"""Host checks of a launcher's arguments: one sentence that names the argument and what it must be.
+
+Launchers call them under `if check:`, so that a caller on the hot path, or inside a CUDA graph capture, pays nothing.
+Only `block_tables_and_lengths` reads device memory, and so waits for the GPU.
+"""
+
+import torch
+
+from kernels.pages import PageLayout
+
+
+def tensor(
+    name: str,
+    value: torch.Tensor,
+    *,
+    shape: tuple[int | None, ...],
+    dtypes: tuple[torch.dtype, ...],
+    device: torch.device,
+    contiguous: bool = False,
+) -> None:
+    """Raise ValueError unless `value` has this shape (None: any size), one of these dtypes and this device.
+
+    The last dimension must always be contiguous; `contiguous` asks it of the whole tensor.
+    """
+    if not isinstance(value, torch.Tensor):
+        raise ValueError(f"{name} is a {type(value).__name__}; it must be a tensor")
+    if value.dim() != len(shape) or any(
+        want not in (None, have) for want, have in zip(shape, value.shape, strict=True)
+    ):
+        wanted = ", ".join("any" if size is None else str(size) for size in shape)
+        raise ValueError(f"{name} has shape {list(value.shape)}; it must be [{wanted}]")
+    if value.dtype not in dtypes:
+        wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise ValueError(f"{name} is {str(value.dtype).removeprefix('torch.')}; it must be {wanted}")
+    if value.device != device:
+        raise ValueError(f"{name} is on {value.device}; it must be on {device}")
+    if contiguous and not value.is_contiguous():
+        raise ValueError(f"{name} has strides {list(value.stride())}; it must be contiguous")
+    if value.numel() and value.dim() and value.shape[-1] > 1 and value.stride(-1) != 1:
+        raise ValueError(f"{name} has stride {value.stride(-1)} in its last dimension; it must be 1")
+
+
+def head_ratio(num_q_heads: int, num_kv_heads: int) -> None:
+    """Raise ValueError unless the query heads divide evenly among the KV heads."""
+    if num_kv_heads < 1 or num_q_heads % num_kv_heads:
+        raise ValueError(
+            f"query has {num_q_heads} heads for {num_kv_heads} KV heads; it must have a multiple of the KV heads"
+        )
+
+
+def cache(value: torch.Tensor, layout: PageLayout, num_kv_heads: int | None, device: torch.device) -> None:
+    """Raise ValueError unless `value` is a cache of this layout: uint8 [num_pages, num_kv_heads, page_bytes]."""
+    shape = (None, num_kv_heads, layout.page_bytes)
+    tensor("cache", value, shape=shape, dtypes=(torch.uint8,), device=device, contiguous=True)
+
+
+def block_tables_and_lengths(
+    block_tables: torch.Tensor, seq_lens: torch.Tensor, query_start: torch.Tensor, num_pages: int, page_size: int
+) -> None:
+    """Raise ValueError if a length is beyond its block table or its sequence, or a page in use lies outside the cache.
+
+    Waits for the GPU. Pages behind a sequence's length are not looked at.
+    """
+    num_seqs, max_pages = block_tables.shape
+    lengths, starts = seq_lens.tolist(), query_start.tolist()
+    for b, length in enumerate(lengths):
+        query_len = starts[b + 1] - starts[b]
+        if query_len < 0:
+            raise ValueError(f"query_start falls from {starts[b]} to {starts[b + 1]} at sequence {b}; it must not fall")
+        if not query_len <= length <= max_pages * page_size:
+            raise ValueError(
+                f"seq_lens[{b}] is {length}; it must be at least the {query_len} new tokens of the sequence "
+                f"and at most the {max_pages * page_size} tokens of its block table"
+            )
+    used = torch.arange(max_pages, device=block_tables.device) * page_size < seq_lens[:, None]
+    outside = used & ((block_tables < 0) | (block_tables >= num_pages))
+    if num_seqs and outside.any():
+        b, j = outside.nonzero()[0].tolist()
+        raise ValueError(
+            f"block_tables[{b}, {j}] is {int(block_tables[b, j])}; it must be a page of the cache, 0 to {num_pages - 1}"
+        )
