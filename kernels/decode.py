@@ -3,26 +3,17 @@
 The work is bound by reading KV once, so everything here serves that stream:
 
 - **Rows.** The query heads that share a KV head, times the query tokens, are the rows of one matrix tile (GQA packing):
-  KV is read once for all of them.
-- **Work split.** A *unit* is one sequence and KV head, a *tile* one page of it. The tiles of all units stand in one
-  line, and every program takes an equally long run of it (stream-K, arXiv 2301.03598; LeanAttention, arXiv 2405.10480):
-
-      units      |  b0 h0   |  b0 h1   | b1 h0 | b1 h1 | b2 h0 ...
-      tiles      ....................................................
-      programs   |    0    |    1    |    2    |    3    |    4
-
-  Lengths may be as mixed as they like. A program that holds a whole unit writes its output; pieces of a unit go to
-  partial buffers, of which a program needs at most two, and a second kernel merges them.
-- **Plan.** Which sequence each program starts in follows from the lengths; a small kernel computes it on the GPU once
-  per step, and all layers of the step use it. The host never reads a length.
-- **Dequantisation.** A plane of a packed word, masked out, *is* a float16 subnormal: code · 2^-24, times a power of two
-  that is known when compiling. Tensor cores multiply subnormals exactly, so one AND per two codes is all there is. K's
-  channel scales multiply the query once per page, its minima add one number per row and page; V's token scales join
-  the exponent (p·v_scale = exp2(s + log2 v_scale − m)), and their inverse the softmax sum.
+  KV is read once for all of them. Tokens and channels are the long sides of the two products (K·Qᵀ and Vᵀ·Pᵀ), so that
+  the padding of a few rows is to eight, not to sixteen.
+- **Split.** Every program has an equally long share of all pages (`kernels.decode_plan`). A program that holds a whole
+  unit writes its output; pieces of a unit go to partial buffers, of which a program needs at most two, and a second
+  kernel merges them.
+- **Dequantisation** is one AND for two codes (`kernels.planes`). K's channel scales multiply the query once per page,
+  its minima add one number per row and page; V's token scales join the exponent, p · v_scale =
+  exp2(s + log2 v_scale − m), and their inverse the softmax sum.
+- **The stream.** Pages come through asynchronous copies, a few ahead. Whatever else a page needs (scales, minima, the
+  next page's id) must too: one load that is waited for in the loop costs more than all arithmetic.
 """
-
-import functools
-from dataclasses import dataclass
 
 import torch
 import triton
@@ -30,172 +21,74 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kernels import checks
+from kernels.decode_plan import RECORD, DecodePlan, plan_decode, sequence
 from kernels.interpreting import INTERPRETING
 from kernels.pages import MAX_QUERY_LEN, PageLayout
+from kernels.planes import USE_ASM, columns_of, exp2, plane, reciprocal, shift, soft_cap_of
+from kernels.planes import log2 as log2_of
 
-USE_ASM = tl.constexpr(not INTERPRETING)
-LOG2_E = 1.4426950408889634
+LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 NEG_LARGE = tl.constexpr(-1.0e30)
-# A residual window takes as long as this many pages.
-RESIDUAL_COST = tl.constexpr(3)
-# int32 numbers that the plan keeps for each program: its first sequence, unit of it, position in the unit, and length
-# of the share; of that sequence what `_sequence` says; the program to merge from.
-RECORD = tl.constexpr(16)
 
 
 @triton.jit
-def _exp2(x):
-    """2^x, subnormal results flushed to zero."""
-    if USE_ASM:
-        y = tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
-    else:
-        y = tl.exp2(x)
-    return y
-
-
-@triton.jit
-def _log2(x):
-    if USE_ASM:
-        y = tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
-    else:
-        y = tl.log2(x)
-    return y
-
-
-@triton.jit
-def _reciprocal(x):
-    if USE_ASM:
-        y = tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
-    else:
-        y = 1.0 / x
-    return y
-
-
-@triton.jit
-def _masked_half(words, MASK: tl.constexpr, SHIFT: tl.constexpr):
-    """(word >> SHIFT) & MASK of int16 words, read as float16: a subnormal, code · 2^-24 · (MASK's lowest bit)."""
-    if USE_ASM:
-        # Two words in a register: the bits that cross from the upper word lie outside MASK.
-        PAIR: tl.constexpr = MASK * 65537
-        if SHIFT == 0:
-            x = tl.inline_asm_elementwise(f"and.b32 $0, $1, {PAIR};", "=r,r", [words], tl.float16, True, 2)
-        else:
-            x = tl.inline_asm_elementwise(
-                f"{{.reg .b32 t; shr.b32 t, $1, {SHIFT}; and.b32 $0, t, {PAIR};}}",
-                "=r,r",
-                [words],
-                tl.float16,
-                True,
-                2,
-            )
-    else:
-        x = ((words.to(tl.int32) >> SHIFT) & MASK).to(tl.int16).to(tl.float16, bitcast=True)
-    return x
-
-
-@triton.jit
-def _plane(words, j: tl.constexpr, FORMAT: tl.constexpr):
-    """Plane j of a tile of words as matrix operands: the values themselves, or codes · 2^(_shift − 24) for integers."""
-    if FORMAT == "int4":
-        x = _masked_half(words, 0xF << 4 * (j % 2), 8 * (j // 2))
-    elif FORMAT == "int2":
-        x = _masked_half(words, 0x3 << 2 * (j % 4), 8 * (j // 4))
-    elif FORMAT == "int8":
-        if USE_ASM and j == 1:
-            x = tl.inline_asm_elementwise("prmt.b32 $0, $1, 0, 0x4341;", "=r,r", [words], tl.float16, True, 2)
-        else:
-            x = _masked_half(words, 0xFF, 8 * j)
-        x = x - 7.62939453125e-06  # 128 · 2^-24: offset binary to signed
-    elif FORMAT == "fp8":
-        if USE_ASM:
-            # Bytes lo0 hi0 lo1 hi1 of two words: gather the plane's two bytes, then convert both at once.
-            x = tl.inline_asm_elementwise(
-                f"{{.reg .b32 t; .reg .b16 a, b; prmt.b32 t, $1, 0, {0x4420 if j == 0 else 0x4431};"
-                " mov.b32 {a, b}, t; cvt.rn.f16x2.e4m3x2 $0, a;}",
-                "=r,r",
-                [words],
-                tl.float16,
-                True,
-                2,
-            )
-        else:
-            # e4m3's exponent and mantissa, put at float16's, read 2^-8 of the value, subnormals included.
-            byte = words.to(tl.int32) >> (8 * j)
-            half = ((byte & 0x80) << 8) | ((byte & 0x7F) << 7)
-            x = (half.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32) * 256.0).to(tl.float16)
-    else:
-        x = words
-    return x
-
-
-@triton.constexpr_function
-def _shift(j, fmt):
-    """Bit at which plane j's code stands in its masked half."""
-    return 4 * (j % 2) if fmt == "int4" else 2 * (j % 4) if fmt == "int2" else 0
-
-
-@triton.jit
-def _columns(x, N: tl.constexpr, COLUMNS: tl.constexpr):
-    """The columns of a tile [N, COLUMNS], 4 or 8 of them."""
-    if COLUMNS == 4:
-        even, odd = tl.split(tl.reshape(x, [N, 2, 2]))
-        c0, c2 = tl.split(even)
-        c1, c3 = tl.split(odd)
-        columns = (c0, c1, c2, c3)
-    else:
-        even, odd = tl.split(tl.reshape(x, [N, 4, 2]))
-        c0, c2, c4, c6 = _columns(even, N, 4)
-        c1, c3, c5, c7 = _columns(odd, N, 4)
-        columns = (c0, c1, c2, c3, c4, c5, c6, c7)
-    return columns
-
-
-@triton.jit
-def _soft_cap(x, cap):
-    """cap · tanh(x / cap)."""
-    return cap - 2.0 * cap / (1.0 + tl.exp2(x * (2.0 * 1.4426950408889634 / cap)))
-
-
-@triton.jit
-def _sequence(
-    b,
-    mask,
-    seq_lens_ptr,
-    query_start_ptr,
-    flushed_lens_ptr,
-    PAGE: tl.constexpr,
+def _attend_residual(
+    ring,
+    begin,
+    end,
+    q,
+    acc,
+    m,
+    norm,
+    row_limit,
+    soft_cap,
+    FORMAT: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    ROWS: tl.constexpr,
     WINDOW: tl.constexpr,
-    LOW_BIT: tl.constexpr,
-    UNIT_COST: tl.constexpr,
+    SOFT_CAP: tl.constexpr,
+    PLANES: tl.constexpr,
+    W_PAD: tl.constexpr,
+    RESIDUAL_SIZE: tl.constexpr,
+    CENTRE: tl.constexpr,
+    LIFT: tl.constexpr,
 ):
-    """Of sequence b (or many): tokens, first new row, new tokens, first page to read, and for each of its units the
-    tiles (a residual window is the first) and what the unit costs before them.
-    """
-    seq_len = tl.load(seq_lens_ptr + b, mask=mask, other=0)
-    token0 = tl.load(query_start_ptr + b, mask=mask, other=0)
-    query_len = tl.load(query_start_ptr + b + 1, mask=mask, other=0) - token0
-    first_page = seq_len * 0
-    lead = first_page + UNIT_COST
-    if WINDOW > 0:
-        first_page = tl.maximum(seq_len - query_len + 1 - WINDOW, 0) // PAGE
-    if LOW_BIT:
-        flushed_len = tl.load(flushed_lens_ptr + b, mask=mask, other=0)
-        first_page = tl.minimum(first_page, flushed_len // PAGE)
-        residual = (seq_len > flushed_len).to(tl.int32)
-        tiles = flushed_len // PAGE - first_page + residual
-        lead += residual * (RESIDUAL_COST - 1)
-    else:
-        tiles = (seq_len + PAGE - 1) // PAGE - first_page
-    tiles = tl.where(query_len > 0, tiles, 0)
-    return seq_len, token0, query_len, first_page, tiles, lead
-
-
-@triton.jit
-def _share_of(position, base, extra):
-    """The program whose share holds a position of the line; the first `extra` shares are base + 1 long."""
-    longer = extra * (base + 1)
-    return tl.where(position < longer, position // (base + 1), extra + (position - longer) // base)
+    """Go on with the softmax over the tokens at positions begin .. end of one head's residual window."""
+    W: tl.constexpr = HEAD_DIM // PLANES
+    channels = tl.arange(0, W_PAD)
+    in_plane = channels < W
+    for start in tl.range(begin, end, 32, num_stages=2):
+        position = start + tl.arange(0, 32)
+        in_seq = position < end
+        row_offsets = (position % RESIDUAL_SIZE) * HEAD_DIM
+        k_rows = ring + row_offsets[:, None] + channels[None, :]
+        v_rows = ring + RESIDUAL_SIZE * HEAD_DIM + row_offsets[None, :] + channels[:, None]
+        k_mask = in_seq[:, None] & in_plane[None, :]
+        v_mask = in_seq[None, :] & in_plane[:, None]
+        s = tl.zeros([32, ROWS], tl.float32)
+        for j in tl.static_range(PLANES):
+            # The factor that the query's planes carry comes off again; it is a power of two.
+            kj = tl.load(k_rows + j * W, mask=k_mask, other=0.0).to(tl.float16)
+            kj = (kj * 2.0 ** (shift(j, FORMAT) - CENTRE)).to(tl.float16)
+            s = tl.dot(kj, q[j], s)
+        if SOFT_CAP:
+            s = soft_cap_of(s, soft_cap) * LOG2_E
+        seen = in_seq[:, None] & (position[:, None] < row_limit[None, :])
+        if WINDOW > 0:
+            seen = seen & (position[:, None] >= row_limit[None, :] - WINDOW)
+        s = tl.where(seen, s, float("-inf"))
+        m_new = tl.maximum(m, tl.max(s, 0))
+        alpha = exp2(m - m_new)
+        p = exp2(s - (m_new - LIFT)[None, :])
+        m = m_new
+        norm = norm * alpha + tl.sum(p, 0)
+        updated = ()
+        for j in tl.static_range(PLANES):
+            vj = tl.load(v_rows + j * W, mask=v_mask, other=0.0).to(tl.float16)
+            updated = updated + (tl.dot(vj, p.to(tl.float16), acc[j] * alpha[None, :]),)
+        acc = updated
+    return acc, m, norm
 
 
 @triton.jit(do_not_specialize=["table_stride"])
@@ -296,7 +189,7 @@ def _decode_kernel(
                 other=0.0,
             )
             if not IS_FLOAT:
-                qj = (qj.to(tl.float32) * (softmax_scale * 2.0 ** (CENTRE - _shift(j, FORMAT)))).to(tl.float16)
+                qj = (qj.to(tl.float32) * (softmax_scale * 2.0 ** (CENTRE - shift(j, FORMAT)))).to(tl.float16)
             q = q + (qj,)
             acc = acc + (tl.zeros([W_PAD, ROWS], tl.float32),)
         m = tl.full([ROWS], NEG_LARGE, tl.float32)
@@ -333,20 +226,20 @@ def _decode_kernel(
                 picked = tl.zeros([16, ROWS], tl.float32)
                 # One tile for all planes: a vector of one plane is too short for the asynchronous copies of a warp.
                 ks_tile = tl.load(scales + planes[None, :] * W + channels[:, None], mask=in_plane[:, None], other=0.0)
-                ks = _columns(ks_tile, W_PAD, PLANES)
+                ks = columns_of(ks_tile, W_PAD, PLANES)
                 for j in tl.static_range(PLANES):
-                    s = tl.dot(_plane(kw, j, FORMAT), q[j] * ks[j][:, None], s)
-                    of_plane = tl.dot(mins, q[j]) * (2.0 ** (_shift(j, FORMAT) - CENTRE))
+                    s = tl.dot(plane(kw, j, FORMAT), q[j] * ks[j][:, None], s)
+                    of_plane = tl.dot(mins, q[j]) * (2.0 ** (shift(j, FORMAT) - CENTRE))
                     picked = tl.where((plane_rows == j)[:, None], of_plane, picked)
                 q_min = tl.sum(picked, 0)
             else:
                 for j in tl.static_range(PLANES):
-                    s = tl.dot(_plane(kw, j, FORMAT), q[j], s, input_precision="ieee")
+                    s = tl.dot(plane(kw, j, FORMAT), q[j], s, input_precision="ieee")
 
             # Logits in base 2. What is added per token: log2 of V's scale, −inf where there is no token.
             if IS_FLOAT:
                 if SOFT_CAP:
-                    s = _soft_cap(s * softmax_scale, soft_cap) * 1.4426950408889634
+                    s = soft_cap_of(s * softmax_scale, soft_cap) * LOG2_E
                 else:
                     s = s * softmax_scale
                 if MAX_QUERY == 1:
@@ -361,15 +254,15 @@ def _decode_kernel(
                 else:
                     s_unit, vs = tl.split(tl.load(scales + pair_offsets).to(tl.float32))
                     s_unit = s_unit * K_UNIT
-                inv_vs = _reciprocal(vs)
-                log_vs = _log2(vs)
+                inv_vs = reciprocal(vs)
+                log_vs = log2_of(vs)
                 if not LOW_BIT:
                     inv_vs = tl.where(in_seq, inv_vs, 0.0)
                 if MAX_QUERY == 1 and WINDOW > 0:
                     log_vs = tl.where(position >= seq_len - WINDOW, log_vs, float("-inf"))
                 if SOFT_CAP:
                     s = s * s_unit[:, None] + q_min[None, :]
-                    s = _soft_cap(s, soft_cap) * 1.4426950408889634 + log_vs[:, None]
+                    s = soft_cap_of(s, soft_cap) * LOG2_E + log_vs[:, None]
                     q_min = tl.zeros([ROWS], tl.float32)
                 else:
                     s = s * s_unit[:, None] + log_vs[:, None]
@@ -385,8 +278,8 @@ def _decode_kernel(
                         s = tl.where(position[:, None] >= row_limit[None, :] - WINDOW, s, float("-inf"))
 
             m_new = tl.maximum(m, tl.max(s, 0) + q_min)
-            alpha = _exp2(m - m_new)
-            p = _exp2(s - (m_new - q_min - LIFT)[None, :])
+            alpha = exp2(m - m_new)
+            p = exp2(s - (m_new - q_min - LIFT)[None, :])
             m = m_new
             if IS_FLOAT:
                 norm = norm * alpha + tl.sum(p, 0)
@@ -409,7 +302,7 @@ def _decode_kernel(
                 weights = p.to(tl.float16)
             updated = ()
             for j in tl.static_range(PLANES):
-                vj = _plane(vw, j, FORMAT)
+                vj = plane(vw, j, FORMAT)
                 updated = updated + (tl.dot(vj, weights, acc[j] * alpha[None, :], input_precision="ieee"),)
             acc = updated
 
@@ -418,46 +311,35 @@ def _decode_kernel(
             values = ()
             for j in tl.static_range(PLANES):
                 if IS_INT:
-                    values = values + (acc[j] * 2.0 ** (24 - _shift(j, FORMAT)) + z[None, :],)
+                    values = values + (acc[j] * 2.0 ** (24 - shift(j, FORMAT)) + z[None, :],)
                 else:
                     values = values + (acc[j],)
             acc = values
 
         if LOW_BIT:
             # The newest tokens, in full precision; the piece that begins the unit has them.
-            residual_end = tl.where((t0 == 0) & (t1 > 0), seq_len, flushed_len)
             slot = tl.load(residual_slots_ptr + b).to(tl.int64)
-            ring = residual_ptr + (slot * NUM_KV_HEADS + head) * (2 * RESIDUAL_SIZE * HEAD_DIM)
-            for start in tl.range(flushed_len, residual_end, 32, num_stages=2):
-                position = start + tl.arange(0, 32)
-                in_seq = position < seq_len
-                row_offsets = (position % RESIDUAL_SIZE) * HEAD_DIM
-                k_rows = ring + row_offsets[:, None] + channels[None, :]
-                v_rows = ring + RESIDUAL_SIZE * HEAD_DIM + row_offsets[None, :] + channels[:, None]
-                k_mask = in_seq[:, None] & in_plane[None, :]
-                v_mask = in_seq[None, :] & in_plane[:, None]
-                s = tl.zeros([32, ROWS], tl.float32)
-                for j in tl.static_range(PLANES):
-                    # The factor that the query's planes carry comes off again; it is a power of two.
-                    kj = tl.load(k_rows + j * W, mask=k_mask, other=0.0).to(tl.float16)
-                    kj = (kj * 2.0 ** (_shift(j, FORMAT) - CENTRE)).to(tl.float16)
-                    s = tl.dot(kj, q[j], s)
-                if SOFT_CAP:
-                    s = _soft_cap(s, soft_cap) * 1.4426950408889634
-                seen = in_seq[:, None] & (position[:, None] < row_limit[None, :])
-                if WINDOW > 0:
-                    seen = seen & (position[:, None] >= row_limit[None, :] - WINDOW)
-                s = tl.where(seen, s, float("-inf"))
-                m_new = tl.maximum(m, tl.max(s, 0))
-                alpha = _exp2(m - m_new)
-                p = _exp2(s - (m_new - LIFT)[None, :])
-                m = m_new
-                norm = norm * alpha + tl.sum(p, 0)
-                updated = ()
-                for j in tl.static_range(PLANES):
-                    vj = tl.load(v_rows + j * W, mask=v_mask, other=0.0).to(tl.float16)
-                    updated = updated + (tl.dot(vj, p.to(tl.float16), acc[j] * alpha[None, :]),)
-                acc = updated
+            acc, m, norm = _attend_residual(
+                residual_ptr + (slot * NUM_KV_HEADS + head) * (2 * RESIDUAL_SIZE * HEAD_DIM),
+                flushed_len,
+                tl.where((t0 == 0) & (t1 > 0), seq_len, flushed_len),
+                q,
+                acc,
+                m,
+                norm,
+                row_limit,
+                soft_cap,
+                FORMAT,
+                HEAD_DIM,
+                ROWS,
+                WINDOW,
+                SOFT_CAP,
+                PLANES,
+                W_PAD,
+                RESIDUAL_SIZE,
+                CENTRE,
+                LIFT,
+            )
 
         has_key = norm > 0.0
         lse = tl.where(has_key, m - LIFT + tl.log2(tl.where(has_key, norm, 1.0)), float("-inf"))
@@ -490,69 +372,11 @@ def _decode_kernel(
                 tiles = 0
                 while (tiles == 0) & (count > 0):
                     b += 1
-                    seq_len, token0, query_len, first_page, tiles, lead = _sequence(
+                    seq_len, token0, query_len, first_page, tiles, lead = sequence(
                         b, count > 0, seq_lens_ptr, query_start_ptr, flushed_lens_ptr, PAGE, WINDOW, LOW_BIT, UNIT_COST
                     )
     if USE_ASM:
         gdc_launch_dependents()
-
-
-@triton.jit(do_not_specialize=["num_seqs", "num_programs"])
-def _plan_kernel(
-    seq_lens_ptr,
-    query_start_ptr,
-    flushed_lens_ptr,
-    plan_ptr,
-    num_seqs,
-    num_programs,
-    MIN_SHARE: tl.constexpr,
-    UNIT_COST: tl.constexpr,
-    PAGE: tl.constexpr,
-    UNITS: tl.constexpr,
-    WINDOW: tl.constexpr,
-    LOW_BIT: tl.constexpr,
-    BLOCK_SEQS: tl.constexpr,
-    BLOCK_PROGRAMS: tl.constexpr,
-):
-    """Every program works out the whole line, and writes where the shares of some decode programs begin."""
-    b = tl.arange(0, BLOCK_SEQS)
-    _, _, _, _, tiles, lead = _sequence(
-        b, b < num_seqs, seq_lens_ptr, query_start_ptr, flushed_lens_ptr, PAGE, WINDOW, LOW_BIT, UNIT_COST
-    )
-    length = tl.where(tiles > 0, UNITS * (lead + tiles), 0)
-    through = tl.cumsum(length, 0)
-    total = tl.sum(length, 0)
-    base = tl.maximum(total // num_programs, MIN_SHARE)
-    extra = tl.maximum(total - base * num_programs, 0)
-
-    w = tl.program_id(0) * BLOCK_PROGRAMS + tl.arange(0, BLOCK_PROGRAMS)
-    start = tl.minimum(w * base + tl.minimum(w, extra), total)
-    count = tl.minimum(start + base + (w < extra).to(tl.int32), total) - start
-    ended = through[None, :] <= start[:, None]
-    b = tl.sum((ended & (tl.arange(0, BLOCK_SEQS) < num_seqs)[None, :]).to(tl.int32), 1)
-    at = start - tl.sum(tl.where(ended, length[None, :], 0), 1)
-    seq_len, token0, query_len, first_page, tiles, lead = _sequence(
-        b, count > 0, seq_lens_ptr, query_start_ptr, flushed_lens_ptr, PAGE, WINDOW, LOW_BIT, UNIT_COST
-    )
-    unit_length = lead + tiles
-    unit = at // unit_length
-    at -= unit * unit_length
-    # A unit that began in an earlier program and ends in this one: the program with its first tile, else −1.
-    merges = (count > 0) & (at > lead) & (unit_length - at <= count)
-    merge_from = tl.where(merges, _share_of(start - at + lead, base, extra), -1)
-    record = plan_ptr + w * RECORD
-    mask = w < num_programs
-    tl.store(record, b, mask=mask)
-    tl.store(record + 1, unit, mask=mask)
-    tl.store(record + 2, at, mask=mask)
-    tl.store(record + 3, count, mask=mask)
-    tl.store(record + 4, seq_len, mask=mask)
-    tl.store(record + 5, token0, mask=mask)
-    tl.store(record + 6, query_len, mask=mask)
-    tl.store(record + 7, first_page, mask=mask)
-    tl.store(record + 8, tiles, mask=mask)
-    tl.store(record + 9, lead, mask=mask)
-    tl.store(record + 10, merge_from, mask=mask)
 
 
 @triton.jit
@@ -608,8 +432,8 @@ def _merge_kernel(
                 values = partial_out_ptr + piece[:, None, None] * (ROWS * HEAD_DIM) + offsets[None, :, :]
                 o = tl.load(values, mask=(piece_w <= w)[:, None, None] & mask[None, :, :], other=0.0)
                 m_new = tl.maximum(m, tl.max(e, 0))
-                alpha = _exp2(m - m_new)
-                weights = _exp2(e - m_new[None, :])
+                alpha = exp2(m - m_new)
+                weights = exp2(e - m_new[None, :])
                 acc = acc * alpha[:, None] + tl.sum(o * weights[:, :, None], 0)
                 norm = norm * alpha + tl.sum(weights, 0)
             else:
@@ -625,199 +449,23 @@ def _merge_kernel(
                     es = es + (e,)
                     os = os + (tl.load(values, mask=mask & (piece_w <= w), other=0.0),)
                     m_new = tl.maximum(m_new, e)
-                alpha = _exp2(m - m_new)
+                alpha = exp2(m - m_new)
                 acc = acc * alpha[:, None]
                 norm = norm * alpha
                 for i in tl.static_range(PIECES):
-                    weight = _exp2(es[i] - m_new)
+                    weight = exp2(es[i] - m_new)
                     acc += os[i] * weight[:, None]
                     norm += weight
             m = m_new
         head = (unit // ROW_BLOCKS) * GROUP + row % GROUP
         token = (token0 + row // GROUP).to(tl.int64)
         has_key = norm > 0.0
-        acc = acc * _reciprocal(tl.where(has_key, norm, 1.0))[:, None]
+        acc = acc * reciprocal(tl.where(has_key, norm, 1.0))[:, None]
         out = out_ptr + (token * out_stride_t + head * out_stride_h)[:, None] + channels[None, :]
         tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=mask)
         if HAS_LSE:
             lse = tl.where(has_key, (m + tl.log2(tl.where(has_key, norm, 1.0))) * LN_2, float("-inf"))
             tl.store(lse_ptr + token * (NUM_KV_HEADS * GROUP) + head, lse, mask=row_valid)
-
-
-@dataclass(frozen=True)
-class DecodeConfig:
-    """How a decode kernel is compiled and spread over the GPU.
-
-    Attributes:
-        num_warps: warps of a program.
-        num_stages: pages in flight in a program, plus one.
-        programs_per_sm: programs in the grid, per multiprocessor.
-        min_share: least tiles worth a program of their own.
-        unit_cost: what a unit costs beside its pages (its query, the latency of its first page, its output), in pages.
-        max_registers: per thread, where the compiler would take too many for `programs_per_sm`.
-    """
-
-    num_warps: int
-    num_stages: int
-    programs_per_sm: int
-    min_share: int = 2
-    unit_cost: int = 2
-    max_registers: int | None = None
-
-    @property
-    def launch_options(self) -> dict:
-        """What the launch of the decode kernel is told."""
-        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
-        if self.max_registers is not None and not INTERPRETING:
-            options["maxnreg"] = self.max_registers
-        return options
-
-
-# Found by measurement on an H200, for head_dim 128 and pages of 64: by format, for up to 8 rows and for 16.
-# programs_per_sm is what fits there at once, as a second wave would wait for the first.
-CONFIGS = {
-    "bfloat16": (DecodeConfig(4, 3, 3, unit_cost=1), DecodeConfig(4, 3, 2, unit_cost=1)),
-    "float16": (DecodeConfig(4, 3, 3, unit_cost=1), DecodeConfig(4, 3, 2, unit_cost=1)),
-    "float32": (DecodeConfig(4, 2, 1), DecodeConfig(4, 2, 1)),
-    "fp8": (DecodeConfig(2, 4, 4), DecodeConfig(2, 4, 4)),
-    "int8": (DecodeConfig(2, 4, 4), DecodeConfig(2, 4, 4)),
-    "int4": (DecodeConfig(2, 3, 8, max_registers=128), DecodeConfig(1, 3, 8)),
-    "int2": (DecodeConfig(1, 3, 12, max_registers=168), DecodeConfig(1, 3, 8)),
-}
-
-
-def choose_config(layout: PageLayout, rows: int) -> DecodeConfig:
-    """The compilation for a format, and for tiles of other shapes than the measured ones something that fits."""
-    few, more = CONFIGS[layout.kv_dtype]
-    config = few if rows <= 8 else more
-    widening = layout.head_dim * layout.page_size / (128 * 64) * max(rows / 16, 1)
-    if widening <= 1:
-        return config
-    programs = max(int(config.programs_per_sm * config.num_warps / 4 / widening), 1)
-    return DecodeConfig(4, 2 if widening > 2 else config.num_stages, programs)
-
-
-MAX_ROWS = 64
-
-
-@dataclass(frozen=True)
-class DecodePlan:
-    """The split of a step's decode work over the GPU, and the buffers for pieces; made by `plan_decode`.
-
-    Attributes:
-        table: int32 [num_programs, 16], written by the plan kernel: where each program's share begins.
-        partial_out: float32 [2 · num_programs, rows, head_dim], partial_lse: float32 [2 · num_programs, rows].
-    """
-
-    layout: PageLayout
-    num_q_heads: int
-    num_kv_heads: int
-    max_query_len: int
-    window: int | None
-    num_seqs: int
-    num_programs: int
-    config: DecodeConfig
-    table: torch.Tensor
-    partial_out: torch.Tensor
-    partial_lse: torch.Tensor
-
-    @property
-    def group(self) -> int:
-        return self.num_q_heads // self.num_kv_heads
-
-    @property
-    def rows(self) -> int:
-        """Rows of a program's matrix tile: a power of two that holds group · max_query_len, 64 at most."""
-        return _rows(self.group * self.max_query_len)
-
-    @property
-    def row_blocks(self) -> int:
-        return -(-self.group * self.max_query_len // self.rows)
-
-    def update(
-        self, seq_lens: torch.Tensor, query_start: torch.Tensor, flushed_lens: torch.Tensor | None = None
-    ) -> None:
-        """Split anew for other lengths of as many sequences; one small kernel, no synchronisation."""
-        block_programs = 16
-        _plan_kernel[(triton.cdiv(self.num_programs, block_programs),)](
-            seq_lens,
-            query_start,
-            flushed_lens,
-            self.table,
-            self.num_seqs,
-            self.num_programs,
-            MIN_SHARE=self.config.min_share,
-            UNIT_COST=self.config.unit_cost,
-            PAGE=self.layout.page_size,
-            UNITS=self.num_kv_heads * self.row_blocks,
-            WINDOW=self.window or 0,
-            LOW_BIT=self.layout.is_low_bit,
-            BLOCK_SEQS=max(triton.next_power_of_2(self.num_seqs), 16),
-            BLOCK_PROGRAMS=block_programs,
-            num_warps=4,
-        )
-
-
-def _rows(needed: int) -> int:
-    return min(max(triton.next_power_of_2(needed), 8), MAX_ROWS)
-
-
-@functools.cache
-def _num_sms(device: torch.device) -> int:
-    return 4 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def plan_decode(
-    seq_lens: torch.Tensor,
-    query_start: torch.Tensor,
-    layout: PageLayout,
-    *,
-    num_q_heads: int,
-    num_kv_heads: int,
-    max_query_len: int = 1,
-    window: int | None = None,
-    flushed_lens: torch.Tensor | None = None,
-    config: DecodeConfig | None = None,
-) -> DecodePlan:
-    """Split one step's decode attention over the GPU. Layers of the same shape and window share a plan.
-
-    Inside a CUDA graph, make the plan before the capture and call its `update` within.
-
-    Args:
-        seq_lens: int32 [num_seqs], tokens of each sequence, the new ones included.
-        query_start: int32 [num_seqs + 1], where each sequence's new tokens begin in the flat batch.
-        flushed_lens: int32 [num_seqs], tokens in quantised pages; for int4 and int2.
-        config: overrides the choice for this format; for measurements.
-
-    Raises:
-        ValueError: heads that do not divide, a query length out of 1 to 16, a window below 1, or flushed_lens missing.
-    """
-    checks.head_ratio(num_q_heads, num_kv_heads)
-    if not 1 <= max_query_len <= MAX_QUERY_LEN:
-        raise ValueError(f"max_query_len is {max_query_len}; it must be 1 to {MAX_QUERY_LEN}")
-    if window is not None and window < 1:
-        raise ValueError(f"window is {window}; it must be at least 1, or None for full attention")
-    if layout.is_low_bit and flushed_lens is None:
-        raise ValueError(f"flushed_lens is missing; {layout.kv_dtype} needs the tokens in quantised pages")
-    device, num_seqs = seq_lens.device, seq_lens.shape[0]
-    rows = _rows(num_q_heads // num_kv_heads * max_query_len)
-    config = config or choose_config(layout, rows)
-    num_programs = _num_sms(device) * config.programs_per_sm
-    plan = DecodePlan(
-        layout,
-        num_q_heads,
-        num_kv_heads,
-        max_query_len,
-        window,
-        num_seqs,
-        num_programs,
-        config,
-        table=torch.empty(num_programs, RECORD.value, dtype=torch.int32, device=device),
-        partial_out=torch.empty(2 * num_programs, rows, layout.head_dim, dtype=torch.float32, device=device),
-        partial_lse=torch.empty(2 * num_programs, rows, dtype=torch.float32, device=device),
-    )
-    plan.update(seq_lens, query_start, flushed_lens)
-    return plan
 
 
 def decode_attention(
@@ -905,7 +553,7 @@ def decode_attention(
         residual,
         residual_slots,
         flushed_lens,
-        scale if soft_cap else scale * LOG2_E,
+        scale if soft_cap else scale * LOG2_E.value,
         soft_cap or 0.0,
         query.stride(0),
         query.stride(1),

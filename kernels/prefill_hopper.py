@@ -195,20 +195,9 @@ def _announce(ring, turn, head, begin, first_token, query_len, context_len):
 
 
 @gluon.jit
-def _hear_word(slots, turn, i: gl.constexpr):
-    return gl.sum(slots.index(turn % 2 * 5 + i).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
-
-
-@gluon.jit
-def _hear(ring, turn):
-    """What was announced: (head, begin, first token, query_len, context_len)."""
-    slots, full, empty = ring
-    mbarrier.wait(full.index(turn % 2), turn // 2 & 1)
-    head, begin = _hear_word(slots, turn, 0), _hear_word(slots, turn, 1)
-    first_token, query_len = _hear_word(slots, turn, 2), _hear_word(slots, turn, 3)
-    context_len = _hear_word(slots, turn, 4)
-    mbarrier.arrive(empty.index(turn % 2), count=1)
-    return head, begin, first_token, query_len, context_len
+def _heard(ring, turn, i: gl.constexpr):
+    """Word i of an announcement that has come; read where it is needed, since consumers have no registers to spare."""
+    return gl.sum(ring[0].index(turn % 2 * 5 + i).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
 
 
 @gluon.jit
@@ -485,8 +474,8 @@ def _walk(
 @gluon.jit
 def _attend(q, rings, numbers, done, count, place, token, c: gl.constexpr, WHICH: gl.constexpr):
     """The walk over the keys of one query tile: (output not yet normalised, maximum, sum, tiles of keys seen)."""
-    first_token, query_len, context_len = place
     query_ring, key_ring, value_ring, turns, _ = rings
+    first_token, query_len, context_len = place
     window = numbers[3]
     own_first = first_token + WHICH * (64 // c.PACK)
     own_last = own_first + 64 // c.PACK - 1
@@ -547,15 +536,18 @@ def _consume(rings, staging, outputs, numbers, c: gl.constexpr, WHICH: gl.conste
     out_ptr, lse_ptr, out_stride_token, out_stride_head, num_heads = outputs
     q = rings[0][0].index(WHICH)
     rows = gl.arange(0, 64, gl.SliceLayout(1, c.scores))
-    out_rows = gl.arange(0, 64, gl.SliceLayout(1, c.rowwise))
-    channel = gl.arange(0, c.BLOCK_D, gl.SliceLayout(0, c.rowwise))
+    announcements = rings[4]
     count = 0
     done = 0
-    head, begin, first_token, query_len, context_len = _hear(rings[4], done)
+    mbarrier.wait(announcements[1].index(0), 0)
+    query_len = _heard(announcements, 0, 3)
     while query_len > 0:
+        first_token = _heard(announcements, done, 2)
+        context_len = _heard(announcements, done, 4)
+        head, begin = _heard(announcements, done, 0), _heard(announcements, done, 1)
+        mbarrier.arrive(announcements[2].index(done % 2), count=1)
         token = first_token + (WHICH * 64 + rows) // c.PACK
-        place = (first_token, query_len, context_len)
-        acc, row_max, row_sum, count = _attend(q, rings, numbers, done, count, place, token, c, WHICH)
+        acc, row_max, row_sum, count = _attend(q, rings, numbers, done, count, (first_token, query_len, context_len), token, c, WHICH)
         if c.LSE:
             lse = (row_max + gl.log2(row_sum)) * 0.6931471805599453
             row_head = head * c.PACK + rows % c.PACK
@@ -572,13 +564,16 @@ def _consume(rings, staging, outputs, numbers, c: gl.constexpr, WHICH: gl.conste
         if c.stage_in_queries:
             fence_async_shared()
             mbarrier.arrive(rings[0][2].index(WHICH), count=1)
+        out_rows = gl.arange(0, 64, gl.SliceLayout(1, c.rowwise))
+        channel = gl.arange(0, c.BLOCK_D, gl.SliceLayout(0, c.rowwise))
         token_out = first_token + (WHICH * 64 + out_rows) // c.PACK
         at = (begin + token_out).to(gl.int64) * out_stride_token
         at += (head * c.PACK + out_rows % c.PACK) * out_stride_head
         inside = (token_out < query_len)[:, None] & (channel < c.HEAD_DIM)[None, :]
         gl.store(out_ptr + at[:, None] + channel[None, :], values, mask=inside)
         done += 1
-        head, begin, first_token, query_len, context_len = _hear(rings[4], done)
+        mbarrier.wait(announcements[1].index(done % 2), done // 2 & 1)
+        query_len = _heard(announcements, done, 3)
 
 
 @gluon.jit(

@@ -15,7 +15,8 @@ from kernels.bench.batches import Batch, kv_bytes, paged_batches
 from kernels.bench.results import OURS
 from kernels.bench.timing import num_sets
 from kernels.cache import dequantise_pages, slot_mapping, write_kv
-from kernels.decode import decode_attention, plan_decode
+from kernels.decode import decode_attention
+from kernels.decode_plan import plan_decode
 from kernels.elementwise import qk_norm_rope, rms_norm, silu_mul
 from kernels.pages import PageLayout
 from kernels.prefill import PrefillConfig, prefill_attention

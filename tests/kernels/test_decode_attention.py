@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from kernels.aot import Compiled
 from kernels.aot import compile_for_hopper as compile_kernel
-from kernels.decode import DecodeConfig, _decode_kernel, choose_config, decode_attention, plan_decode
+from kernels.decode import _decode_kernel, decode_attention
+from kernels.decode_plan import DecodeConfig, choose_config, plan_decode
 from kernels.pages import PageLayout
 from kernels.reference import pages as reference_pages
 from kernels.reference.attention import attention
