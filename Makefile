@@ -24,7 +24,7 @@ plan: $(BASE_INSTALLED) ## run memwall plan with its default question
 	@$(VENV)/bin/memwall plan
 
 test: $(TEST_INSTALLED) ## run the tests (those that need a GPU are skipped without one)
-	@$(PY) -m pytest -q -n $(WORKERS) --maxprocesses 8
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(WORKERS) --maxprocesses 8  # processes share the cores, not threads
 
 test-gpu: $(TEST_INSTALLED) ## run only the tests that need a GPU, in one process; fails without one
 	@$(PY) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "make test-gpu: no CUDA device was found")'

@@ -3,8 +3,9 @@
     pages         PageLayout: the bytes of a KV page in seven formats, and the residual window of the low-bit ones
     cache         slot_mapping, write_kv: RoPE, quantisation and the store in one launch; dequantise_pages
     prefill       prefill_attention: many new tokens per sequence, over themselves and a paged context
-                    prefill_hopper: what a Hopper GPU runs instead, in Gluon; prefill_grid: what both share
-    decode        plan_decode, decode_attention: 1 to 16 new tokens per sequence, over pages of any format
+                    prefill_hopper: the same for Hopper GPUs, in Gluon; prefill_grid: what both share
+    decode        decode_attention: 1 to 16 new tokens per sequence, over pages of any format
+                    decode_plan: plan_decode, its split over the GPU; planes: packed numbers on tensor cores
     elementwise   rms_norm, qk_norm_rope, silu_mul
     sampling      sample, verify, processed_probs, token_logprobs
     reference     what they all mean, in plain PyTorch: pages, attention, elementwise, sampling

@@ -178,11 +178,10 @@ def choose_config(layout: PageLayout, rows: int) -> DecodeConfig:
     widening = layout.head_dim * layout.page_size / (128 * 64) * max(rows / 16, 1)
     if widening <= 1:
         return config
-    programs = max(int(config.programs_per_sm * config.num_warps / 4 / widening), 1)
-    return DecodeConfig(4, 2 if widening > 2 else config.num_stages, programs)
-
-
-MAX_ROWS = 64
+    # Four warps of int4 with 64 words to a token compute wrong on the GPU (Triton 3.6 puts such tiles on wgmma).
+    num_warps = 2 if layout.kv_dtype == "int4" and layout.head_dim == 256 else 4
+    programs = max(int(config.programs_per_sm * config.num_warps / num_warps / widening), 1)
+    return DecodeConfig(num_warps, 2 if widening > 2 else config.num_stages, programs)
 
 
 @dataclass(frozen=True)
@@ -213,7 +212,7 @@ class DecodePlan:
     @property
     def rows(self) -> int:
         """Rows of a program's matrix tile: a power of two that holds group · max_query_len, 64 at most."""
-        return tile_rows(self.group * self.max_query_len)
+        return tile_rows(self.layout, self.group * self.max_query_len)
 
     @property
     def row_blocks(self) -> int:
@@ -243,9 +242,10 @@ class DecodePlan:
         )
 
 
-def tile_rows(needed: int) -> int:
-    """Rows of a program's matrix tile: a power of two that holds what is needed, 8 to 64."""
-    return min(max(triton.next_power_of_2(needed), 8), MAX_ROWS)
+def tile_rows(layout: PageLayout, needed: int) -> int:
+    """Rows of a program's matrix tile: a power of two that holds what is needed, 8 to 64, or 16 if heads are wide."""
+    most = 16 if layout.is_low_bit and layout.head_dim == 256 else 64
+    return min(max(triton.next_power_of_2(needed), 8), most)
 
 
 @functools.cache
@@ -286,7 +286,7 @@ def plan_decode(
     if layout.is_low_bit and flushed_lens is None:
         raise ValueError(f"flushed_lens is missing; {layout.kv_dtype} needs the tokens in quantised pages")
     device, num_seqs = seq_lens.device, seq_lens.shape[0]
-    rows = tile_rows(num_q_heads // num_kv_heads * max_query_len)
+    rows = tile_rows(layout, num_q_heads // num_kv_heads * max_query_len)
     config = config or choose_config(layout, rows)
     num_programs = _num_sms(device) * config.programs_per_sm
     plan = DecodePlan(

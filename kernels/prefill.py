@@ -14,7 +14,7 @@ everything in a long prompt, goes through a loop without any mask.
 """
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -322,7 +322,7 @@ def prefill_attention(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Causal attention of a flat batch of new tokens over themselves and, where given, a paged context before them.
 
-    Memory beyond inputs and output: none, so linear in the number of tokens.
+    Memory beyond inputs and output: a counter at most, so linear in the number of tokens.
 
     Args:
         query: [num_tokens, num_q_heads, head_dim], bfloat16, float16 or float8_e4m3fn; strides of tokens and heads are
@@ -355,7 +355,7 @@ def prefill_attention(
     lse = query.new_empty((num_tokens, num_q_heads), dtype=torch.float32) if return_lse else None
     num_seqs = query_start.shape[0] - 1
     if num_tokens and num_seqs and max_query_len:
-        config = config or _choose_config(query, key, max_query_len)
+        config = config or _choose_config(query, key, max_query_len, context is not None)
         arguments = (
             config, query, key, value, out, lse, query_start, max_query_len,
             softmax_scale or head_dim**-0.5, window, soft_cap, context,
@@ -367,15 +367,31 @@ def prefill_attention(
     return (out, lse) if return_lse else out
 
 
-def _choose_config(query: torch.Tensor, key: torch.Tensor, max_query_len: int) -> PrefillConfig | HopperConfig:
-    """Kernel and tiles for a shape."""
-    head_dim, group = query.shape[2], query.shape[1] // key.shape[1]
+def _choose_config(
+    query: torch.Tensor, key: torch.Tensor, max_query_len: int, has_context: bool
+) -> PrefillConfig | HopperConfig:
+    """Kernel and tiles for a shape, as timed on an H200 (`python -m kernels.bench --suite prefill`)."""
+    head_dim = query.shape[2]
     if query.dtype in FLOATS_16 and prefill_hopper.is_hopper(query.device):
-        return prefill_hopper.choose_config(head_dim, group, max_query_len)
-    pack = pack_for(group, max_query_len, block_m=128)
+        # Tiles of 64 channels leave room for two programs on a multiprocessor, which serves short prompts better.
+        if head_dim != 64 or has_context or max_query_len >= 4096:
+            return prefill_hopper.choose_config(head_dim, query.shape[1] // key.shape[1], max_query_len)
+    return portable_config(query, key, max_query_len, has_context)
+
+
+def portable_config(query: torch.Tensor, key: torch.Tensor, max_query_len: int, has_context: bool) -> PrefillConfig:
+    """The Triton kernel's tiles for a shape, on whatever GPU."""
+    head_dim = query.shape[2]
     if query.dtype == FP8:
-        return PrefillConfig(128, 128 if head_dim <= 128 else 64, num_warps=8, pack=pack)
-    return PrefillConfig(128, 64, num_warps=8, pack=pack)
+        # Two outputs are in registers, the running one and a tile's: of 128 rows of 256 channels they would not fit.
+        config = PrefillConfig(64, 64, num_warps=8) if head_dim > 128 else PrefillConfig(128, 128, 8, num_stages=3)
+    elif head_dim > 128:
+        config = PrefillConfig(128, 64, num_warps=8)
+    elif has_context:
+        config = PrefillConfig(128, 64, num_warps=8, num_stages=3)
+    else:
+        config = PrefillConfig(128, 64, num_warps=4, num_stages=3 if head_dim == 64 else 2)
+    return replace(config, pack=pack_for(query.shape[1] // key.shape[1], max_query_len, config.block_m))
 
 
 def _launch(

@@ -121,10 +121,6 @@ class HopperConfig:
     ping_pong: bool = False
     pack: int = 1
 
-    @property
-    def label(self) -> str:
-        return f"n{self.block_n} s{self.num_stages} {self.schedule}{' pingpong' * self.ping_pong} p{self.pack}"
-
 
 # ---- device: which tile, which keys --------------------------------------------------------------------------------
 
@@ -138,7 +134,10 @@ def _deal(time):
 
 @gluon.jit
 def _draw(counter_ptr, num_ranks):
-    """Ask for the number of the next tile behind the first one of each program, in lane 0 of a warp."""
+    """Ask for a tile behind those that the programs begin with; the answer comes in lane 0 of the producer's warp.
+
+    An operation of all lanes on one address the assembler would make a sum over the warp, and wait for it.
+    """
     lane = gl.arange(0, 32, gl.BlockedLayout([1], [32], [1], [0]))
     asks = (lane == 0) & (num_ranks > gl.num_programs(0))
     ticket = gl.atomic_add(counter_ptr + lane, asks.to(gl.int32), mask=asks, sem="relaxed")
@@ -183,21 +182,36 @@ def _tile(rank, lengths, sizes, c: gl.constexpr):
 
 
 @gluon.jit
-def _announce(ring, turn, head, begin, first_token, query_len, context_len):
-    """The producer tells the consumers their next query tile; a query_len of 0 is the end."""
-    slots, full, empty = ring
-    mbarrier.wait(empty.index(turn % 2), (turn // 2 & 1) ^ 1)
+def _announce(news, turn, head, begin, first_token, query_len, context_len):
+    """Tell the consumers their next query tile, once both have heard of the one before. A query_len of 0 is the end."""
+    words, told, heard = news
+    mbarrier.wait(heard, (turn & 1) ^ 1)
     message = (head, begin, first_token, query_len, context_len)
     for i in gl.static_range(5):
-        word = gl.full([1], message[i], gl.int32, gl.BlockedLayout([1], [32], [1], [0]))
-        slots.index(turn % 2 * 5 + i).store(word)
-    mbarrier.arrive(full.index(turn % 2), count=1)
+        words.index(i).store(gl.full([1], message[i], gl.int32, gl.BlockedLayout([1], [32], [1], [0])))
+    mbarrier.arrive(told, count=1)
 
 
 @gluon.jit
-def _heard(ring, turn, i: gl.constexpr):
-    """Word i of an announcement that has come; read where it is needed, since consumers have no registers to spare."""
-    return gl.sum(ring[0].index(turn % 2 * 5 + i).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
+def _word(words, i: gl.constexpr):
+    return gl.sum(words.index(i).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
+
+
+@gluon.jit
+def _hear_query_len(news, turn):
+    """Wait for the next announcement."""
+    words, told, _ = news
+    mbarrier.wait(told, turn & 1)
+    return _word(words, 3)
+
+
+@gluon.jit
+def _hear_rest(news):
+    """The rest of it: (head, begin, first token, context_len)."""
+    words, _, heard = news
+    head, begin, first_token, context_len = _word(words, 0), _word(words, 1), _word(words, 2), _word(words, 4)
+    mbarrier.arrive(heard, count=1)
+    return head, begin, first_token, context_len
 
 
 @gluon.jit
@@ -267,20 +281,20 @@ def _load_queries(desc, ring, head, row, done, c: gl.constexpr):
 @gluon.jit
 def _produce(descs, rings, table, lengths, sizes, window, ranks, c: gl.constexpr):
     query_desc, key_desc, value_desc, context_desc = descs
-    query_ring, key_ring, value_ring, _, announcements = rings
+    query_ring, key_ring, value_ring, _, news = rings
     block_tables_ptr, table_stride = table
     num_ranks, counter_ptr = ranks
     num_kv_heads = sizes[1] * c.PACK // c.GROUP
     count = 0  # tiles of keys loaded
     done = 0  # tiles of queries loaded
-    deal = 0
+    deals = 0
     rank = gl.program_id(0)
     while rank < num_ranks:
         if c.DYNAMIC:
             drawn = _draw(counter_ptr, num_ranks)  # here, so that it is there when needed
         seq, head, begin, first_token, query_len, context_len = _tile(rank, lengths, sizes, c)
         if first_token < query_len:
-            _announce(announcements, done, head, begin, first_token, query_len, context_len)
+            _announce(news, done, head, begin, first_token, query_len, context_len)
             kv_head = head * c.PACK // c.GROUP
             last = (gl.minimum(first_token + c.tokens, query_len) - 1) // c.BLOCK_N
             first = _first_tile(first_token, window, c)
@@ -308,9 +322,9 @@ def _produce(descs, rings, table, lengths, sizes, window, ranks, c: gl.constexpr
         if c.DYNAMIC:
             rank = gl.num_programs(0) + gl.sum(drawn, 0)
         else:
-            deal += 1
-            rank = _deal(deal)
-    _announce(announcements, done, 0, 0, 0, 0, 0)
+            deals += 1
+            rank = _deal(deals)
+    _announce(news, done, 0, 0, 0, 0, 0)
 
 
 # ---- device: the consumers -----------------------------------------------------------------------------------------
@@ -536,18 +550,16 @@ def _consume(rings, staging, outputs, numbers, c: gl.constexpr, WHICH: gl.conste
     out_ptr, lse_ptr, out_stride_token, out_stride_head, num_heads = outputs
     q = rings[0][0].index(WHICH)
     rows = gl.arange(0, 64, gl.SliceLayout(1, c.scores))
-    announcements = rings[4]
+    out_rows = gl.arange(0, 64, gl.SliceLayout(1, c.rowwise))
+    channel = gl.arange(0, c.BLOCK_D, gl.SliceLayout(0, c.rowwise))
     count = 0
     done = 0
-    mbarrier.wait(announcements[1].index(0), 0)
-    query_len = _heard(announcements, 0, 3)
+    query_len = _hear_query_len(rings[4], done)
     while query_len > 0:
-        first_token = _heard(announcements, done, 2)
-        context_len = _heard(announcements, done, 4)
-        head, begin = _heard(announcements, done, 0), _heard(announcements, done, 1)
-        mbarrier.arrive(announcements[2].index(done % 2), count=1)
+        head, begin, first_token, context_len = _hear_rest(rings[4])
         token = first_token + (WHICH * 64 + rows) // c.PACK
-        acc, row_max, row_sum, count = _attend(q, rings, numbers, done, count, (first_token, query_len, context_len), token, c, WHICH)
+        place = (first_token, query_len, context_len)
+        acc, row_max, row_sum, count = _attend(q, rings, numbers, done, count, place, token, c, WHICH)
         if c.LSE:
             lse = (row_max + gl.log2(row_sum)) * 0.6931471805599453
             row_head = head * c.PACK + rows % c.PACK
@@ -564,16 +576,13 @@ def _consume(rings, staging, outputs, numbers, c: gl.constexpr, WHICH: gl.conste
         if c.stage_in_queries:
             fence_async_shared()
             mbarrier.arrive(rings[0][2].index(WHICH), count=1)
-        out_rows = gl.arange(0, 64, gl.SliceLayout(1, c.rowwise))
-        channel = gl.arange(0, c.BLOCK_D, gl.SliceLayout(0, c.rowwise))
         token_out = first_token + (WHICH * 64 + out_rows) // c.PACK
         at = (begin + token_out).to(gl.int64) * out_stride_token
         at += (head * c.PACK + out_rows % c.PACK) * out_stride_head
         inside = (token_out < query_len)[:, None] & (channel < c.HEAD_DIM)[None, :]
         gl.store(out_ptr + at[:, None] + channel[None, :], values, mask=inside)
         done += 1
-        mbarrier.wait(announcements[1].index(done % 2), done // 2 & 1)
-        query_len = _heard(announcements, done, 3)
+        query_len = _hear_query_len(rings[4], done)
 
 
 @gluon.jit(
@@ -607,9 +616,10 @@ def _prefill_hopper_kernel(
     num_tiles,
     columns_per_section,
     num_ranks,  # num_columns * num_tiles
-    softmax_scale,
+    scale,  # from q · k to a power of two; with a soft cap 1
     window,
-    soft_cap,
+    cap_in,
+    cap_out,
     c: gl.constexpr,
 ):
     query_tiles = gl.allocate_shared_memory(c.dtype, [2, 64, c.BLOCK_D], c.shared)
@@ -625,15 +635,15 @@ def _prefill_hopper_kernel(
     value_full = gl.allocate_shared_memory(gl.int64, [c.STAGES, 1], mbarrier.MBarrierLayout())
     value_empty = gl.allocate_shared_memory(gl.int64, [c.STAGES, 1], mbarrier.MBarrierLayout())
     turns = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    announcements = gl.allocate_shared_memory(gl.int32, [2 * 5, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    announced = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    heard = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    words = gl.allocate_shared_memory(gl.int32, [5, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    told = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    heard = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    mbarrier.init(told, count=1)
+    mbarrier.init(heard, count=2)
     for i in gl.static_range(2):
         mbarrier.init(turns.index(i), count=1)
         mbarrier.init(query_full.index(i), count=1)
         mbarrier.init(query_empty.index(i), count=1)
-        mbarrier.init(announced.index(i), count=1)
-        mbarrier.init(heard.index(i), count=2)
     stages: gl.constexpr = c.STAGES
     for i in gl.static_range(stages):
         mbarrier.init(key_full.index(i), count=1)
@@ -642,18 +652,12 @@ def _prefill_hopper_kernel(
         mbarrier.init(value_empty.index(i), count=2)
     fence_async_shared()
 
-    cap_in, cap_out = 0.0, 0.0
-    scale = softmax_scale * 1.4426950408889634
-    if c.SOFT_CAP:
-        cap_in = softmax_scale * 2.0 * 1.4426950408889634 / soft_cap
-        cap_out = soft_cap * 1.4426950408889634
-        scale = 1.0
     rings = (
         (query_tiles, query_full, query_empty),
         (key_tiles, key_full, key_empty),
         (value_tiles, value_full, value_empty),
         turns,
-        (announcements, announced, heard),
+        (words, told, heard),
     )
     descs = (query_desc, key_desc, value_desc, context_desc)
     outputs = (out_ptr, lse_ptr, out_stride_token, out_stride_head, num_heads)
@@ -675,12 +679,19 @@ def _prefill_hopper_kernel(
 
 # ---- host ----------------------------------------------------------------------------------------------------------
 
+LOG2_E = 1.4426950408889634
 GLUON_DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
 
 def choose_config(head_dim: int, group: int, max_query_len: int) -> HopperConfig:
-    """Tiles for a shape."""
-    return HopperConfig(block_n=64 if head_dim > 128 else 128, pack=pack_for(group, max_query_len, block_m=128))
+    """Tiles and schedule for a shape."""
+    grid = head_dim > 64 and max_query_len >= 1024
+    return HopperConfig(
+        block_n=64 if head_dim > 128 else 128,
+        schedule="grid" if grid else "static",
+        ping_pong=not grid,
+        pack=pack_for(group, max_query_len, block_m=128),
+    )
 
 
 @cache
@@ -712,7 +723,7 @@ def launch(
     num_q_heads, head_dim = query.shape[1:]
     num_seqs = query_start.shape[0] - 1
     grid = cut(query, key, num_seqs, max_query_len, context, 128, config.pack)
-    shape = Shape(
+    shape = _shape(
         dtype=GLUON_DTYPES[query.dtype],
         HEAD_DIM=head_dim,
         BLOCK_D=triton.next_power_of_2(head_dim),
@@ -753,18 +764,27 @@ def launch(
         grid.num_tiles,
         grid.columns_per_section,
         grid.num_ranks,
-        softmax_scale,
+        1.0 if soft_cap else softmax_scale * LOG2_E,
         window or 0,
-        float(soft_cap or 0.0),
+        2 * softmax_scale * LOG2_E / soft_cap if soft_cap else 0.0,
+        soft_cap * LOG2_E if soft_cap else 0.0,
         shape,
         num_warps=4,
         maxnreg=MAX_REGISTERS,
     )
 
 
+# Making these takes longer than all else that a launch does on the host.
+_shape = cache(Shape)
+
+
+@cache
+def _layout(box: tuple[int, ...], dtype: gl.dtype) -> gl.NVMMASharedLayout:
+    return gl.NVMMASharedLayout.get_default_for(list(box), dtype)
+
+
 def _descriptor(tensor: torch.Tensor, shape: list[int], strides: list[int], box: list[int]) -> TensorDescriptor:
-    layout = gl.NVMMASharedLayout.get_default_for(box, GLUON_DTYPES[tensor.dtype])
-    return TensorDescriptor(tensor, shape, strides, box, layout)
+    return TensorDescriptor(tensor, shape, strides, box, _layout(tuple(box), GLUON_DTYPES[tensor.dtype]))
 
 
 def _rows_descriptor(tensor: torch.Tensor, c: Shape, rows: int) -> TensorDescriptor:

@@ -19,7 +19,7 @@ from kernels.decode import decode_attention
 from kernels.decode_plan import plan_decode
 from kernels.elementwise import qk_norm_rope, rms_norm, silu_mul
 from kernels.pages import PageLayout
-from kernels.prefill import PrefillConfig, prefill_attention
+from kernels.prefill import portable_config, prefill_attention
 from kernels.reference.attention import attention, start_of
 from kernels.reference.pages import gather, quantisation_error
 from kernels.sampling import sample, verify
@@ -107,7 +107,7 @@ def prefill_work(
 
     implementations = {OURS: ours}
     if prefill_hopper.is_hopper(bench.device):  # beside it, the kernel for all other GPUs
-        portable = PrefillConfig(num_warps=8 if head_dim > 128 else 4)
+        portable = portable_config(*sets[0][:2], length, has_context=False)
         implementations["portable"] = partial(ours, config=portable)
     for name in peers.SDPA:
         implementations[name] = partial(batched, partial(peers.sdpa, name, causal=True))

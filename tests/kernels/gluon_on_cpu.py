@@ -252,7 +252,7 @@ def warpgroup_mma_wait(num_outstanding, deps):
 
 def _allocate(dtype, shape, layout):
     if layout == "barriers":
-        return Barriers(shape[0])
+        return Barriers(shape[0]) if len(shape) == 2 else Barrier()
     # NaN, so that nothing that was never written passes unseen.
     fill = np.nan if np.issubdtype(dtype, np.floating) else np.iinfo(dtype).min
     return Shared(np.full(math.prod(shape), fill, dtype), 0, shape, len(shape) - 1)
@@ -328,6 +328,23 @@ def _argument(value):
     return value
 
 
+def names(module, program, num_programs):
+    """The names in a module of Gluon functions, as one program of so many has them here."""
+    found = dict(
+        vars(module),
+        gl=_language(program, num_programs),
+        mbarrier=mbarrier,
+        tma=tma,
+        warpgroup_mma=warpgroup_mma,
+        warpgroup_mma_wait=warpgroup_mma_wait,
+        fence_async_shared=lambda: None,
+    )
+    for name, value in vars(module).items():
+        if isinstance(value, GluonJITFunction):
+            found[name] = types.FunctionType(value.fn.__code__, found, name, value.fn.__defaults__)
+    return found
+
+
 class OnCpu:
     """Stands where a module's Gluon kernel stands, and is launched like it: `kernel[(programs,)](*args)`.
 
@@ -351,21 +368,7 @@ class OnCpu:
                 **dict.fromkeys(("scores", "output", "weights", "rowwise", "shared")),
             )
             for program in range(grid[0]):
-                self._function(program, grid[0])(*map(_argument, args), shape)
+                found = names(self.module, program, grid[0])
+                types.FunctionType(self.kernel.fn.__code__, found)(*map(_argument, args), shape)
 
         return run
-
-    def _function(self, program, num_programs):
-        names = dict(
-            vars(self.module),
-            gl=_language(program, num_programs),
-            mbarrier=mbarrier,
-            tma=tma,
-            warpgroup_mma=warpgroup_mma,
-            warpgroup_mma_wait=warpgroup_mma_wait,
-            fence_async_shared=lambda: None,
-        )
-        for name, value in vars(self.module).items():
-            if isinstance(value, GluonJITFunction):
-                names[name] = types.FunctionType(value.fn.__code__, names, name, value.fn.__defaults__)
-        return types.FunctionType(self.kernel.fn.__code__, names, "kernel", self.kernel.fn.__defaults__)

@@ -497,6 +497,7 @@ TABLE = [
     *((head_dim, 2, 4, query_len) for head_dim in (64, 80, 96, 128, 256) for query_len in (1, 4)),
     *((128, *heads, query_len) for heads in ((1, 8), (4, 1), (4, 7)) for query_len in (1, 16)),
     *((128, 8, 4, query_len) for query_len in (2, 8)),
+    (256, 2, 4, 16),
 ]
 
 
