@@ -17,7 +17,9 @@ int2 are written by pages. There a program is one of:
     a window     of page_size rows of the flat token batch: at most one page of new tokens only begins in it, for such
                  pages are disjoint runs of page_size rows. Long prompts go to their pages this way, in parallel.
 
-Launches disable the fusing of multiplications and additions: a fused one rounds once, the specification twice.
+Quantising kernels hold neighbouring channels in pairs, as they stand in memory: a 16-bit pair is one register, and one
+instruction finds the extremes of both. Launches disable the fusing of multiplications and additions: a fused one rounds
+once, the specification twice except where a kernel says `fma`.
 """
 
 import functools
@@ -32,11 +34,17 @@ from kernels import checks
 from kernels.interpreting import INTERPRETING
 from kernels.pages import MAX_QUERY_LEN, PAGE_SIZES, PageLayout
 
+# Of a thread of `_write_pages_kernel`: 16 warps on an SM. The compiler would take more, to no purpose.
+MAX_REGISTERS = 128
+
+# Tokens of K for which such a thread holds cos and sin at a time.
+KEY_CHUNK = 4
+
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 # 1.5 · 2^23: adding it leaves round-half-even(x) in the low bits of the float32.
 _ROUND = tl.constexpr(12582912.0)
-_ROUND_INT8 = tl.constexpr(12582912.0 + 128.0)
+_ROUND_FLOAT64 = tl.constexpr(1.5 * 2.0**52)
 _LEAST_SCALE = tl.constexpr(2.0**-24)
 _FP16_MAX = tl.constexpr(65504.0)
 _INTERPRETING = tl.constexpr(INTERPRETING)
@@ -73,21 +81,27 @@ def _round_to(x, dtype: tl.constexpr):
 
 @triton.jit
 def _round_up_fp16(x):
-    """float32, not negative, to the least fp16 at or above it."""
-    x = tl.minimum(tl.maximum(x, _LEAST_SCALE), _FP16_MAX)
-    nearest = x.to(tl.float16)
-    above = (nearest.to(tl.int16, bitcast=True) + 1).to(tl.float16, bitcast=True)
-    return tl.where(nearest.to(tl.float32) < x, above, nearest)
+    """float32 in [2^-24, 65504] to the least fp16 at or above it."""
+    if _INTERPRETING:
+        nearest = x.to(tl.float16)
+        above = (nearest.to(tl.int16, bitcast=True) + 1).to(tl.float16, bitcast=True)
+        rounded = tl.where(nearest.to(tl.float32) < x, above, nearest)
+    else:
+        rounded = tl.inline_asm_elementwise("cvt.rp.f16.f32 $0, $1;", "=h,f", [x], tl.float16, True, 1)
+    return rounded
 
 
 @triton.jit
 def _round_down_fp16(x):
-    """float32 to the largest fp16 at or below it."""
-    x = tl.minimum(tl.maximum(x, -_FP16_MAX), _FP16_MAX)
-    nearest = x.to(tl.float16)
-    bits = nearest.to(tl.int16, bitcast=True)
-    below = tl.where(bits < 0, bits + 1, bits - 1).to(tl.float16, bitcast=True)
-    return tl.where(nearest.to(tl.float32) > x, below, nearest)
+    """float32 within ±65504 to the largest fp16 at or below it."""
+    if _INTERPRETING:
+        nearest = x.to(tl.float16)
+        bits = nearest.to(tl.int16, bitcast=True)
+        below = tl.where(bits < 0, bits + 1, bits - 1).to(tl.float16, bitcast=True)
+        rounded = tl.where(nearest.to(tl.float32) > x, below, nearest)
+    else:
+        rounded = tl.inline_asm_elementwise("cvt.rm.f16.f32 $0, $1;", "=h,f", [x], tl.float16, True, 1)
+    return rounded
 
 
 @triton.jit
@@ -123,20 +137,140 @@ def _reciprocal(scale):
 
 
 @triton.jit
-def _quantise_token(first, second, KV_DTYPE: tl.constexpr):
-    """Halves of a head, float32 [tokens, words] each, to int16 words and fp16 scales [tokens] of fp8 or int8."""
-    absmax = tl.max(tl.maximum(tl.abs(first), tl.abs(second)), 1)
-    largest: tl.constexpr = 448.0 if KV_DTYPE == "fp8" else 127.0
-    scale = _round_up_fp16(absmax * (1 / largest))
-    reciprocal = _reciprocal(scale)[:, None]
-    if KV_DTYPE == "fp8":
-        low = _e4m3_code(first * reciprocal)
-        high = _e4m3_code(second * reciprocal)
+def _pairs(ptr):
+    """A pointer to numbers as one to pairs of neighbours: int32 for 16-bit numbers, int64 for float32."""
+    if ptr.dtype.element_ty.primitive_bitwidth == 16:
+        pairs = ptr.to(tl.pointer_type(tl.int32), bitcast=True)
     else:
-        # The upper bits, those of 1.5 · 2^23, end above the word.
-        low = (first * reciprocal + _ROUND_INT8).to(tl.int32, bitcast=True)
-        high = (second * reciprocal + _ROUND_INT8).to(tl.int32, bitcast=True)
-    return (low + (high << 8)).to(tl.int16), scale
+        pairs = ptr.to(tl.pointer_type(tl.int64), bitcast=True)
+    return pairs
+
+
+@triton.jit
+def _unpack(pair, dtype: tl.constexpr):
+    """The two numbers of a pair, float32."""
+    if dtype == tl.bfloat16:
+        low = (pair << 16).to(tl.float32, bitcast=True)
+        high = (pair & -65536).to(tl.float32, bitcast=True)
+    elif dtype == tl.float16:
+        low = pair.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+        high = (pair >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    else:
+        low = pair.to(tl.int32).to(tl.float32, bitcast=True)
+        high = (pair >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+    return low, high
+
+
+@triton.jit
+def _pack(low, high, dtype: tl.constexpr):
+    """Two float32 rounded to a pair of `dtype`."""
+    if dtype == tl.float32:
+        pair = low.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF
+        pair |= high.to(tl.int32, bitcast=True).to(tl.int64) << 32
+    elif _INTERPRETING:
+        pair = low.to(dtype).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+        pair |= high.to(dtype).to(tl.int16, bitcast=True).to(tl.int32) << 16
+    elif dtype == tl.bfloat16:
+        pair = tl.inline_asm_elementwise("cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [low, high], tl.int32, True, 1)
+    else:
+        pair = tl.inline_asm_elementwise("cvt.rn.f16x2.f32 $0, $2, $1;", "=r,r,r", [low, high], tl.int32, True, 1)
+    return pair
+
+
+@triton.jit
+def _min_bf16x2(a, b):
+    return tl.inline_asm_elementwise("min.bf16x2 $0, $1, $2;", "=r,r,r", [a, b], tl.int32, True, 1)
+
+
+@triton.jit
+def _max_bf16x2(a, b):
+    return tl.inline_asm_elementwise("max.bf16x2 $0, $1, $2;", "=r,r,r", [a, b], tl.int32, True, 1)
+
+
+@triton.jit
+def _min_f16x2(a, b):
+    return tl.inline_asm_elementwise("min.f16x2 $0, $1, $2;", "=r,r,r", [a, b], tl.int32, True, 1)
+
+
+@triton.jit
+def _max_f16x2(a, b):
+    return tl.inline_asm_elementwise("max.f16x2 $0, $1, $2;", "=r,r,r", [a, b], tl.int32, True, 1)
+
+
+@triton.jit
+def _lesser(a, b, dtype: tl.constexpr):
+    """The lesser numbers of pairs."""
+    if _INTERPRETING or dtype == tl.float32:
+        a_low, a_high = _unpack(a, dtype)
+        b_low, b_high = _unpack(b, dtype)
+        least = _pack(tl.minimum(a_low, b_low), tl.minimum(a_high, b_high), dtype)
+    elif dtype == tl.bfloat16:
+        least = _min_bf16x2(a, b)
+    else:
+        least = _min_f16x2(a, b)
+    return least
+
+
+@triton.jit
+def _greater(a, b, dtype: tl.constexpr):
+    """The greater numbers of pairs."""
+    if _INTERPRETING or dtype == tl.float32:
+        a_low, a_high = _unpack(a, dtype)
+        b_low, b_high = _unpack(b, dtype)
+        greatest = _pack(tl.maximum(a_low, b_low), tl.maximum(a_high, b_high), dtype)
+    elif dtype == tl.bfloat16:
+        greatest = _max_bf16x2(a, b)
+    else:
+        greatest = _max_f16x2(a, b)
+    return greatest
+
+
+@triton.jit
+def _range_bf16x2(a_min, a_max, b_min, b_max):
+    return _min_bf16x2(a_min, b_min), _max_bf16x2(a_max, b_max)
+
+
+@triton.jit
+def _range_f16x2(a_min, a_max, b_min, b_max):
+    return _min_f16x2(a_min, b_min), _max_f16x2(a_max, b_max)
+
+
+@triton.jit
+def _two_ranges_bf16x2(a_min, a_max, c_min, c_max, b_min, b_max, d_min, d_max):
+    return _min_bf16x2(a_min, b_min), _max_bf16x2(a_max, b_max), _min_bf16x2(c_min, d_min), _max_bf16x2(c_max, d_max)
+
+
+@triton.jit
+def _two_ranges_f16x2(a_min, a_max, c_min, c_max, b_min, b_max, d_min, d_max):
+    return _min_f16x2(a_min, b_min), _max_f16x2(a_max, b_max), _min_f16x2(c_min, d_min), _max_f16x2(c_max, d_max)
+
+
+@triton.jit
+def _range(smallest, largest, axis: tl.constexpr, dtype: tl.constexpr):
+    """The least of `smallest` and the greatest of `largest` along an axis, pairs."""
+    if _INTERPRETING or dtype == tl.float32:
+        low, high = _unpack(smallest, dtype)
+        smallest = _pack(tl.min(low, axis), tl.min(high, axis), dtype)
+        low, high = _unpack(largest, dtype)
+        largest = _pack(tl.max(low, axis), tl.max(high, axis), dtype)
+    elif dtype == tl.bfloat16:
+        smallest, largest = tl.reduce((smallest, largest), axis, _range_bf16x2)
+    else:
+        smallest, largest = tl.reduce((smallest, largest), axis, _range_f16x2)
+    return smallest, largest
+
+
+@triton.jit
+def _two_ranges(a_min, a_max, b_min, b_max, axis: tl.constexpr, dtype: tl.constexpr):
+    """`_range` of two tensors: warps exchange both at once."""
+    if _INTERPRETING or dtype == tl.float32:
+        a_min, a_max = _range(a_min, a_max, axis, dtype)
+        b_min, b_max = _range(b_min, b_max, axis, dtype)
+    elif dtype == tl.bfloat16:
+        a_min, a_max, b_min, b_max = tl.reduce((a_min, a_max, b_min, b_max), axis, _two_ranges_bf16x2)
+    else:
+        a_min, a_max, b_min, b_max = tl.reduce((a_min, a_max, b_min, b_max), axis, _two_ranges_f16x2)
+    return a_min, a_max, b_min, b_max
 
 
 @triton.jit
@@ -144,38 +278,151 @@ def _affine(smallest, largest, LEVELS: tl.constexpr):
     """Range of a run, float32, to fp16 scale, fp16 minimum, and both for use: float32 reciprocal and minimum."""
     minimum = _round_down_fp16(smallest + 0.0)  # never -0
     start = minimum.to(tl.float32)
-    scale = _round_up_fp16((largest - start) * (1 / LEVELS))
+    scale = _round_up_fp16(tl.maximum((largest - start) * (1 / LEVELS), _LEAST_SCALE))
     return scale, minimum, _reciprocal(scale), start
 
 
 @triton.jit
 def _affine_code(x, start, reciprocal):
-    """Codes as int32 whose upper 16 bits are of no use. Nothing clips: minimum and scale enclose the range."""
-    return ((x - start) * reciprocal + _ROUND).to(tl.int32, bitcast=True)
+    """Codes as `_rounded_product` has them. Nothing clips: minimum and scale enclose the range."""
+    return _rounded_product(x - start, reciprocal, 0)
 
 
 @triton.jit
-def _quantise_plane(x, scales, real, HEAD_DIM: tl.constexpr, LEVELS: tl.constexpr):
-    """A plane of a page of K, float32 [tokens, words], per channel: codes. Scale and minimum, [words], go to memory."""
-    scale, minimum, reciprocal, low = _affine(tl.min(x, 0), tl.max(x, 0), LEVELS)
-    tl.store(scales, scale, real)
-    tl.store(scales + HEAD_DIM, minimum, real)
-    return _affine_code(x, low[None, :], reciprocal[None, :])
+def _join_words(low, high):
+    """The low halves of two int32 as one."""
+    return (low & 0xFFFF) | (high << 16)
 
 
 @triton.jit
-def _load_run(rows, mask, START: tl.constexpr, LENGTH: tl.constexpr, VECTOR: tl.constexpr = 16, other=0.0):
-    """Channels [START, START + LENGTH) of the rows that pointers [tokens] point at; `other` where masked.
+def _join_fp16(low, high):
+    return _join_words(low.to(tl.int16, bitcast=True).to(tl.int32), high.to(tl.int16, bitcast=True).to(tl.int32))
 
-    A thread takes up to VECTOR neighbouring channels, or as many as 16 bytes hold.
+
+@triton.jit
+def _channel_scales(smallest, largest, dtype: tl.constexpr, LEVELS: tl.constexpr):
+    """Ranges of channels, pairs [pairs, heads], to fp16 scales and minima in pairs and to what `_codes` needs.
+
+    That is minimum and reciprocal of the pairs' low, then of their high channels, [pairs, 1, heads, 1].
     """
-    channel = tl.max_contiguous(tl.arange(0, triton.next_power_of_2(LENGTH)), VECTOR)
-    return tl.load(rows[:, None] + (START + channel), mask[:, None] & (channel < LENGTH), other=other)
+    min_low, min_high = _unpack(smallest, dtype)
+    max_low, max_high = _unpack(largest, dtype)
+    scale_low, minimum_low, r_low, start_low = _affine(min_low, max_low, LEVELS)
+    scale_high, minimum_high, r_high, start_high = _affine(min_high, max_high, LEVELS)
+    scales = _join_fp16(scale_low, scale_high)
+    minima = _join_fp16(minimum_low, minimum_high)
+    low = (start_low[:, None, :, None], r_low[:, None, :, None])
+    return scales, minima, low, (start_high[:, None, :, None], r_high[:, None, :, None])
 
 
 @triton.jit
-def _store_run(rows, x, mask, START: tl.constexpr, LENGTH: tl.constexpr, VECTOR: tl.constexpr = 16):
-    channel = tl.max_contiguous(tl.arange(0, triton.next_power_of_2(LENGTH)), VECTOR)
+def _codes(x, dtype: tl.constexpr, low_scales, high_scales):
+    """Codes of pairs, those of the low numbers and those of the high ones, as `_affine_code` has them."""
+    low, high = _unpack(x, dtype)
+    return _affine_code(low, low_scales[0], low_scales[1]), _affine_code(high, high_scales[0], high_scales[1])
+
+
+@triton.jit
+def _load_pairs(pointers, real, PADDED: tl.constexpr):
+    if PADDED:
+        x = tl.load(pointers, real, other=0)
+    else:
+        x = tl.load(pointers)
+    return x
+
+
+@triton.jit
+def _rotate_pairs(first, second, cos, sin, dtype: tl.constexpr):
+    """RoPE of pairs of channels and of the ones half a head behind them; cos and sin are pairs too."""
+    cos_low, cos_high = _unpack(cos, tl.float32)
+    sin_low, sin_high = _unpack(sin, tl.float32)
+    a_low, a_high = _unpack(first, dtype)
+    b_low, b_high = _unpack(second, dtype)
+    first = _pack(a_low * cos_low - b_low * sin_low, a_high * cos_high - b_high * sin_high, dtype)
+    return first, _pack(b_low * cos_low + a_low * sin_low, b_high * cos_high + a_high * sin_high, dtype)
+
+
+@triton.jit
+def _max_over_row(x, dtype: tl.constexpr):
+    """The greatest magnitude of pairs [tokens, pairs] along a row, float32."""
+    if _INTERPRETING or dtype == tl.float32:
+        low, high = _unpack(x, dtype)
+        largest = tl.max(tl.maximum(tl.abs(low), tl.abs(high)), 1)
+    else:
+        x = x & 0x7FFF7FFF  # magnitudes
+        if dtype == tl.bfloat16:
+            pair = tl.reduce(x, 1, _max_bf16x2)
+        else:
+            pair = tl.reduce(x, 1, _max_f16x2)
+        low, high = _unpack(pair, dtype)
+        largest = tl.maximum(low, high)
+    return largest
+
+
+@triton.jit
+def _rounded_product(x, factor, OFFSET: tl.constexpr):
+    """x · factor + OFFSET rounded once to an integer, in the low bits of an int32 whose upper 16 are of no use."""
+    if _INTERPRETING:
+        # Its fma rounds twice. In float64 the product is exact.
+        shifted = x.to(tl.float64) * factor.to(tl.float64) + (_ROUND_FLOAT64 + OFFSET)
+        rounded = (shifted - _ROUND_FLOAT64).to(tl.int32)
+    else:
+        rounded = tl.fma(x, factor, _ROUND + OFFSET).to(tl.int32, bitcast=True)
+    return rounded
+
+
+@triton.jit
+def _quantise_token(first, second, dtype: tl.constexpr, KV_DTYPE: tl.constexpr):
+    """Halves of a head, pairs [tokens, pairs], to pairs of words and fp16 scales [tokens] of fp8 or int8."""
+    LARGEST: tl.constexpr = 448.0 if KV_DTYPE == "fp8" else 127.0
+    absmax = tl.maximum(_max_over_row(first, dtype), _max_over_row(second, dtype))
+    scale = _round_up_fp16(tl.minimum(tl.maximum(absmax * (1 / LARGEST), _LEAST_SCALE), _FP16_MAX))
+    reciprocal = _reciprocal(scale)[:, None]
+    a_low, a_high = _unpack(first, dtype)
+    b_low, b_high = _unpack(second, dtype)
+    if KV_DTYPE == "int8":
+        a_low, a_high = _rounded_product(a_low, reciprocal, 128), _rounded_product(a_high, reciprocal, 128)
+        b_low, b_high = _rounded_product(b_low, reciprocal, 128), _rounded_product(b_high, reciprocal, 128)
+        words = _join_words(a_low + (b_low << 8), a_high + (b_high << 8))
+    elif _INTERPRETING:
+        low = _e4m3_code(a_low * reciprocal) | (_e4m3_code(b_low * reciprocal) << 8)
+        words = low | (_e4m3_code(a_high * reciprocal) << 16) | (_e4m3_code(b_high * reciprocal) << 24)
+    else:
+        words = tl.inline_asm_elementwise(
+            """
+            {
+                .reg .b16 low, high;
+                cvt.rn.satfinite.e4m3x2.f32 low, $3, $1;
+                cvt.rn.satfinite.e4m3x2.f32 high, $4, $2;
+                mov.b32 $0, {low, high};
+            }
+            """,
+            "=r,f,f,f,f",
+            [a_low * reciprocal, a_high * reciprocal, b_low * reciprocal, b_high * reciprocal],
+            tl.int32,
+            True,
+            1,
+        )
+    return words, scale
+
+
+@triton.jit
+def _load_run(rows, mask, START: tl.constexpr, LENGTH: tl.constexpr):
+    """Channels (or pairs) [START, START + LENGTH) of the rows that pointers [tokens] point at.
+
+    Behind LENGTH, up to a power of two, there are zeros; a masked row is anything.
+    """
+    channel = tl.arange(0, triton.next_power_of_2(LENGTH))
+    if triton.next_power_of_2(LENGTH) > LENGTH:
+        run = tl.load(rows[:, None] + (START + channel), mask[:, None] & (channel < LENGTH), other=0)
+    else:
+        run = tl.load(rows[:, None] + (START + channel), mask[:, None])
+    return run
+
+
+@triton.jit
+def _store_run(rows, x, mask, START: tl.constexpr, LENGTH: tl.constexpr):
+    channel = tl.arange(0, triton.next_power_of_2(LENGTH))
     tl.store(rows[:, None] + (START + channel), x, mask[:, None] & (channel < LENGTH))
 
 
@@ -201,6 +448,25 @@ def _rotate_rows(source, target, cos, sin, mask, HEAD_DIM: tl.constexpr, HALF: t
     _store_run(target, first, mask, 0, HALF)
     _store_run(target, second, mask, HALF, HALF)
     _copy_run(source, target, mask, 2 * HALF, HEAD_DIM)
+
+
+@triton.jit
+def _rotate_query(query, stride_h, cos, sin, live, HEAD_DIM: tl.constexpr, HALF: tl.constexpr, HEADS: tl.constexpr):
+    """Rotate HEADS heads of some tokens in place, from pointers [tokens] to them and to their rows of cos and sin.
+
+    All is loaded before anything is stored, which gives memory much to do at once.
+    """
+    firsts = ()
+    seconds = ()
+    for i in tl.static_range(HEADS):
+        firsts = firsts + (_load_run(query + i * stride_h, live, 0, HALF),)
+        seconds = seconds + (_load_run(query + i * stride_h, live, HALF, HALF),)
+    cos = _load_run(cos, live, 0, HALF)
+    sin = _load_run(sin, live, 0, HALF)
+    for i in tl.static_range(HEADS):
+        first, second = _rotate(firsts[i], seconds[i], cos, sin)
+        _store_run(query + i * stride_h, first, live, 0, HALF)
+        _store_run(query + i * stride_h, second, live, HALF, HALF)
 
 
 @triton.jit
@@ -231,7 +497,6 @@ def _write_tokens_kernel(
     HALF: tl.constexpr,  # rotary_dim / 2, 0 for no RoPE
     PAGE_SIZE: tl.constexpr,
     PAGE_WORDS: tl.constexpr,
-    PAGE_SCALES: tl.constexpr,  # page_bytes in fp16
     SCALE_OFFSET: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_HEADS: tl.constexpr,
@@ -241,7 +506,6 @@ def _write_tokens_kernel(
     WORDS: tl.constexpr = HEAD_DIM if IS_FLOAT else HEAD_DIM // 2
     # A quantised word holds channels w and w + D/2. A partial RoPE pairs other channels, so it goes through memory.
     STAGED: tl.constexpr = not IS_FLOAT and HALF > 0 and 2 * HALF < HEAD_DIM
-    PART: tl.constexpr = HALF if IS_FLOAT and HALF > 0 else HEAD_DIM // 2
     groups = num_heads // BLOCK_HEADS
     head_start = (tl.program_id(0) % groups) * BLOCK_HEADS
     rows = (tl.program_id(0) // groups) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
@@ -249,194 +513,423 @@ def _write_tokens_kernel(
     live = slots >= 0
     rows = rows.to(tl.int64)
     if HALF > 0:
-        table_rows = tl.load(positions_ptr + rows, live, other=0).to(tl.int64) * HALF
-        cos = _load_run(cos_ptr + table_rows, live, 0, HALF)
-        sin = _load_run(sin_ptr + table_rows, live, 0, HALF)
+        positions = tl.load(positions_ptr + rows, live, other=0).to(tl.int64)
 
     if head_start >= num_kv_heads:
         if query_ptr is not None:
-            for head in range(head_start - num_kv_heads, head_start - num_kv_heads + BLOCK_HEADS):
-                query = query_ptr + rows * query_stride_t + head * query_stride_h
-                _rotate_rows(query, query, cos, sin, live, HEAD_DIM, HALF)
+            head_start -= num_kv_heads
+            _rotate_query(
+                query_ptr + rows * query_stride_t + head_start.to(tl.int64) * query_stride_h,
+                query_stride_h,
+                cos_ptr + positions * HALF,
+                sin_ptr + positions * HALF,
+                live,
+                HEAD_DIM,
+                HALF,
+                BLOCK_HEADS,
+            )
     else:
+        cos = cos_ptr
+        sin = sin_ptr
+        IN_PAIRS: tl.constexpr = not IS_FLOAT and not STAGED
+        if HALF > 0:
+            if IN_PAIRS:
+                cos = _load_run(_pairs(cos_ptr) + positions * (HALF // 2), live, 0, HALF // 2)
+                sin = _load_run(_pairs(sin_ptr) + positions * (HALF // 2), live, 0, HALF // 2)
+            else:
+                cos = _load_run(cos_ptr + positions * HALF, live, 0, HALF)
+                sin = _load_run(sin_ptr + positions * HALF, live, 0, HALF)
         pages = slots // PAGE_SIZE
         offsets = slots % PAGE_SIZE
         for head in range(head_start, head_start + BLOCK_HEADS):
             key = key_ptr + rows * key_stride_t + head * key_stride_h
             value = value_ptr + rows * value_stride_t + head * value_stride_h
+            rotated = rotated_ptr
             if rotated_ptr is not None:
                 rotated = rotated_ptr + rows * rotated_stride_t + head * rotated_stride_h
-            if STAGED:
-                _rotate_rows(key, rotated, cos, sin, live, HEAD_DIM, HALF)
-                tl.debug_barrier()
-                key = rotated
-            first = _load_run(key, live, 0, PART)
-            second = _load_run(key, live, PART, PART)
-            value_first = _load_run(value, live, 0, HEAD_DIM // 2)
-            value_second = _load_run(value, live, HEAD_DIM // 2, HEAD_DIM // 2)
-            if HALF > 0 and not STAGED:
-                k_first, k_second = _rotate(first, second, cos, sin)
-                if rotated_ptr is not None:
-                    _store_run(rotated, k_first, live, 0, PART)
-                    _store_run(rotated, k_second, live, PART, PART)
-                    _copy_run(key, rotated, live, 2 * PART, HEAD_DIM)
-            elif IS_FLOAT:
-                k_first, k_second = first, second
-            else:
-                k_first, k_second = _widen(first), _widen(second)
-            k_words = words_ptr + (pages * num_kv_heads + head) * PAGE_WORDS + offsets * WORDS
-            v_words = k_words + PAGE_SIZE * WORDS
+            place = (pages * num_kv_heads + head) * PAGE_WORDS
+            words = words_ptr + place + offsets * WORDS
             if IS_FLOAT:
-                _store_run(k_words, k_first, live, 0, PART)
-                _store_run(k_words, k_second, live, PART, PART)
-                _copy_run(key, k_words, live, 2 * PART, HEAD_DIM)
-                _store_run(v_words, value_first, live, 0, HEAD_DIM // 2)
-                _store_run(v_words, value_second, live, HEAD_DIM // 2, HEAD_DIM // 2)
+                _write_floats(key, value, rotated, words, cos, sin, live, HEAD_DIM, HALF, PAGE_SIZE * HEAD_DIM)
             else:
-                scales = scales_ptr + (pages * num_kv_heads + head) * PAGE_SCALES + SCALE_OFFSET + offsets
-                words, scale = _quantise_token(k_first, k_second, KV_DTYPE)
-                _store_run(k_words, words, live, 0, WORDS)
-                tl.store(scales, scale, live)
-                words, scale = _quantise_token(_widen(value_first), _widen(value_second), KV_DTYPE)
-                _store_run(v_words, words, live, 0, WORDS)
-                tl.store(scales + PAGE_SIZE, scale, live)
+                if STAGED:
+                    _rotate_rows(key, rotated, cos, sin, live, HEAD_DIM, HALF)
+                    tl.debug_barrier()
+                    key = rotated
+                scales = scales_ptr + place + SCALE_OFFSET + offsets  # words are 16 bits too
+                ROTATES: tl.constexpr = HALF > 0 and not STAGED
+                _write_quantised(
+                    key, value, rotated, words, scales, cos, sin, live, KV_DTYPE, HEAD_DIM, PAGE_SIZE, ROTATES
+                )
 
 
 @triton.jit
-def _flush_values(
-    source, words_ptr, scales_ptr, token, BITS: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr
+def _write_floats(
+    key,
+    value,
+    rotated,
+    words,
+    cos,
+    sin,
+    live,
+    HEAD_DIM: tl.constexpr,
+    HALF: tl.constexpr,
+    VALUE_WORDS: tl.constexpr,
 ):
-    """Quantise V of some tokens of a page, from pointers `source`; the other pointers stand at V's words and scales."""
-    WORDS: tl.constexpr = HEAD_DIM * BITS // 16
-    every = token >= 0
-    smallest = _widen(_load_run(source, every, 0, WORDS))
-    largest = smallest
-    planes = ()
-    for plane in tl.static_range(16 // BITS):
-        x = _load_run(source, every, plane * WORDS, WORDS)
-        smallest = tl.minimum(smallest, _widen(x))
-        largest = tl.maximum(largest, _widen(x))
-        planes = planes + (x,)
-    if triton.next_power_of_2(WORDS) > WORDS:
-        real = tl.arange(0, triton.next_power_of_2(WORDS))[None, :] < WORDS
-        smallest = tl.where(real, smallest, float("inf"))
-        largest = tl.where(real, largest, float("-inf"))
-    scale, minimum, reciprocal, low = _affine(tl.min(smallest, 1), tl.max(largest, 1), 2**BITS - 1)
-    packed = tl.zeros(smallest.shape, tl.int32)
-    for plane in tl.static_range(16 // BITS):
-        packed += _affine_code(_widen(planes[plane]), low[:, None], reciprocal[:, None]) << (plane * BITS)
-    _store_run(words_ptr + token * WORDS, packed.to(tl.int16), every, 0, WORDS)
-    tl.store(scales_ptr + token, scale)
-    tl.store(scales_ptr + PAGE_SIZE + token, minimum)
+    """Rotate and store one head of some tokens, from and to pointers [tokens]; V begins VALUE_WORDS behind K."""
+    PART: tl.constexpr = HALF if HALF > 0 else HEAD_DIM // 2
+    first = _load_run(key, live, 0, PART)
+    second = _load_run(key, live, PART, PART)
+    value_first = _load_run(value, live, 0, HEAD_DIM // 2)
+    value_second = _load_run(value, live, HEAD_DIM // 2, HEAD_DIM // 2)
+    if HALF > 0:
+        first, second = _rotate(first, second, cos, sin)
+        if rotated is not None:
+            _store_run(rotated, first, live, 0, PART)
+            _store_run(rotated, second, live, PART, PART)
+            _copy_run(key, rotated, live, 2 * PART, HEAD_DIM)
+    _store_run(words, first, live, 0, PART)
+    _store_run(words, second, live, PART, PART)
+    _copy_run(key, words, live, 2 * PART, HEAD_DIM)
+    _store_run(words + VALUE_WORDS, value_first, live, 0, HEAD_DIM // 2)
+    _store_run(words + VALUE_WORDS, value_second, live, HEAD_DIM // 2, HEAD_DIM // 2)
+
+
+@triton.jit
+def _write_quantised(
+    key,
+    value,
+    rotated,
+    words,
+    scales,
+    cos,
+    sin,
+    live,
+    KV_DTYPE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    ROTATES: tl.constexpr,
+):
+    """Rotate, quantise and store one head of some tokens, from and to pointers [tokens], pairs of channels at a time.
+
+    cos and sin are pairs too.
+    """
+    dtype: tl.constexpr = key.dtype.element_ty
+    PAIRS: tl.constexpr = HEAD_DIM // 4  # of half a head
+    key = _pairs(key)
+    value = _pairs(value)
+    words = _pairs(words)
+    first = _load_run(key, live, 0, PAIRS)
+    second = _load_run(key, live, PAIRS, PAIRS)
+    value_first = _load_run(value, live, 0, PAIRS)
+    value_second = _load_run(value, live, PAIRS, PAIRS)
+    if ROTATES:
+        first, second = _rotate_pairs(first, second, cos, sin, dtype)
+        if rotated is not None:
+            _store_run(_pairs(rotated), first, live, 0, PAIRS)
+            _store_run(_pairs(rotated), second, live, PAIRS, PAIRS)
+    packed, scale = _quantise_token(first, second, dtype, KV_DTYPE)
+    _store_run(words, packed, live, 0, PAIRS)
+    tl.store(scales, scale, live)
+    packed, scale = _quantise_token(value_first, value_second, dtype, KV_DTYPE)
+    _store_run(words + PAGE_SIZE * PAIRS, packed, live, 0, PAIRS)
+    tl.store(scales + PAGE_SIZE, scale, live)
 
 
 @triton.jit
 def _flush_keys(
-    source,
+    key,
     rotated,
-    cos,
-    sin,
-    is_fresh,
-    words_ptr,
+    ring_ptr,
+    cos_ptr,
+    sin_ptr,
+    words,
     scales_ptr,
-    token,
+    start,
+    context_len,
+    row_of_zero,
+    head_start,
+    plane_pairs,
     BITS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    RESIDUAL_SIZE: tl.constexpr,
     ROTATES: tl.constexpr,
-    WRITES_BACK: tl.constexpr,
+    ALL_FRESH: tl.constexpr,
+    HEADS: tl.constexpr,
+    HEAD_WARPS: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):
-    """Rotate and quantise K of a page from pointers `source`, [page_size]; only fresh tokens are rotated.
+    """Rotate and quantise K of some heads of a page. `words` [1, 1, heads, 1], `scales_ptr` [1, heads] point at pairs.
 
-    A thread takes two neighbouring channels only, so that it has many tokens of each: what is done once per channel
-    (range, scale, reciprocal) is done by few threads. Coalescing would give it eight, and V's loads would impose that,
-    were they of the same shape.
+    A thread takes few neighbouring channels, so that it has many tokens of each: what is done once per channel (range,
+    scale, reciprocal) is done by few threads. It takes the tokens CHUNK by CHUNK, for which it holds cos and sin.
     """
+    dtype: tl.constexpr = key[0].dtype.element_ty
     WORDS: tl.constexpr = HEAD_DIM * BITS // 16
-    PAIRS: tl.constexpr = 8 // BITS
-    LEVELS: tl.constexpr = 2**BITS - 1
-    every = token >= 0
-    word = tl.arange(0, triton.next_power_of_2(WORDS))
-    packed = tl.zeros([token.shape[0], triton.next_power_of_2(WORDS)], tl.int32)
-    # Planes i and i + planes/2 go together: they are the two halves of RoPE's pairs.
-    for plane in tl.static_range(PAIRS):
-        first = _load_run(source, every, plane * WORDS, WORDS, 2)
-        second = _load_run(source, every, (PAIRS + plane) * WORDS, WORDS, 2)
-        if ROTATES:
-            # Tokens of the residual window are rotated already: cos 1, sin 0.
-            cos_run = _load_run(cos, is_fresh, plane * WORDS, WORDS, 2, 1.0)
-            sin_run = _load_run(sin, is_fresh, plane * WORDS, WORDS, 2)
-            first, second = _rotate(first, second, cos_run, sin_run)
-            if WRITES_BACK:
-                _store_run(rotated, first, is_fresh, plane * WORDS, WORDS, 2)
-                _store_run(rotated, second, is_fresh, (PAIRS + plane) * WORDS, WORDS, 2)
+    PAIRS: tl.constexpr = triton.next_power_of_2(WORDS // 2)
+    PADDED: tl.constexpr = PAIRS > WORDS // 2
+    ROWS: tl.constexpr = min(PAGE_SIZE, max(1, 64 // PAIRS) * HEAD_WARPS)
+    TOKENS: tl.constexpr = min(PAGE_SIZE // ROWS, CHUNK)
+    CHUNKS: tl.constexpr = PAGE_SIZE // (ROWS * TOKENS)
+    SIZE: tl.constexpr = ROWS * TOKENS
+    pair = tl.arange(0, PAIRS)
+    place = tl.max_contiguous(pair, 2)[:, None, None, None]
+    real = place < WORDS // 2
+    head = tl.arange(0, HEADS)[None, None, :, None]
+    # For every head, which rows of cos and sin need too, lest threads hold other ones of them than of K.
+    token = _tokens_of_page(ROWS, TOKENS) + head * 0
+    packed = ()
+    for _chunk in tl.static_range(CHUNKS):
+        packed = packed + (tl.zeros([PAIRS, ROWS, HEADS, TOKENS], tl.int32),)
+    # Planes i and i + plane_pairs go together: they are the two halves of RoPE's pairs.
+    for plane in range(plane_pairs):
+        at = plane * (WORDS // 2) + place
+        firsts = ()
+        seconds = ()
+        for chunk in tl.static_range(CHUNKS):
+            source = at + _source(
+                key, ring_ptr, 0, row_of_zero, start + chunk * SIZE, token, context_len, head_start, head,
+                RESIDUAL_SIZE, HEAD_DIM, ALL_FRESH,
+            )  # fmt: skip
+            firsts = firsts + (_load_pairs(source, real, PADDED),)
+            seconds = seconds + (_load_pairs(source + HEAD_DIM // 4, real, PADDED),)
+        all_first = ()
+        all_second = ()
+        for chunk in tl.static_range(CHUNKS):
+            first = firsts[chunk]
+            second = seconds[chunk]
+            if ROTATES:
+                chunk_start = start + chunk * SIZE
+                table = chunk_start.to(tl.int64) * (HEAD_DIM // 4)
+                table_at = token * (HEAD_DIM // 4) + at
+                cos = _load_pairs(_pairs(cos_ptr) + table + table_at, real, PADDED)
+                sin = _load_pairs(_pairs(sin_ptr) + table + table_at, real, PADDED)
+                a, b = _rotate_pairs(first, second, cos, sin, dtype)
+                is_fresh = chunk_start + token >= context_len
+                if ALL_FRESH:
+                    first, second = a, b
+                else:
+                    first, second = tl.where(is_fresh, a, first), tl.where(is_fresh, b, second)
+                if rotated[0] is not None:
+                    target = at + _addresses(rotated, row_of_zero, chunk_start, token, head_start, head)
+                    if ALL_FRESH and not PADDED:
+                        tl.store(target, first)
+                        tl.store(target + HEAD_DIM // 4, second)
+                    else:
+                        tl.store(target, first, real & is_fresh)
+                        tl.store(target + HEAD_DIM // 4, second, real & is_fresh)
+            if chunk == 0:
+                first_min, first_max, second_min, second_max = first, first, second, second
+            else:
+                first_min, first_max = _lesser(first_min, first, dtype), _greater(first_max, first, dtype)
+                second_min, second_max = _lesser(second_min, second, dtype), _greater(second_max, second, dtype)
+            all_first = all_first + (first,)
+            all_second = all_second + (second,)
+        first_min, first_max, second_min, second_max = _two_ranges(
+            first_min, first_max, second_min, second_max, 3, dtype
+        )
+        first_min, first_max, second_min, second_max = _two_ranges(
+            first_min, first_max, second_min, second_max, 1, dtype
+        )
+        scales, minima, first_low, first_high = _channel_scales(first_min, first_max, dtype, 2**BITS - 1)
+        second_scales, second_minima, second_low, second_high = _channel_scales(
+            second_min, second_max, dtype, 2**BITS - 1
+        )
+        # One store of all four, for it takes an exchange between threads.
+        both = tl.join(tl.join(scales, second_scales), tl.join(minima, second_minima))
+        fields = tl.arange(0, 2)[None, :] * (HEAD_DIM // 2) + tl.arange(0, 2)[:, None] * (HEAD_DIM // 4)
+        channels = scales_ptr + (plane * (WORDS // 2) + pair)[:, None]
+        exists = (pair < WORDS // 2)[:, None, None, None]
+        tl.store(channels[:, :, None, None] + fields, both, exists)
+        joined = ()
+        for chunk in tl.static_range(CHUNKS):
+            a_low, a_high = _codes(all_first[chunk], dtype, first_low, first_high)
+            b_low, b_high = _codes(all_second[chunk], dtype, second_low, second_high)
+            codes = _join_words(a_low + (b_low << 8), a_high + (b_high << 8))
+            joined = joined + (packed[chunk] + (codes << (plane * BITS)),)
+        packed = joined
+    for chunk in tl.static_range(CHUNKS):
+        target = words + ((chunk * SIZE + token) * (WORDS // 2) + place)
+        if PADDED:
+            tl.store(target, packed[chunk], real)
         else:
-            first, second = _widen(first), _widen(second)
-        scales = scales_ptr + plane * WORDS + word
-        packed += _quantise_plane(first, scales, word < WORDS, HEAD_DIM, LEVELS) << (plane * BITS)
-        scales += PAIRS * WORDS
-        packed += _quantise_plane(second, scales, word < WORDS, HEAD_DIM, LEVELS) << ((PAIRS + plane) * BITS)
-    _store_run(words_ptr + token * WORDS, packed.to(tl.int16), every, 0, WORDS, 2)
+            tl.store(target, packed[chunk])
 
 
 @triton.jit
-def _flush_page(
-    key_ptr,
-    key_stride_t,
-    value_ptr,
-    value_stride_t,
-    rotated_ptr,
-    rotated_stride_t,
+def _flush_values(
+    source, words, scales, dtype: tl.constexpr, BITS: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr
+):
+    """Quantise V of some tokens of a page from pointers to pairs, [1, rows, heads, tokens]."""
+    WORDS: tl.constexpr = HEAD_DIM * BITS // 16
+    PAIRS: tl.constexpr = triton.next_power_of_2(WORDS // 2)
+    PADDED: tl.constexpr = PAIRS > WORDS // 2
+    place = tl.arange(0, PAIRS)[:, None, None, None]
+    real = place < WORDS // 2
+    x = _load_pairs(source + place, real, PADDED)
+    smallest = x
+    largest = x
+    planes = (x,)
+    for plane in tl.static_range(1, 16 // BITS):
+        x = _load_pairs(source + (plane * (WORDS // 2) + place), real, PADDED)
+        smallest = _lesser(smallest, x, dtype)
+        largest = _greater(largest, x, dtype)
+        planes = planes + (x,)
+    if PADDED:
+        # Pairs of infinities.
+        if dtype == tl.bfloat16:
+            smallest, largest = tl.where(real, smallest, 0x7F807F80), tl.where(real, largest, -0x7F0080)
+        elif dtype == tl.float16:
+            smallest, largest = tl.where(real, smallest, 0x7C007C00), tl.where(real, largest, -0x3FF0400)
+        else:
+            infinity: tl.constexpr = 0x7F8000007F800000
+            smallest, largest = (
+                tl.where(real, smallest, infinity),
+                tl.where(real, largest, infinity | (-0x7FFFFFFF80000000)),
+            )
+    smallest, largest = _range(smallest, largest, 0, dtype)
+    min_low, min_high = _unpack(smallest, dtype)
+    max_low, max_high = _unpack(largest, dtype)
+    scale, minimum, reciprocal, start = _affine(
+        tl.minimum(min_low, min_high), tl.maximum(max_low, max_high), 2**BITS - 1
+    )
+    packed_low = tl.zeros(x.shape, tl.int32)
+    packed_high = tl.zeros(x.shape, tl.int32)
+    for plane in tl.static_range(16 // BITS):
+        low, high = _unpack(planes[plane], dtype)
+        packed_low += _affine_code(low, start[None], reciprocal[None]) << (plane * BITS)
+        packed_high += _affine_code(high, start[None], reciprocal[None]) << (plane * BITS)
+    packed = _join_words(packed_low, packed_high)
+    if PADDED:
+        tl.store(words + place, packed, real)
+    else:
+        tl.store(words + place, packed)
+    tl.store(scales, scale)
+    tl.store(scales + PAGE_SIZE, minimum)
+
+
+@triton.jit
+def _tokens_of_page(ROWS: tl.constexpr, TOKENS: tl.constexpr):
+    """Numbers of ROWS · TOKENS tokens, [1, rows, 1, tokens]: threads lie along rows, tokens are a thread's own."""
+    return (tl.arange(0, TOKENS) * ROWS)[None, None, None, :] + tl.arange(0, ROWS)[None, :, None, None]
+
+
+@triton.jit
+def _addresses(tensor, row_of_zero, start, token, head_start, head):
+    """Of the rows of tokens `start` + `token` and heads `head_start` + `head`, as pointers to pairs."""
+    ptr, stride_t, stride_h = tensor
+    base = _pairs(ptr) + (
+        (row_of_zero + start).to(tl.int64) * (stride_t // 2) + head_start.to(tl.int64) * (stride_h // 2)
+    )
+    return base + (token * (stride_t // 2) + head * (stride_h // 2))
+
+
+@triton.jit
+def _source(
+    tensor,
+    ring_ptr,
+    ring_row,
+    row_of_zero,
+    start,
+    token,
+    context_len,
+    head_start,
+    head,
+    RESIDUAL_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    ALL_FRESH: tl.constexpr,
+):
+    """Addresses of tokens of a page in `tensor` (pointer and strides), of those before context_len in the ring."""
+    pointers = _addresses(tensor, row_of_zero, start, token, head_start, head)
+    if not ALL_FRESH:
+        slots = ring_row + (start + token) % RESIDUAL_SIZE
+        pointers = tl.where(start + token >= context_len, pointers, _pairs(ring_ptr) + slots * (HEAD_DIM // 2))
+    return pointers
+
+
+@triton.jit
+def _flush_pages(
+    key,
+    value,
+    rotated,
     ring_ptr,
     cos_ptr,
     sin_ptr,
     words_ptr,
     scales_ptr,
+    page,
+    head_start,
     start,
     context_len,
     row_of_zero,
+    num_kv_heads,
+    plane_pairs,
     BITS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HALF: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
+    PAGE_WORDS: tl.constexpr,
+    SCALE_OFFSET: tl.constexpr,
     RESIDUAL_SIZE: tl.constexpr,
+    HEADS: tl.constexpr,
+    HEAD_WARPS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    ALL_FRESH: tl.constexpr,
 ):
-    """Quantise one head's positions [start, start + PAGE_SIZE); pointers stand at the head, the ring and the page.
+    """Quantise positions [start, start + PAGE_SIZE) of HEADS heads, with HEAD_WARPS warps for each.
 
-    Positions below context_len come from the ring, the others from rows row_of_zero + position of the batch.
+    `key`, `value` and `rotated` are pointers with their strides of tokens and heads. Positions below context_len come
+    from the ring at ring_ptr, the others from rows row_of_zero + position of the batch; ALL_FRESH promises the latter.
     """
+    dtype: tl.constexpr = key[0].dtype.element_ty
     WORDS: tl.constexpr = HEAD_DIM * BITS // 16
+    PAIRS: tl.constexpr = triton.next_power_of_2(WORDS // 2)
     ROTATES: tl.constexpr = 2 * HALF == HEAD_DIM
-    token = tl.arange(0, PAGE_SIZE)
-    positions = start + token
-    rows = (row_of_zero + positions).to(tl.int64)
-    is_fresh = positions >= context_len
-    key = key_ptr + rows * key_stride_t
-    cos = cos_ptr
-    sin = sin_ptr
-    rotated = rotated_ptr
-    if HALF > 0:
-        cos = cos_ptr + positions.to(tl.int64) * HALF
-        sin = sin_ptr + positions.to(tl.int64) * HALF
-        if rotated_ptr is not None:
-            rotated = rotated_ptr + rows * rotated_stride_t
-        if not ROTATES:
-            # A partial RoPE pairs channels of any two planes: rotate in memory first.
-            cos_run = _load_run(cos, is_fresh, 0, HALF)
-            sin_run = _load_run(sin, is_fresh, 0, HALF)
-            _rotate_rows(key, rotated, cos_run, sin_run, is_fresh, HEAD_DIM, HALF)
-            tl.debug_barrier()
-            key = rotated
-    source = tl.where(is_fresh, key, ring_ptr + (positions % RESIDUAL_SIZE) * HEAD_DIM)
-    WRITES_BACK: tl.constexpr = rotated_ptr is not None
-    _flush_keys(source, rotated, cos, sin, is_fresh, words_ptr, scales_ptr, token, BITS, HEAD_DIM, ROTATES, WRITES_BACK)
-    for half in tl.static_range(2):
-        token = half * (PAGE_SIZE // 2) + tl.arange(0, PAGE_SIZE // 2)
-        positions = start + token
+    # A warp's lanes lie along the pairs of words, with the vectors of K and V, and then along tokens.
+    VECTOR: tl.constexpr = 2 if dtype.primitive_bitwidth == 16 else 1
+    VALUE_ROWS: tl.constexpr = min(PAGE_SIZE, max(1, 64 * VECTOR // PAIRS) * HEAD_WARPS)
+    VALUE_TOKENS: tl.constexpr = min(PAGE_SIZE // VALUE_ROWS, BITS // 2)
+    head = tl.arange(0, HEADS)[None, None, :, None]
+    place = (page.to(tl.int64) * num_kv_heads + head_start) * PAGE_WORDS
+    words_ptr = _pairs(words_ptr + place) + head * (PAGE_WORDS // 2)
+    scales_ptr += place + head * PAGE_WORDS + SCALE_OFFSET  # words are 16 bits too
+
+    if HALF > 0 and not ROTATES:
+        # A partial RoPE pairs channels of any two planes: rotate in memory first.
+        positions = start + tl.arange(0, PAGE_SIZE)
+        fresh = positions >= context_len
+        cos_run = _load_run(cos_ptr + positions.to(tl.int64) * HALF, fresh, 0, HALF)
+        sin_run = _load_run(sin_ptr + positions.to(tl.int64) * HALF, fresh, 0, HALF)
         rows = (row_of_zero + positions).to(tl.int64)
-        waiting = ring_ptr + (RESIDUAL_SIZE + positions % RESIDUAL_SIZE) * HEAD_DIM
-        source = tl.where(positions >= context_len, value_ptr + rows * value_stride_t, waiting)
-        v_words = words_ptr + PAGE_SIZE * WORDS
-        _flush_values(source, v_words, scales_ptr + 2 * HEAD_DIM, token, BITS, HEAD_DIM, PAGE_SIZE)
+        for i in range(HEADS):
+            from_rows = key[0] + rows * key[1] + (head_start + i).to(tl.int64) * key[2]
+            to_rows = rotated[0] + rows * rotated[1] + (head_start + i).to(tl.int64) * rotated[2]
+            _rotate_rows(from_rows, to_rows, cos_run, sin_run, fresh, HEAD_DIM, HALF)
+        tl.debug_barrier()
+        key = rotated
+    _flush_keys(
+        key, rotated, ring_ptr, cos_ptr, sin_ptr, words_ptr, _pairs(scales_ptr).reshape(1, HEADS), start, context_len,
+        row_of_zero, head_start, plane_pairs, BITS, HEAD_DIM, PAGE_SIZE, RESIDUAL_SIZE, ROTATES, ALL_FRESH, HEADS,
+        HEAD_WARPS, CHUNK,
+    )  # fmt: skip
+    words_ptr += PAGE_SIZE * WORDS // 2
+    scales_ptr += 2 * HEAD_DIM
+    v_token = _tokens_of_page(VALUE_ROWS, VALUE_TOKENS)
+    for chunk in range(0, plane_pairs * (PAGE_SIZE * BITS // 8), VALUE_ROWS * VALUE_TOKENS):
+        source = _source(
+            value, ring_ptr, RESIDUAL_SIZE, row_of_zero, start, chunk + v_token, context_len, head_start, head,
+            RESIDUAL_SIZE, HEAD_DIM, ALL_FRESH,
+        )  # fmt: skip
+        _flush_values(
+            source,
+            words_ptr + (chunk + v_token) * (WORDS // 2),
+            (scales_ptr + (chunk + v_token)).reshape(VALUE_ROWS, HEADS, VALUE_TOKENS),
+            dtype,
+            BITS,
+            HEAD_DIM,
+            PAGE_SIZE,
+        )
 
 
 @triton.jit
@@ -488,7 +981,7 @@ def _page_in_window(
     PAGE_SIZE: tl.constexpr,
     SEQS_PAD: tl.constexpr,
 ):
-    """The committed page of new tokens only whose first row lies in the window: sequence and position, or -1, -1."""
+    """The committed page of new tokens only whose first row lies in the window: sequence, position and row, or -1s."""
     seqs = tl.arange(0, SEQS_PAD)
     real = seqs < num_seqs
     rows = tl.load(query_start_ptr + seqs, real, other=0)
@@ -503,7 +996,8 @@ def _page_in_window(
     rows += skipped
     is_committed = starts + PAGE_SIZE <= tl.minimum(committed_lens, seq_lens)
     found = real & (rows < window_start + PAGE_SIZE) & is_committed
-    return tl.max(tl.where(found, seqs, -1), 0), tl.max(tl.where(found, starts, -1), 0)
+    seq = tl.max(tl.where(found, seqs, -1), 0)
+    return seq, tl.max(tl.where(found, starts, -1), 0), tl.max(tl.where(found, rows, -1), 0)
 
 
 @triton.jit
@@ -536,108 +1030,103 @@ def _write_pages_kernel(
     num_seqs,
     num_windows,
     num_kv_heads,
-    head_ratio,
+    num_q_heads,
+    plane_pairs,  # 8 / BITS, only known at run time lest the loop over it be unrolled and take too many registers
     BITS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HALF: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     PAGE_WORDS: tl.constexpr,
-    PAGE_SCALES: tl.constexpr,
     SCALE_OFFSET: tl.constexpr,
     RESIDUAL_SIZE: tl.constexpr,
-    BLOCK_TOKENS: tl.constexpr,
-    BLOCK_HEADS: tl.constexpr,
+    HEADS: tl.constexpr,
+    HEAD_WARPS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    QUERY_HEADS: tl.constexpr,
+    QUERY_TOKENS: tl.constexpr,
     SEQS_PAD: tl.constexpr,
 ):
-    """Some heads of a sequence's flush and window, of a page of new tokens, or of the query: see the module."""
-    groups = num_kv_heads // BLOCK_HEADS
-    head_start = (tl.program_id(0) % groups) * BLOCK_HEADS
-    item = tl.program_id(0) // groups
-    if item < num_seqs + num_windows:
-        if item < num_seqs:
-            seq = item
-            start = tl.load(flushed_lens_ptr + seq)
-        else:
-            window_start = (item - num_seqs) * PAGE_SIZE
-            seq, start = _page_in_window(
-                query_start_ptr, seq_lens_ptr, committed_lens_ptr, window_start, num_seqs, PAGE_SIZE, SEQS_PAD
-            )
-        if start >= 0:
-            seq_len = tl.load(seq_lens_ptr + seq)
-            query_end = tl.load(query_start_ptr + seq + 1)
-            row_of_zero = query_end - seq_len  # the row of the flat batch that position 0 would have
-            context_len = tl.load(query_start_ptr + seq) - row_of_zero
+    """One head of a sequence's flush and window, HEADS heads of a page of new tokens, or some of the query."""
+    key = (key_ptr, key_stride_t, key_stride_h)
+    value = (value_ptr, value_stride_t, value_stride_h)
+    rotated = (rotated_ptr, rotated_stride_t, rotated_stride_h)
+    program = tl.program_id(0)
+    window_programs = num_windows * (num_kv_heads // HEADS)
+    if program < num_seqs * num_kv_heads:
+        seq = program // num_kv_heads
+        head = program % num_kv_heads
+        start = tl.load(flushed_lens_ptr + seq)
+        seq_len = tl.load(seq_lens_ptr + seq)
+        query_end = tl.load(query_start_ptr + seq + 1)
+        row_of_zero = query_end - seq_len  # the row of the flat batch that position 0 would have
+        context_len = tl.load(query_start_ptr + seq) - row_of_zero
+        if context_len < seq_len:
             next_flushed = tl.load(committed_lens_ptr + seq) // PAGE_SIZE * PAGE_SIZE
             slot = tl.load(residual_slots_ptr + seq).to(tl.int64)
-            stop = tl.minimum(next_flushed, context_len)
-            tail = tl.maximum(next_flushed, context_len)
-            if item >= num_seqs:
-                stop = start + PAGE_SIZE
-                tail = seq_len
-            elif context_len == seq_len:
-                stop = start
-            for head in range(head_start, head_start + BLOCK_HEADS):
-                ring_ptr = residual_ptr + (slot * num_kv_heads + head) * (2 * RESIDUAL_SIZE * HEAD_DIM)
-                key = key_ptr + head * key_stride_h
-                value = value_ptr + head * value_stride_h
-                rotated = rotated_ptr
-                if rotated_ptr is not None:
-                    rotated = rotated_ptr + head * rotated_stride_h
-                for page_start in range(start, stop, PAGE_SIZE):
-                    page = tl.load(block_tables_ptr + seq.to(tl.int64) * block_tables_stride + page_start // PAGE_SIZE)
-                    place = page.to(tl.int64) * num_kv_heads + head
-                    _flush_page(
-                        key,
-                        key_stride_t,
-                        value,
-                        value_stride_t,
-                        rotated,
-                        rotated_stride_t,
-                        ring_ptr,
-                        cos_ptr,
-                        sin_ptr,
-                        words_ptr + place * PAGE_WORDS,
-                        scales_ptr + place * PAGE_SCALES + SCALE_OFFSET,
-                        page_start,
-                        context_len,
-                        row_of_zero,
-                        BITS,
-                        HEAD_DIM,
-                        HALF,
-                        PAGE_SIZE,
-                        RESIDUAL_SIZE,
-                    )
-                # New tokens take the slots of the tokens just flushed.
-                tl.debug_barrier()
-                _fill_ring(
-                    key,
-                    key_stride_t,
-                    value,
-                    value_stride_t,
-                    rotated,
-                    rotated_stride_t,
-                    ring_ptr,
-                    cos_ptr,
-                    sin_ptr,
-                    tail,
-                    seq_len,
-                    row_of_zero,
-                    HEAD_DIM,
-                    HALF,
-                    RESIDUAL_SIZE,
-                    BLOCK_TOKENS,
-                )
+            ring_ptr = residual_ptr + (slot * num_kv_heads + head) * (2 * RESIDUAL_SIZE * HEAD_DIM)
+            for filled in range(
+                tl.maximum(tl.minimum(next_flushed, context_len) - start + PAGE_SIZE - 1, 0) // PAGE_SIZE
+            ):
+                page_start = start + filled * PAGE_SIZE
+                page = tl.load(block_tables_ptr + seq.to(tl.int64) * block_tables_stride + page_start // PAGE_SIZE)
+                _flush_pages(
+                    key, value, rotated, ring_ptr, cos_ptr, sin_ptr, words_ptr, scales_ptr, page, head, page_start,
+                    context_len, row_of_zero, num_kv_heads, plane_pairs, BITS, HEAD_DIM, HALF, PAGE_SIZE, PAGE_WORDS,
+                    SCALE_OFFSET, RESIDUAL_SIZE, 1, HEADS * HEAD_WARPS, CHUNK, False,
+                )  # fmt: skip
+            # New tokens take the slots of the tokens just flushed.
+            tl.debug_barrier()
+            if rotated_ptr is not None:
+                rotated_ptr += head * rotated_stride_h
+            _fill_ring(
+                key_ptr + head * key_stride_h,
+                key_stride_t,
+                value_ptr + head * value_stride_h,
+                value_stride_t,
+                rotated_ptr,
+                rotated_stride_t,
+                ring_ptr,
+                cos_ptr,
+                sin_ptr,
+                tl.maximum(next_flushed, context_len),
+                seq_len,
+                row_of_zero,
+                HEAD_DIM,
+                HALF,
+                RESIDUAL_SIZE,
+                16,
+            )
+    elif program < num_seqs * num_kv_heads + window_programs:
+        program -= num_seqs * num_kv_heads
+        head_start = program % (num_kv_heads // HEADS) * HEADS
+        window_start = program // (num_kv_heads // HEADS) * PAGE_SIZE
+        seq, start, row = _page_in_window(
+            query_start_ptr, seq_lens_ptr, committed_lens_ptr, window_start, num_seqs, PAGE_SIZE, SEQS_PAD
+        )
+        if seq >= 0:
+            page = tl.load(block_tables_ptr + seq.to(tl.int64) * block_tables_stride + start // PAGE_SIZE)
+            _flush_pages(
+                key, value, rotated, residual_ptr, cos_ptr, sin_ptr, words_ptr, scales_ptr, page, head_start, start,
+                start, row - start, num_kv_heads, plane_pairs, BITS, HEAD_DIM, HALF, PAGE_SIZE, PAGE_WORDS,
+                SCALE_OFFSET, RESIDUAL_SIZE, HEADS, HEAD_WARPS, CHUNK, True,
+            )  # fmt: skip
     elif query_ptr is not None:
-        item -= num_seqs + num_windows
-        rows = (item // head_ratio) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
+        program -= num_seqs * num_kv_heads + window_programs
+        groups = num_q_heads // QUERY_HEADS
+        rows = program // groups * QUERY_TOKENS + tl.arange(0, QUERY_TOKENS)
         live = rows < tl.load(query_start_ptr + num_seqs)
         rows = rows.to(tl.int64)
-        table_rows = tl.load(positions_ptr + rows, live, other=0).to(tl.int64) * HALF
-        cos = _load_run(cos_ptr + table_rows, live, 0, HALF)
-        sin = _load_run(sin_ptr + table_rows, live, 0, HALF)
-        for head in range(head_start, head_start + BLOCK_HEADS):
-            query = query_ptr + rows * query_stride_t + (head * head_ratio + item % head_ratio) * query_stride_h
-            _rotate_rows(query, query, cos, sin, live, HEAD_DIM, HALF)
+        positions = tl.load(positions_ptr + rows, live, other=0).to(tl.int64)
+        _rotate_query(
+            query_ptr + rows * query_stride_t + (program % groups * QUERY_HEADS).to(tl.int64) * query_stride_h,
+            query_stride_h,
+            cos_ptr + positions * HALF,
+            sin_ptr + positions * HALF,
+            live,
+            HEAD_DIM,
+            HALF,
+            QUERY_HEADS,
+        )
 
 
 @triton.jit
@@ -671,18 +1160,38 @@ def _slot_mapping_kernel(
 
 
 @triton.jit
+def _in_mantissa(words, MASK: tl.constexpr):
+    """2^23 + (words & MASK) as float32, in one instruction; MASK has at most 16 bits."""
+    if _INTERPRETING:
+        number = ((words & MASK) | 0x4B000000).to(tl.float32, bitcast=True)
+    else:
+        mask = tl.full([], MASK, tl.int32)
+        exponent = tl.full([], 0x4B000000, tl.int32)
+        number = tl.inline_asm_elementwise(
+            "lop3.b32 $0, $1, $2, $3, 0xEA;", "=f,r,r,r", [words, mask, exponent], tl.float32, True, 1
+        )
+    return number
+
+
+@triton.jit
 def _numbers(words, plane: tl.constexpr, KV_DTYPE: tl.constexpr, BITS: tl.constexpr):
-    """One plane of words, unscaled, as float32; an e4m3 number times 2^-8."""
-    field = (words >> (plane * BITS)) & (2**BITS - 1)
+    """One plane of pairs of words, times 2^(plane · BITS), as float32: those of the low words and of the high ones.
+
+    e4m3 numbers come times 2^-8 instead.
+    """
     if KV_DTYPE == "fp8":
         # e4m3's exponent and mantissa in the places of fp16's; the bias differs by 8.
-        bits = ((field & 0x80) << 8) | ((field & 0x7F) << 7)
-        number = bits.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-    elif KV_DTYPE == "int8":
-        number = (field - 128).to(tl.float32)
+        if plane == 0:
+            pair = ((words & 0x00800080) << 8) | ((words & 0x007F007F) << 7)
+        else:
+            pair = (words & -0x7FFF8000) | ((words >> 1) & 0x3F803F80)
+        low, high = _unpack(pair, tl.float16)
     else:
-        number = field.to(tl.float32)
-    return number
+        MASK: tl.constexpr = (2**BITS - 1) << (plane * BITS)
+        ZERO: tl.constexpr = 2**23 + (128 << (plane * BITS) if KV_DTYPE == "int8" else 0)
+        low = _in_mantissa(words, MASK) - ZERO
+        high = _in_mantissa(words >> 16, MASK) - ZERO
+    return low, high
 
 
 @triton.jit
@@ -705,60 +1214,98 @@ def _dequantise_kernel(
     HEAD_DIM: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     PAGE_WORDS: tl.constexpr,
-    PAGE_SCALES: tl.constexpr,
     SCALE_OFFSET: tl.constexpr,
     RESIDUAL_SIZE: tl.constexpr,
+    WARPS: tl.constexpr,
 ):
     """One page and head, to a page of plain numbers."""
     LOW_BIT: tl.constexpr = BITS < 8
-    WORDS: tl.constexpr = HEAD_DIM * BITS // 16
     head = tl.program_id(0) % num_kv_heads
     seq = tl.program_id(0) // num_kv_heads // max_pages
     index = tl.program_id(0) // num_kv_heads % max_pages
     token = tl.arange(0, PAGE_SIZE)
     start = index * PAGE_SIZE
+    page = tl.load(block_tables_ptr + seq.to(tl.int64) * block_tables_stride + index).to(tl.int64)
+    out_page = tl.load(out_block_tables_ptr + seq.to(tl.int64) * out_block_tables_stride + index).to(tl.int64)
     context_len = tl.load(context_lens_ptr + seq)
+    flushed_len = context_len
+    if LOW_BIT:
+        flushed_len = tl.load(flushed_lens_ptr + seq)
     if start < context_len:
         live = start + token < context_len
-        out_page = tl.load(out_block_tables_ptr + seq.to(tl.int64) * out_block_tables_stride + index).to(tl.int64)
-        k_out = out_ptr + ((out_page * num_kv_heads + head) * 2 * PAGE_SIZE + token) * HEAD_DIM
-        v_out = k_out + PAGE_SIZE * HEAD_DIM
-        flushed_len = context_len
-        if LOW_BIT:
-            flushed_len = tl.load(flushed_lens_ptr + seq)
+        out = out_ptr + (out_page * num_kv_heads + head) * (2 * PAGE_SIZE * HEAD_DIM)
         if start < flushed_len:
-            page = tl.load(block_tables_ptr + seq.to(tl.int64) * block_tables_stride + index).to(tl.int64)
-            place = page * num_kv_heads + head
-            k_words = words_ptr + place * PAGE_WORDS + token * WORDS
-            keys = _load_run(k_words, live, 0, WORDS).to(tl.int32)
-            values = _load_run(k_words + PAGE_SIZE * WORDS, live, 0, WORDS).to(tl.int32)
-            scales = scales_ptr + place * PAGE_SCALES + SCALE_OFFSET
-            FACTOR: tl.constexpr = 256.0 if KV_DTYPE == "fp8" else 1.0
-            if LOW_BIT:
-                word = tl.arange(0, triton.next_power_of_2(WORDS))
-                v_scale = tl.load(scales + 2 * HEAD_DIM + token).to(tl.float32)[:, None]
-                v_min = tl.load(scales + 2 * HEAD_DIM + PAGE_SIZE + token).to(tl.float32)[:, None]
-            else:
-                k_scale = tl.load(scales + token).to(tl.float32)[:, None] * FACTOR
-                v_scale = tl.load(scales + PAGE_SIZE + token).to(tl.float32)[:, None] * FACTOR
-            for plane in tl.static_range(16 // BITS):
-                k = _numbers(keys, plane, KV_DTYPE, BITS)
-                v = _numbers(values, plane, KV_DTYPE, BITS) * v_scale
-                if LOW_BIT:
-                    k_scale = tl.load(scales + plane * WORDS + word, word < WORDS, other=0.0).to(tl.float32)[None, :]
-                    k_min = tl.load(scales + HEAD_DIM + plane * WORDS + word, word < WORDS, other=0.0)
-                    k = k * k_scale + k_min.to(tl.float32)[None, :]
-                    v = v + v_min
-                else:
-                    k = k * k_scale
-                _store_run(k_out, k.to(out_ptr.dtype.element_ty), live, plane * WORDS, WORDS)
-                _store_run(v_out, v.to(out_ptr.dtype.element_ty), live, plane * WORDS, WORDS)
+            place = (page * num_kv_heads + head) * PAGE_WORDS
+            _dequantise_page(
+                _pairs(words_ptr + place), scales_ptr + place + SCALE_OFFSET, out, context_len - start, KV_DTYPE, BITS,
+                HEAD_DIM, PAGE_SIZE, WARPS,
+            )  # fmt: skip
         elif LOW_BIT:
             slot = tl.load(residual_slots_ptr + seq).to(tl.int64)
             ring = residual_ptr + (slot * num_kv_heads + head) * (2 * RESIDUAL_SIZE * HEAD_DIM)
             ring += ((start + token) % RESIDUAL_SIZE) * HEAD_DIM
-            _copy_run(ring, k_out, live, 0, HEAD_DIM)
-            _copy_run(ring + RESIDUAL_SIZE * HEAD_DIM, v_out, live, 0, HEAD_DIM)
+            _copy_run(ring, out + token * HEAD_DIM, live, 0, HEAD_DIM)
+            out += PAGE_SIZE * HEAD_DIM
+            _copy_run(ring + RESIDUAL_SIZE * HEAD_DIM, out + token * HEAD_DIM, live, 0, HEAD_DIM)
+
+
+@triton.jit
+def _dequantise_page(
+    words,
+    scales,
+    out,
+    num_tokens,
+    KV_DTYPE: tl.constexpr,
+    BITS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    WARPS: tl.constexpr,
+):
+    """The first tokens of a page, from pairs of words and scales to `out`. All is loaded before anything is stored."""
+    dtype: tl.constexpr = out.dtype.element_ty
+    PAIRS: tl.constexpr = HEAD_DIM * BITS // 32
+    PADDED: tl.constexpr = triton.next_power_of_2(PAIRS) > PAIRS
+    PLANES: tl.constexpr = 16 // BITS
+    # A warp's lanes lie along pairs and rows, and a thread has several tokens of its channels: [pairs, rows, tokens].
+    ROWS: tl.constexpr = min(PAGE_SIZE, max(1, 128 // triton.next_power_of_2(PAIRS)) * WARPS)
+    pair = tl.arange(0, triton.next_power_of_2(PAIRS))[:, None, None]
+    row = tl.arange(0, ROWS)[None, :, None]
+    token = row + (tl.arange(0, PAGE_SIZE // ROWS) * ROWS)[None, None, :]
+    real = pair < PAIRS
+    keys = _load_pairs(words + (token * PAIRS + pair), real, PADDED)
+    values = _load_pairs(words + (PAGE_SIZE * PAIRS + token * PAIRS + pair), real, PADDED)
+    rows = tl.arange(0, ROWS)[:, None] + (tl.arange(0, PAGE_SIZE // ROWS) * ROWS)[None, :]
+    if BITS < 8:
+        channels = _pairs(scales) + (pair + row * 0)
+        k_scales = ()
+        k_minima = ()
+        for plane in tl.static_range(PLANES):
+            k_scales = k_scales + (_load_pairs(channels + plane * PAIRS, real, PADDED),)
+            k_minima = k_minima + (_load_pairs(channels + (HEAD_DIM // 2 + plane * PAIRS), real, PADDED),)
+        v_scale = tl.load(scales + 2 * HEAD_DIM + rows).to(tl.float32)[None]
+        v_min = tl.load(scales + 2 * HEAD_DIM + PAGE_SIZE + rows).to(tl.float32)[None]
+    else:
+        k_scale = tl.load(scales + rows).to(tl.float32)[None]
+        v_scale = tl.load(scales + PAGE_SIZE + rows).to(tl.float32)[None]
+    out = _pairs(out) + (token * (HEAD_DIM // 2) + pair)
+    exists = (token < num_tokens) & real
+    for plane in tl.static_range(PLANES):
+        factor = 256.0 if KV_DTYPE == "fp8" else 2.0 ** (-plane * BITS)
+        k_low, k_high = _numbers(keys, plane, KV_DTYPE, BITS)
+        v_low, v_high = _numbers(values, plane, KV_DTYPE, BITS)
+        if BITS < 8:
+            # A product of a code and an fp16 scale is exact, so fusing changes nothing.
+            low, high = _unpack(k_scales[plane], tl.float16)
+            min_low, min_high = _unpack(k_minima[plane], tl.float16)
+            k_low = tl.fma(k_low, low * factor, min_low)
+            k_high = tl.fma(k_high, high * factor, min_high)
+            v_low = tl.fma(v_low, v_scale * factor, v_min)
+            v_high = tl.fma(v_high, v_scale * factor, v_min)
+        else:
+            k_low, k_high = k_low * (k_scale * factor), k_high * (k_scale * factor)
+            v_low, v_high = v_low * (v_scale * factor), v_high * (v_scale * factor)
+        tl.store(out + plane * PAIRS, _pack(k_low, k_high, dtype), exists)
+        tl.store(out + (PAGE_SIZE * HEAD_DIM // 2 + plane * PAIRS), _pack(v_low, v_high, dtype), exists)
 
 
 @functools.cache
@@ -768,7 +1315,6 @@ def _page_constants(layout: PageLayout) -> dict[str, int]:
         "HEAD_DIM": layout.head_dim,
         "PAGE_SIZE": layout.page_size,
         "PAGE_WORDS": layout.page_bytes // layout.word_dtype.itemsize,
-        "PAGE_SCALES": layout.page_bytes // 2,
         "SCALE_OFFSET": layout.scale_offset // 2,
     }
 
@@ -855,7 +1401,8 @@ def write_kv(
     """Rotate, quantise and store the new tokens of one layer, in one launch.
 
     All formats:
-        key, value: [num_tokens, num_kv_heads, head_dim], last dimension contiguous, both of one dtype.
+        key, value: [num_tokens, num_kv_heads, head_dim], last dimension contiguous, both of one dtype. For quantised
+            formats pairs of neighbouring channels must be aligned (even strides), in rotated_key too.
         cache: uint8 [num_pages, num_kv_heads, page_bytes].
         cos, sin: float32 [max_position, rotary_dim / 2], contiguous, to apply RoPE (rotate-half, channels c and
             c + rotary_dim / 2) to the key; None if it is rotated already. The result is rounded to the key's dtype.
@@ -901,10 +1448,13 @@ def write_kv(
     if layout.is_low_bit:
         sequences = (residual, residual_slots, flushed_lens, committed_lens, block_tables)
         num_seqs, num_windows = seq_lens.shape[0], triton.cdiv(num_tokens, layout.page_size)
-        block_tokens, head_ratio = 16, num_q_heads // num_kv_heads
-        items = num_seqs + num_windows + triton.cdiv(num_tokens, block_tokens) * head_ratio
-        block_heads, num_warps = _page_blocks(layout, num_tokens, num_kv_heads)
-        _write_pages_kernel[(items * num_kv_heads // block_heads,)](
+        heads, head_warps = _page_blocks(layout, num_tokens, num_kv_heads, key.itemsize)
+        num_warps = heads * head_warps
+        query_heads = math.gcd(num_q_heads, 4) if num_q_heads else 1
+        query_tokens = max(1, 256 * num_warps // triton.next_power_of_2(max(half, 1)))
+        query_programs = triton.cdiv(num_tokens, query_tokens) * (num_q_heads // query_heads)
+        programs = num_seqs * num_kv_heads + num_windows * (num_kv_heads // heads) + query_programs
+        _write_pages_kernel[(programs,)](
             *tokens,
             cache.view(torch.float16),
             *sequences,
@@ -915,15 +1465,20 @@ def write_kv(
             num_seqs,
             num_windows,
             num_kv_heads,
-            head_ratio,
+            num_q_heads,
+            layout.planes // 2,
             BITS=layout.bits,
             HALF=half,
             RESIDUAL_SIZE=layout.residual_size,
-            BLOCK_TOKENS=block_tokens,
-            BLOCK_HEADS=block_heads,
+            HEADS=heads,
+            HEAD_WARPS=head_warps,
+            CHUNK=KEY_CHUNK,
+            QUERY_HEADS=query_heads,
+            QUERY_TOKENS=query_tokens,
             SEQS_PAD=max(128, triton.next_power_of_2(num_seqs)),
             num_warps=num_warps,
             num_stages=1,
+            maxnreg=MAX_REGISTERS,
             enable_fp_fusion=False,
             **constants,
         )
@@ -961,15 +1516,17 @@ def _token_blocks(num_tokens: int, num_kv_heads: int, num_q_heads: int, head_dim
     return block_tokens, 1 if small else math.gcd(num_kv_heads, 4), num_warps
 
 
-def _page_blocks(layout: PageLayout, num_tokens: int, num_kv_heads: int) -> tuple[int, int]:
-    """Heads of a program of `_write_pages_kernel`, and its warps.
+def _page_blocks(layout: PageLayout, num_tokens: int, num_kv_heads: int, itemsize: int) -> tuple[int, int]:
+    """Heads of a program of `_write_pages_kernel` that quantises a page of new tokens, and the warps of each head.
 
-    Neighbouring heads of a page share rows of cos and sin in the L1 cache, once there are programs enough for every SM.
+    Few warps a head, so that few work out a channel's scale anew: a thread has 32 registers of K at a time. Heads of a
+    page share rows of cos and sin in the L1 cache. Small batches cannot fill the GPU and get the shortest path instead.
     """
-    elements = layout.page_size * triton.next_power_of_2(layout.head_dim)
-    if num_tokens * num_kv_heads >= 8192 * layout.page_size:
-        return math.gcd(num_kv_heads, 4), min(16, max(4, elements // 1024))
-    return 1, min(16, max(4, elements // 2048))
+    numbers = 2 * layout.page_size * triton.next_power_of_2(layout.words)
+    head_warps = max(1, numbers * itemsize // 4096)
+    if num_tokens * num_kv_heads < 1024 * layout.page_size:
+        return 1, max(4, head_warps)
+    return math.gcd(num_kv_heads, max(1, 4 // head_warps)), head_warps
 
 
 def dequantise_pages(
@@ -1027,11 +1584,17 @@ def dequantise_pages(
         KV_DTYPE=layout.kv_dtype,
         BITS=layout.bits,
         RESIDUAL_SIZE=layout.residual_size,
-        num_warps=4 if layout.page_size * layout.head_dim <= 8192 else 8,
+        WARPS=_dequantise_warps(layout),
+        num_warps=_dequantise_warps(layout),
         num_stages=1,
         enable_fp_fusion=False,
         **_page_constants(layout),
     )
+
+
+def _dequantise_warps(layout: PageLayout) -> int:
+    """A thread has 128 numbers: several tokens of a channel, whose scale it converts once."""
+    return min(16, layout.page_size * triton.next_power_of_2(layout.head_dim) // 2048)
 
 
 def _check_sequences(block_tables, query_start, seq_lens, num_seqs, device) -> None:
@@ -1069,8 +1632,11 @@ def _check_write(arguments: dict) -> None:
             ("block_tables", "query_start", "seq_lens", "residual", "residual_slots", "flushed_lens", "committed_lens"),
             f"{a.layout.kv_dtype} needs it",
         )
+        _check_pairs(arguments)
         _check_low_bit(a, device, dtype)
         return
+    if not a.layout.is_float:
+        _check_pairs(arguments)
     _require(arguments, ("slots",), f"{a.layout.kv_dtype} needs it; see slot_mapping")
     checks.tensor("slots", a.slots, shape=a.key.shape[:1], dtypes=(torch.int64,), device=device, contiguous=True)
     size = a.cache.shape[0] * a.layout.page_size
@@ -1078,6 +1644,17 @@ def _check_write(arguments: dict) -> None:
     if outside.any():
         row = int(outside.nonzero()[0])
         raise ValueError(f"slots[{row}] is {int(a.slots[row])}; it must be -1 or a slot of the cache, 0 to {size - 1}")
+
+
+def _check_pairs(arguments: dict) -> None:
+    """Quantising kernels read two neighbouring numbers at once."""
+    for name in ("key", "value", "rotated_key", "cos", "sin"):
+        x = arguments[name]
+        if x is not None and (x.data_ptr() % (2 * x.itemsize) or any(stride % 2 for stride in x.stride()[:-1])):
+            raise ValueError(
+                f"{name} has strides {tuple(x.stride())} and begins at address {x.data_ptr()}; it must have even "
+                f"strides and begin at a multiple of {2 * x.itemsize} bytes"
+            )
 
 
 def _check_rope(a: SimpleNamespace, device: torch.device, dtype: tuple[torch.dtype]) -> None:

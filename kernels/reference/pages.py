@@ -12,7 +12,8 @@ The byte layout is `kernels.pages`. Rounding is fixed to the bit, so that a page
 
 `up` and `down` round to fp16 away from the range (a scale is at least 2^-24, the least positive fp16), so that no value
 of the range clips; `round` and `e4m3` round half to even; r = 1 / scale. Constants in brackets are float32, and every
-operation is one float32 operation, rounded to nearest. Inputs must be finite, for int4 and int2 within fp16's range
+operation is one float32 operation, rounded to nearest; only products within `round` are not rounded before, so that a
+fused multiply-add with a large constant does both. Inputs must be finite, for int4 and int2 within fp16's range
 (±65504); what others become is not defined.
 
 RoPE rotates K in float32 and rounds it to K's own dtype before it is stored or quantised: a cache never depends on
@@ -58,16 +59,21 @@ def round_down_fp16(x: torch.Tensor) -> torch.Tensor:
     return torch.where(nearest.float() > x, below, nearest)
 
 
+def exact_product(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """The product of float32 numbers, not rounded: float64."""
+    return x.double() * y.double()
+
+
 def quantise_symmetric(x: torch.Tensor, kv_dtype: str) -> Quantised:
     """fp8 and int8: one scale for each vector [..., channels] of any floating-point dtype; scale [...]."""
     x = x.float()
     largest = E4M3_MAX if kv_dtype == "fp8" else INT8_MAX
     scale = round_up_fp16(x.abs().amax(-1) * (1 / largest))
-    scaled = x * (1.0 / scale.float())[..., None]
+    reciprocal = (1.0 / scale.float())[..., None]
     if kv_dtype == "fp8":
-        codes = scaled.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).view(torch.uint8)
+        codes = (x * reciprocal).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).view(torch.uint8)
     else:
-        codes = (scaled.round() + INT8_OFFSET).to(torch.uint8)
+        codes = (exact_product(x, reciprocal).round() + INT8_OFFSET).to(torch.uint8)
     return Quantised(codes, scale, None)
 
 
@@ -77,7 +83,7 @@ def quantise_affine(x: torch.Tensor, kv_dtype: str, dim: int) -> Quantised:
     levels = 2 ** {"int4": 4, "int2": 2}[kv_dtype] - 1
     minimum = round_down_fp16(x.amin(dim) + 0.0)  # never -0
     scale = round_up_fp16((x.amax(dim) - minimum.float()) * (1 / levels))
-    scaled = (x - minimum.float().unsqueeze(dim)) * (1.0 / scale.float()).unsqueeze(dim)
+    scaled = exact_product(x - minimum.float().unsqueeze(dim), (1.0 / scale.float()).unsqueeze(dim))
     return Quantised(scaled.round().clamp(0, levels).to(torch.uint8), scale, minimum)
 
 
