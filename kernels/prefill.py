@@ -371,11 +371,8 @@ def _choose_config(
     query: torch.Tensor, key: torch.Tensor, max_query_len: int, has_context: bool
 ) -> PrefillConfig | HopperConfig:
     """Kernel and tiles for a shape, as timed on an H200 (`python -m kernels.bench --suite prefill`)."""
-    head_dim = query.shape[2]
     if query.dtype in FLOATS_16 and prefill_hopper.is_hopper(query.device):
-        # Tiles of 64 channels leave room for two programs on a multiprocessor, which serves short prompts better.
-        if head_dim != 64 or has_context or max_query_len >= 4096:
-            return prefill_hopper.choose_config(head_dim, query.shape[1] // key.shape[1], max_query_len)
+        return prefill_hopper.choose_config(query.shape[2], query.shape[1] // key.shape[1], max_query_len)
     return portable_config(query, key, max_query_len, has_context)
 
 

@@ -8,7 +8,7 @@ a warpgroup, too, QK^T of the next tile is in flight during the softmax of this 
     consumer   S0=QK0 | S1=QK1, O+=P0V0, softmax S1 | S2=QK2, O+=P1V1, softmax S2 | … | O+=PnVn, write
 
 One program runs on each multiprocessor and takes one query tile after the other; the producer runs ahead into the next
-while the last one is written. Which tile is next, a counter in global memory says, or it is dealt beforehand.
+while the last one is written. Which tile is next, a counter in global memory says.
 
 Keys are walked from the diagonal to the left, so that masks are needed at the ends of the walk only:
 
@@ -19,7 +19,6 @@ Keys are walked from the diagonal to the left, so that masks are needed at the e
 
 from dataclasses import dataclass, fields
 from functools import cache
-from typing import Literal
 
 import torch
 import triton
@@ -59,7 +58,6 @@ class Shape:
     SOFT_CAP: bool
     LSE: bool
     PING_PONG: bool
-    DYNAMIC: bool
 
     def __post_init__(self):
         # The kernel's compiler takes a constant for one only if it says so.
@@ -102,34 +100,22 @@ class Shape:
 
 @dataclass(frozen=True)
 class HopperConfig:
-    """How to tile and schedule.
+    """How to tile.
 
     Args:
         block_n: keys of a tile.
         num_stages: tiles in the ring of K, and in that of V.
-        schedule: "grid": one program per query tile, which the hardware starts where one has ended; "static": one per
-            multiprocessor, tiles dealt out there and back again; "dynamic": the same, each drawing its next from a
-            counter. A new program fills its rings while nothing computes, which a short tile feels; a static deal is
-            as even as the tiles' lengths are smooth in their order, which of ragged sequences they are not.
         ping_pong: consumers start their tensor-core work strictly in turn.
         pack: query heads of a KV group that share a tile, a power of two that divides the group.
     """
 
     block_n: int = 128
     num_stages: int = 2
-    schedule: Literal["grid", "static", "dynamic"] = "static"
-    ping_pong: bool = False
+    ping_pong: bool = True
     pack: int = 1
 
 
 # ---- device: which tile, which keys --------------------------------------------------------------------------------
-
-
-@gluon.jit
-def _deal(time):
-    """Which tile a program gets the first, second, … time: there and back again over the programs."""
-    program, programs = gl.program_id(0), gl.num_programs(0)
-    return time * programs + gl.where(time % 2 == 0, program, programs - 1 - program)
 
 
 @gluon.jit
@@ -149,13 +135,11 @@ def _tile(rank, lengths, sizes, c: gl.constexpr):
     """The query tile of a rank: (sequence, head, begin, first token, query_len, context_len)."""
     query_start_ptr, seq_lens_ptr = lengths
     num_seqs, num_heads, num_columns, num_tiles, columns_per_section = sizes
-    # The order of kernels.prefill_grid.Grid, but every second section from the shortest tiles to the longest, the last
-    # one being from the longest: without a step between neighbours a deal there and back again comes out even.
+    # The order of kernels.prefill_grid.Grid.
     section = rank // (columns_per_section * num_tiles)
     rest = rank - section * columns_per_section * num_tiles
     width = gl.minimum(columns_per_section, num_columns - section * columns_per_section)
-    sections_behind = (num_columns - 1) // columns_per_section - section
-    tile = gl.where(sections_behind % 2 == 0, num_tiles - 1 - rest // width, rest // width)
+    tile = num_tiles - 1 - rest // width
     column = section * columns_per_section + rest % width
     if c.UNIFORM:
         seq = column // num_heads
@@ -287,11 +271,9 @@ def _produce(descs, rings, table, lengths, sizes, window, ranks, c: gl.constexpr
     num_kv_heads = sizes[1] * c.PACK // c.GROUP
     count = 0  # tiles of keys loaded
     done = 0  # tiles of queries loaded
-    deals = 0
     rank = gl.program_id(0)
     while rank < num_ranks:
-        if c.DYNAMIC:
-            drawn = _draw(counter_ptr, num_ranks)  # here, so that it is there when needed
+        drawn = _draw(counter_ptr, num_ranks)  # here, so that it is there when needed
         seq, head, begin, first_token, query_len, context_len = _tile(rank, lengths, sizes, c)
         if first_token < query_len:
             _announce(news, done, head, begin, first_token, query_len, context_len)
@@ -319,11 +301,7 @@ def _produce(descs, rings, table, lengths, sizes, window, ranks, c: gl.constexpr
                     _load_pages(context_desc, source, key_ring, 0, n, count, c)
                     _load_pages(context_desc, source, value_ring, 1, n, count, c)
                     count += 1
-        if c.DYNAMIC:
-            rank = gl.num_programs(0) + gl.sum(drawn, 0)
-        else:
-            deals += 1
-            rank = _deal(deals)
+        rank = gl.num_programs(0) + gl.sum(drawn, 0)
     _announce(news, done, 0, 0, 0, 0, 0)
 
 
@@ -606,7 +584,7 @@ def _prefill_hopper_kernel(
     query_start_ptr,
     seq_lens_ptr,
     block_tables_ptr,
-    counter_ptr,  # 0, if DYNAMIC and there are more ranks than programs
+    counter_ptr,  # 0, if there are more ranks than programs; else not touched
     out_stride_token,
     out_stride_head,
     table_stride,
@@ -684,12 +662,10 @@ GLUON_DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
 
 def choose_config(head_dim: int, group: int, max_query_len: int) -> HopperConfig:
-    """Tiles and schedule for a shape."""
-    grid = head_dim > 64 and max_query_len >= 1024
+    """Tiles for a shape, as timed on an H200."""
     return HopperConfig(
         block_n=64 if head_dim > 128 else 128,
-        schedule="grid" if grid else "static",
-        ping_pong=not grid,
+        ping_pong=head_dim < 256,
         pack=pack_for(group, max_query_len, block_m=128),
     )
 
@@ -737,13 +713,9 @@ def launch(
         SOFT_CAP=soft_cap is not None,
         LSE=lse is not None,
         PING_PONG=config.ping_pong,
-        DYNAMIC=config.schedule == "dynamic",
     )
-    programs, counter = grid.num_ranks, None
-    if config.schedule != "grid":
-        programs = min(programs, _num_multiprocessors(query.device))
-    if config.schedule == "dynamic":
-        counter = query_start.new_zeros(1) if programs < grid.num_ranks else query_start.new_empty(1)
+    programs = min(grid.num_ranks, _num_multiprocessors(query.device))
+    counter = query_start.new_zeros(1) if programs < grid.num_ranks else query_start.new_empty(1)
     _prefill_hopper_kernel[(programs,)](
         _query_descriptor(query, shape),
         _rows_descriptor(key, shape, config.block_n),
