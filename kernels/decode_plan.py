@@ -222,7 +222,8 @@ class DecodePlan:
         self, seq_lens: torch.Tensor, query_start: torch.Tensor, flushed_lens: torch.Tensor | None = None
     ) -> None:
         """Split anew for other lengths of as many sequences; one small kernel, no synchronisation."""
-        block_programs = 16
+        block_seqs = max(triton.next_power_of_2(self.num_seqs), 16)
+        block_programs = min(max(8192 // block_seqs, 1), 16)
         _plan_kernel[(triton.cdiv(self.num_programs, block_programs),)](
             seq_lens,
             query_start,
@@ -236,7 +237,7 @@ class DecodePlan:
             UNITS=self.num_kv_heads * self.row_blocks,
             WINDOW=self.window or 0,
             LOW_BIT=self.layout.is_low_bit,
-            BLOCK_SEQS=max(triton.next_power_of_2(self.num_seqs), 16),
+            BLOCK_SEQS=block_seqs,
             BLOCK_PROGRAMS=block_programs,
             num_warps=4,
         )
