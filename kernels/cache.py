@@ -1343,16 +1343,12 @@ def slot_mapping(
         positions and slots, int64 [num_tokens]; slot = page · page_size + offset. Padding has position 0, slot -1.
 
     Raises:
-        ValueError: an argument of another shape, dtype or device, or a length beyond its table.
+        ValueError: an argument of another type, shape, dtype or device, a page size that there is no kernel for, fewer
+            rows than new tokens, and what `kernels.checks.block_tables_and_lengths` finds.
     """
-    num_seqs, device = seq_lens.shape[0], block_tables.device
     if check:
-        _check_sequences(block_tables, query_start, seq_lens, num_seqs, device)
-        if page_size not in PAGE_SIZES:
-            raise ValueError(f"page_size is {page_size}; it must be one of {', '.join(map(str, PAGE_SIZES))}")
-        checks.block_tables_and_lengths(block_tables, seq_lens, query_start, 2**31 - 1, page_size)
-        for name, tensor in zip(("positions", "slots"), out or (), strict=False):
-            checks.tensor(name, tensor, shape=(num_tokens,), dtypes=(torch.int64,), device=device, contiguous=True)
+        _check_slot_mapping(block_tables, query_start, seq_lens, num_tokens, page_size, out)
+    num_seqs, device = seq_lens.shape[0], block_tables.device
     if out is None:
         out = tuple(torch.empty(num_tokens, dtype=torch.int64, device=device) for _ in range(2))
     block_tokens = 32
@@ -1372,8 +1368,23 @@ def slot_mapping(
     return out
 
 
-def next_flushed_lens(committed_lens: torch.Tensor, page_size: int, *, out: torch.Tensor | None = None) -> torch.Tensor:
-    """flushed_lens after a step, one small launch: committed_lens rounded down to whole pages, int32 [num_seqs]."""
+def next_flushed_lens(
+    committed_lens: torch.Tensor, page_size: int, *, out: torch.Tensor | None = None, check: bool = True
+) -> torch.Tensor:
+    """flushed_lens after a step, one small launch: committed_lens rounded down to whole pages, int32 [num_seqs].
+
+    `check` looks at no contents, so it never waits for the GPU.
+
+    Raises:
+        ValueError: an argument of another type, shape, dtype or device, or a page size that there is no kernel for.
+    """
+    if check:
+        _check_page_size(page_size)
+        checks.tensors(committed_lens=committed_lens)
+        device, int32 = committed_lens.device, (torch.int32,)
+        checks.tensor("committed_lens", committed_lens, shape=(None,), dtypes=int32, device=device)
+        if out is not None:
+            checks.tensor("out", out, shape=tuple(committed_lens.shape), dtypes=int32, device=device)
     return torch.bitwise_and(committed_lens, -page_size, out=out)
 
 
@@ -1426,8 +1437,8 @@ def write_kv(
     at the arguments first, which waits for the GPU; False costs nothing, and works inside a CUDA graph capture.
 
     Raises:
-        ValueError: an argument of another shape, dtype, device or stride, one that the format needs and that is
-            missing, and what `kernels.checks.block_tables_and_lengths` finds.
+        ValueError: an argument of another type, shape, dtype, device or stride, one that the format needs and that is
+            missing, contents outside what is said above, and what `kernels.checks.block_tables_and_lengths` finds.
     """
     if check:
         _check_write(locals())
@@ -1551,13 +1562,17 @@ def dequantise_pages(
         block_tables: int32 [num_seqs, max_pages].
         context_lens: int32 [num_seqs], tokens of each sequence to copy. Nothing is written behind them.
         out_cache, out_layout: a cache of bfloat16, float16 or float32 with the same heads, head size and page size.
-        out_block_tables: int32 [num_seqs, max_pages or more]: the pages to write to.
+        out_block_tables: int32 [num_seqs, max_pages or more]: the pages to write to. The columns that max_context_len
+            reaches are enough.
         residual, residual_slots, flushed_lens: int4 and int2: where tokens from flushed_len on stand.
+            flushed_len is at most context_len and at most residual_size below it, or anything where that is 0.
         max_context_len: a bound on context_lens known on the host; keeps the launch as small as the contexts.
         check: as in `write_kv`.
 
     Raises:
-        ValueError: as `write_kv`.
+        ValueError: an argument of another type, shape, dtype, device or stride, one that the format needs and that is
+            missing, a length beyond block_tables or max_context_len, a page in use that lies outside its cache, and
+            what `kernels.checks.flushed_lengths` finds.
     """
     if check:
         _check_dequantise(locals())
@@ -1597,11 +1612,37 @@ def _dequantise_warps(layout: PageLayout) -> int:
     return min(16, layout.page_size * triton.next_power_of_2(layout.head_dim) // 2048)
 
 
-def _check_sequences(block_tables, query_start, seq_lens, num_seqs, device) -> None:
+def _check_page_size(page_size: int) -> None:
+    if not isinstance(page_size, int) or page_size not in PAGE_SIZES:
+        raise ValueError(
+            f"page_size is {page_size!r}; it must be {', '.join(map(str, PAGE_SIZES[:-1]))} or {PAGE_SIZES[-1]}"
+        )
+
+
+def _check_sequences(block_tables, query_start, seq_lens, device: torch.device) -> int:
+    """The number of sequences."""
     int32 = (torch.int32,)
+    checks.tensor("seq_lens", seq_lens, shape=(None,), dtypes=int32, device=device, contiguous=True)
+    num_seqs = seq_lens.shape[0]
     checks.tensor("block_tables", block_tables, shape=(num_seqs, None), dtypes=int32, device=device)
     checks.tensor("query_start", query_start, shape=(num_seqs + 1,), dtypes=int32, device=device, contiguous=True)
-    checks.tensor("seq_lens", seq_lens, shape=(num_seqs,), dtypes=int32, device=device, contiguous=True)
+    return num_seqs
+
+
+def _check_slot_mapping(block_tables, query_start, seq_lens, num_tokens, page_size, out) -> None:
+    checks.tensors(block_tables=block_tables)
+    device = block_tables.device
+    _check_sequences(block_tables, query_start, seq_lens, device)
+    _check_page_size(page_size)
+    checks.block_tables_and_lengths(block_tables, seq_lens, query_start, 2**31 - 1, page_size)
+    checks.integer("num_tokens", num_tokens, int(query_start[-1]))
+    if out is None:
+        return
+    if not isinstance(out, tuple | list) or len(out) != 2:
+        size = f" of {len(out)}" if isinstance(out, tuple | list) else ""
+        raise ValueError(f"out is a {type(out).__name__}{size}; it must be two tensors, of positions and of slots")
+    for i, x in enumerate(out):
+        checks.tensor(f"out[{i}]", x, shape=(num_tokens,), dtypes=(torch.int64,), device=device, contiguous=True)
 
 
 def _require(arguments: dict, names: tuple[str, ...], reason: str) -> None:
@@ -1613,6 +1654,8 @@ def _require(arguments: dict, names: tuple[str, ...], reason: str) -> None:
 def _check_write(arguments: dict) -> None:
     """Arguments of write_kv, whatever the format."""
     a = SimpleNamespace(**arguments)
+    checks.page_layout("layout", a.layout)
+    checks.tensors(key=a.key)
     checks.tensor("key", a.key, shape=(None, None, a.layout.head_dim), dtypes=FLOATS, device=a.key.device)
     device, dtype = a.key.device, (a.key.dtype,)
     checks.tensor("value", a.value, shape=tuple(a.key.shape), dtypes=dtype, device=device)
@@ -1683,8 +1726,8 @@ def _check_rope(a: SimpleNamespace, device: torch.device, dtype: tuple[torch.dty
 
 def _check_low_bit(a: SimpleNamespace, device: torch.device, dtype: tuple[torch.dtype]) -> None:
     """The residual-window protocol's arguments; reads lengths from the GPU."""
-    num_seqs, layout = a.seq_lens.shape[0], a.layout
-    _check_sequences(a.block_tables, a.query_start, a.seq_lens, num_seqs, device)
+    layout = a.layout
+    num_seqs = _check_sequences(a.block_tables, a.query_start, a.seq_lens, device)
     _check_residual(a, num_seqs, device, dtype)
     checks.tensor(
         "committed_lens", a.committed_lens, shape=(num_seqs,), dtypes=(torch.int32,), device=device, contiguous=True
@@ -1699,10 +1742,11 @@ def _check_low_bit(a: SimpleNamespace, device: torch.device, dtype: tuple[torch.
     for b, (context_len, seq_len, flushed_len, committed_len) in enumerate(columns):
         if context_len == seq_len:
             continue
-        if flushed_len % layout.page_size or not context_len - layout.residual_size <= flushed_len <= context_len:
+        least = max(0, context_len - layout.residual_size)
+        if flushed_len % layout.page_size or not least <= flushed_len <= context_len:
             raise ValueError(
-                f"flushed_lens[{b}] is {flushed_len}; it must be a multiple of {layout.page_size}, at most the "
-                f"{context_len} tokens of the context and at most {layout.residual_size} below them"
+                f"flushed_lens[{b}] is {flushed_len}; it must be a multiple of {layout.page_size}, from {least} to the "
+                f"{context_len} tokens of the context"
             )
         if not max(context_len, seq_len - MAX_QUERY_LEN) <= committed_len <= seq_len:
             raise ValueError(
@@ -1728,6 +1772,8 @@ def _check_residual(a: SimpleNamespace, num_seqs: int, device: torch.device, dty
 
 def _check_dequantise(arguments: dict) -> None:
     a = SimpleNamespace(**arguments)
+    checks.page_layout("layout", a.layout)
+    checks.page_layout("out_layout", a.out_layout)
     if a.layout.is_float or not a.out_layout.is_float:
         raise ValueError(
             f"layout is {a.layout.kv_dtype} and out_layout {a.out_layout.kv_dtype}; they must be a quantised format "
@@ -1735,17 +1781,44 @@ def _check_dequantise(arguments: dict) -> None:
         )
     if (a.layout.head_dim, a.layout.page_size) != (a.out_layout.head_dim, a.out_layout.page_size):
         raise ValueError(f"out_layout is {a.out_layout}; it must have the head size and page size of {a.layout}")
-    device, num_seqs = a.cache.device, a.block_tables.shape[0]
-    checks.cache(a.cache, a.layout, None, device)
-    checks.cache(a.out_cache, a.out_layout, a.cache.shape[1], device)
-    int32 = (torch.int32,)
-    checks.tensor("context_lens", a.context_lens, shape=(num_seqs,), dtypes=int32, device=device, contiguous=True)
-    no_new_tokens = torch.zeros(num_seqs + 1, dtype=torch.int32, device=device)
-    for name, num_pages in (("block_tables", a.cache.shape[0]), ("out_block_tables", a.out_cache.shape[0])):
-        table = arguments[name]
-        checks.tensor(name, table, shape=(num_seqs, None), dtypes=int32, device=device)
-        checks.block_tables_and_lengths(table, a.context_lens, no_new_tokens, num_pages, a.layout.page_size)
+    checks.tensors(cache=a.cache)
+    device, int32, uint8 = a.cache.device, (torch.int32,), (torch.uint8,)
+    shape = (None, None, a.layout.page_bytes)
+    checks.tensor("cache", a.cache, shape=shape, dtypes=uint8, device=device, contiguous=True)
+    shape = (None, a.cache.shape[1], a.out_layout.page_bytes)
+    checks.tensor("out_cache", a.out_cache, shape=shape, dtypes=uint8, device=device, contiguous=True)
+    checks.tensor("context_lens", a.context_lens, shape=(None,), dtypes=int32, device=device, contiguous=True)
+    num_seqs = a.context_lens.shape[0]
+    checks.tensor("block_tables", a.block_tables, shape=(num_seqs, None), dtypes=int32, device=device)
+    checks.tensor("out_block_tables", a.out_block_tables, shape=(num_seqs, None), dtypes=int32, device=device)
+    page_size, max_pages = a.layout.page_size, a.block_tables.shape[1]
+    outside = (a.context_lens < 0) | (a.context_lens > max_pages * page_size)
+    if outside.any():
+        b = int(outside.nonzero()[0])
+        raise ValueError(
+            f"context_lens[{b}] is {int(a.context_lens[b])}; it must be 0 to the {max_pages * page_size} tokens of "
+            f"block_tables"
+        )
+    if a.max_context_len is not None:
+        checks.integer("max_context_len", a.max_context_len, int(a.context_lens.max()) if num_seqs else 0)
+        max_pages = min(max_pages, triton.cdiv(a.max_context_len, page_size))
+    if a.out_block_tables.shape[1] < max_pages:
+        raise ValueError(
+            f"out_block_tables has {a.out_block_tables.shape[1]} columns; it must have at least the {max_pages} that "
+            f"block_tables has up to max_context_len"
+        )
+    for prefix in ("", "out_"):
+        table, num_pages = arguments[f"{prefix}block_tables"][:, :max_pages], arguments[f"{prefix}cache"].shape[0]
+        used = torch.arange(max_pages, device=device) * page_size < a.context_lens[:, None]
+        outside = used & ((table < 0) | (table >= num_pages))
+        if outside.any():
+            b, j = outside.nonzero()[0].tolist()
+            raise ValueError(
+                f"{prefix}block_tables[{b}, {j}] is {int(table[b, j])}; it must be a page of {prefix}cache, 0 to "
+                f"{num_pages - 1}"
+            )
     if a.layout.is_low_bit:
         names = ("residual", "residual_slots", "flushed_lens")
         _require(arguments, names, f"{a.layout.kv_dtype} needs it")
         _check_residual(a, num_seqs, device, FLOATS)
+        checks.flushed_lengths(a.flushed_lens, a.context_lens, a.layout, a.context_lens > 0)

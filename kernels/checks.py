@@ -1,8 +1,10 @@
 """Host checks of a launcher's arguments: one sentence that names the argument and what it must be.
 
 Launchers call them under `if check:`, so that a caller on the hot path, or inside a CUDA graph capture, pays nothing.
-Only `block_tables_and_lengths` reads device memory, and so waits for the GPU.
+Those of a tensor's contents read device memory, and so wait for the GPU.
 """
+
+import math
 
 import torch
 
@@ -40,9 +42,35 @@ def tensor(
         raise ValueError(f"{name} has stride {value.stride(-1)} in its last dimension; it must be 1")
 
 
+def tensors(**named: object) -> None:
+    """Raise ValueError unless all arguments are tensors; for what is looked into before its own check."""
+    for name, value in named.items():
+        if not isinstance(value, torch.Tensor):
+            raise ValueError(f"{name} is a {type(value).__name__}; it must be a tensor")
+
+
+def page_layout(name: str, value: object) -> None:
+    """Raise ValueError unless `value` is a PageLayout."""
+    if not isinstance(value, PageLayout):
+        raise ValueError(f"{name} is {value!r}; it must be a PageLayout")
+
+
+def integer(name: str, value: object, least: int, most: int | None = None) -> None:
+    """Raise ValueError unless `value` is an integer from `least` to `most`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least or (most is not None and value > most):
+        wanted = f"at least {least}" if most is None else f"{least} to {most}"
+        raise ValueError(f"{name} is {value!r}; it must be an integer, {wanted}")
+
+
+def positive(name: str, value: object) -> None:
+    """Raise ValueError unless `value` is a finite number above 0."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise ValueError(f"{name} is {value!r}; it must be a finite number above 0")
+
+
 def head_ratio(num_q_heads: int, num_kv_heads: int) -> None:
-    """Raise ValueError unless the query heads divide evenly among the KV heads."""
-    if num_kv_heads < 1 or num_q_heads % num_kv_heads:
+    """Raise ValueError unless there are query heads and they divide evenly among the KV heads."""
+    if num_kv_heads < 1 or num_q_heads < 1 or num_q_heads % num_kv_heads:
         raise ValueError(
             f"query has {num_q_heads} heads for {num_kv_heads} KV heads; it must have a multiple of the KV heads"
         )
@@ -63,6 +91,8 @@ def block_tables_and_lengths(
     """
     num_seqs, max_pages = block_tables.shape
     lengths, starts = seq_lens.tolist(), query_start.tolist()
+    if starts[0] != 0:
+        raise ValueError(f"query_start begins at {starts[0]}; it must begin at 0")
     for b, length in enumerate(lengths):
         query_len = starts[b + 1] - starts[b]
         if query_len < 0:
@@ -78,4 +108,28 @@ def block_tables_and_lengths(
         b, j = outside.nonzero()[0].tolist()
         raise ValueError(
             f"block_tables[{b}, {j}] is {int(block_tables[b, j])}; it must be a page of the cache, 0 to {num_pages - 1}"
+        )
+
+
+def flushed_lengths(
+    flushed_lens: torch.Tensor, seq_lens: torch.Tensor, layout: PageLayout, active: torch.Tensor | None = None
+) -> None:
+    """Raise ValueError unless each flushed length is whole pages, and the residual window holds what follows it.
+
+    Args:
+        seq_lens: tokens of each sequence that stand in pages or in the residual window.
+        active: bool [num_seqs]; sequences to look at, all if None.
+    """
+    waiting = seq_lens - flushed_lens
+    wrong = (
+        (flushed_lens < 0) | (flushed_lens % layout.page_size != 0) | (waiting < 0) | (waiting > layout.residual_size)
+    )
+    if active is not None:
+        wrong &= active
+    if wrong.any():
+        b = int(wrong.nonzero()[0])
+        length = int(seq_lens[b])
+        raise ValueError(
+            f"flushed_lens[{b}] is {int(flushed_lens[b])}; it must be a multiple of {layout.page_size} "
+            f"from {max(length - layout.residual_size, 0)} to the sequence's {length} tokens"
         )

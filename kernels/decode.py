@@ -498,13 +498,14 @@ def decode_attention(
         query_start: int32 [num_seqs + 1]; sequence b's tokens are rows query_start[b] to query_start[b + 1]. Sequences
             without new tokens (padding) are passed over and their rows are not written.
         max_query_len: new tokens of any sequence at most, 1 to 16.
-        plan: from `plan_decode` for these lengths; made here if missing.
+        plan: from `plan_decode`, brought to these lengths by `DecodePlan.update`; made here if None.
         residual, residual_slots, flushed_lens: for int4 and int2, [num_slots, num_kv_heads, 2, residual_size,
             head_dim], and int32 [num_seqs] each; see `kernels.pages`.
         window: a token sees this many tokens, itself included; None for all.
         soft_cap: logits are soft_cap · tanh(logits / soft_cap) (Gemma-2).
         softmax_scale: head_dim ** -0.5 if None.
-        check: look at the arguments; waits for the GPU. False inside CUDA graphs and on the hot path.
+        check: look at the arguments and their contents; waits for the GPU. False inside CUDA graphs and on the hot
+            path, where wrong arguments give wrong results or faults.
 
     Returns:
         out like query, and with return_lse the natural log-sum-exp of the logits, float32 [num_tokens, num_q_heads].
@@ -512,15 +513,19 @@ def decode_attention(
     Raises:
         ValueError: an argument of the wrong type, shape, device or content, when `check` is set.
     """
-    num_tokens, num_q_heads, head_dim = query.shape
-    num_kv_heads = cache.shape[1]
     if check:
         _check(query, cache, layout, block_tables, seq_lens, query_start, max_query_len)
+        _check_residual(layout, residual, residual_slots, flushed_lens, seq_lens, query_start, cache.shape[1])
         if out is not None:
             checks.tensor("out", out, shape=tuple(query.shape), dtypes=(query.dtype,), device=query.device)
-        if soft_cap is not None and not soft_cap > 0:
-            raise ValueError(f"soft_cap is {soft_cap}; it must be above 0, or None")
-        _check_residual(layout, residual, residual_slots, flushed_lens, seq_lens, num_kv_heads, block_tables)
+            if 0 in out.stride()[:2]:
+                raise ValueError(f"out has strides {list(out.stride())}; its rows must not overlap")
+        if soft_cap is not None:
+            checks.positive("soft_cap", soft_cap)
+        if softmax_scale is not None:
+            checks.positive("softmax_scale", softmax_scale)
+    num_tokens, num_q_heads, head_dim = query.shape
+    num_kv_heads = cache.shape[1]
     if plan is None:
         plan = plan_decode(
             seq_lens,
@@ -531,9 +536,12 @@ def decode_attention(
             max_query_len=max_query_len,
             window=window,
             flushed_lens=flushed_lens,
+            check=check,
         )
     elif check:
         _check_plan(plan, layout, num_q_heads, num_kv_heads, max_query_len, window, seq_lens.shape[0])
+        if not plan.is_for(seq_lens, query_start, flushed_lens):
+            raise ValueError("plan is that of other lengths; call plan.update with those of this step first")
     if out is None:
         out = torch.empty_like(query)
     lse = torch.empty(num_tokens, num_q_heads, dtype=torch.float32, device=query.device) if return_lse else None
@@ -569,7 +577,7 @@ def decode_attention(
         MAX_QUERY=plan.max_query_len,
         ROWS=plan.rows,
         ROW_BLOCKS=plan.row_blocks,
-        WINDOW=window or 0,
+        WINDOW=plan.window or 0,
         SOFT_CAP=bool(soft_cap),
         HAS_LSE=return_lse,
         PLANES=layout.planes,
@@ -609,9 +617,11 @@ def decode_attention(
 
 
 def _check(query, cache, layout, block_tables, seq_lens, query_start, max_query_len) -> None:
+    named = {"block_tables": block_tables, "seq_lens": seq_lens, "query_start": query_start}
+    checks.tensors(query=query, cache=cache, **named)
+    checks.page_layout("layout", layout)
+    checks.integer("max_query_len", max_query_len, 1, MAX_QUERY_LEN)
     device = query.device
-    if not 1 <= max_query_len <= MAX_QUERY_LEN:
-        raise ValueError(f"max_query_len is {max_query_len}; it must be 1 to {MAX_QUERY_LEN}")
     floats, ints = (torch.bfloat16, torch.float16, torch.float32), (torch.int32,)
     checks.tensor("query", query, shape=(None, None, layout.head_dim), dtypes=floats, device=device)
     checks.cache(cache, layout, None, device)
@@ -630,13 +640,13 @@ def _check(query, cache, layout, block_tables, seq_lens, query_start, max_query_
         raise ValueError(f"query_start ends at {int(query_start[-1])}; query has {query.shape[0]} tokens")
 
 
-def _check_residual(layout, residual, residual_slots, flushed_lens, seq_lens, num_kv_heads, block_tables) -> None:
+def _check_residual(layout, residual, residual_slots, flushed_lens, seq_lens, query_start, num_kv_heads) -> None:
     given = {"residual": residual, "residual_slots": residual_slots, "flushed_lens": flushed_lens}
     if not layout.is_low_bit:
         return
     for name, value in given.items():
         if value is None:
-            raise ValueError(f"{name} is missing; {layout.kv_dtype} keeps the newest tokens in a residual window")
+            raise ValueError(f"{name} is None; {layout.kv_dtype} keeps the newest tokens in a residual window")
     device, num_seqs = seq_lens.device, seq_lens.shape[0]
     shape = (None, num_kv_heads, 2, layout.residual_size, layout.head_dim)
     floats = (torch.bfloat16, torch.float16, torch.float32)
@@ -650,19 +660,12 @@ def _check_residual(layout, residual, residual_slots, flushed_lens, seq_lens, nu
             f"residual_slots[{b}] is {int(residual_slots[b])}; "
             f"it must be a slot of residual, 0 to {residual.shape[0] - 1}"
         )
-    pending = seq_lens - flushed_lens
-    wrong = (
-        (flushed_lens % layout.page_size != 0) | (pending < 0) | (pending > layout.residual_size) | (flushed_lens < 0)
-    )
-    if wrong.any():
-        b = int(wrong.nonzero()[0])
-        raise ValueError(
-            f"flushed_lens[{b}] is {int(flushed_lens[b])}; it must be a multiple of {layout.page_size} at most "
-            f"{layout.residual_size} below the sequence's {int(seq_lens[b])} tokens"
-        )
+    checks.flushed_lengths(flushed_lens, seq_lens, layout, active=query_start.diff() > 0)
 
 
 def _check_plan(plan, layout, num_q_heads, num_kv_heads, max_query_len, window, num_seqs) -> None:
+    if not isinstance(plan, DecodePlan):
+        raise ValueError(f"plan is a {type(plan).__name__}; it must be a DecodePlan, which plan_decode makes")
     made = (plan.layout, plan.num_q_heads, plan.num_kv_heads, plan.max_query_len, plan.window, plan.num_seqs)
     asked = (layout, num_q_heads, num_kv_heads, max_query_len, window, num_seqs)
     names = ("layout", "num_q_heads", "num_kv_heads", "max_query_len", "window", "num_seqs")

@@ -13,7 +13,7 @@ once per step, and all layers of the step use them. The host never reads a lengt
 """
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -28,6 +28,7 @@ RESIDUAL_COST = tl.constexpr(3)
 # int32 numbers that the plan keeps for each program: its first sequence, unit of it, position in the unit, and length
 # of the share; of that sequence what `sequence` says; the program to merge from.
 RECORD = tl.constexpr(16)
+WRITTEN = 11
 
 
 @triton.jit
@@ -219,9 +220,20 @@ class DecodePlan:
         return -(-self.group * self.max_query_len // self.rows)
 
     def update(
-        self, seq_lens: torch.Tensor, query_start: torch.Tensor, flushed_lens: torch.Tensor | None = None
+        self,
+        seq_lens: torch.Tensor,
+        query_start: torch.Tensor,
+        flushed_lens: torch.Tensor | None = None,
+        *,
+        check: bool = True,
     ) -> None:
-        """Split anew for other lengths of as many sequences; one small kernel, no synchronisation."""
+        """Split anew for other lengths of as many sequences; one small kernel, no synchronisation.
+
+        Raises:
+            ValueError: lengths of another shape, type or device than the plan's, when `check` is set.
+        """
+        if check:
+            self._check_lengths(seq_lens, query_start, flushed_lens)
         block_seqs = max(triton.next_power_of_2(self.num_seqs), 16)
         block_programs = min(max(8192 // block_seqs, 1), 16)
         _plan_kernel[(triton.cdiv(self.num_programs, block_programs),)](
@@ -241,6 +253,25 @@ class DecodePlan:
             BLOCK_PROGRAMS=block_programs,
             num_warps=4,
         )
+
+    def is_for(
+        self, seq_lens: torch.Tensor, query_start: torch.Tensor, flushed_lens: torch.Tensor | None = None
+    ) -> bool:
+        """Whether the plan is the one of these lengths. Waits for the GPU."""
+        fresh = replace(self, table=torch.empty_like(self.table))
+        fresh.update(seq_lens, query_start, flushed_lens, check=False)
+        return torch.equal(fresh.table[:, :WRITTEN], self.table[:, :WRITTEN])
+
+    def _check_lengths(self, seq_lens, query_start, flushed_lens) -> None:
+        sizes = {"seq_lens": self.num_seqs, "query_start": self.num_seqs + 1}
+        given = {"seq_lens": seq_lens, "query_start": query_start}
+        if self.layout.is_low_bit:
+            if flushed_lens is None:
+                raise ValueError(f"flushed_lens is None; {self.layout.kv_dtype} needs the tokens in quantised pages")
+            sizes["flushed_lens"], given["flushed_lens"] = self.num_seqs, flushed_lens
+        for name, value in given.items():
+            device = self.table.device
+            checks.tensor(name, value, shape=(sizes[name],), dtypes=(torch.int32,), device=device, contiguous=True)
 
 
 def tile_rows(layout: PageLayout, needed: int) -> int:
@@ -265,6 +296,7 @@ def plan_decode(
     window: int | None = None,
     flushed_lens: torch.Tensor | None = None,
     config: DecodeConfig | None = None,
+    check: bool = True,
 ) -> DecodePlan:
     """Split one step's decode attention over the GPU. Layers of the same shape and window share a plan.
 
@@ -274,18 +306,27 @@ def plan_decode(
         seq_lens: int32 [num_seqs], tokens of each sequence, the new ones included.
         query_start: int32 [num_seqs + 1], where each sequence's new tokens begin in the flat batch.
         flushed_lens: int32 [num_seqs], tokens in quantised pages; for int4 and int2.
+        layout: of the cache's pages.
+        num_q_heads, num_kv_heads: of the layers that will use the plan.
+        max_query_len: new tokens of any sequence at most, 1 to 16.
+        window: a token sees this many tokens, itself included; None for all.
         config: overrides the choice for this format; for measurements.
 
     Raises:
-        ValueError: heads that do not divide, a query length out of 1 to 16, a window below 1, or flushed_lens missing.
+        ValueError: lengths that are no int32 vectors of fitting sizes, heads that do not divide, a query length out of
+            1 to 16, a window below 1, or flushed_lens missing, when `check` is set.
     """
-    checks.head_ratio(num_q_heads, num_kv_heads)
-    if not 1 <= max_query_len <= MAX_QUERY_LEN:
-        raise ValueError(f"max_query_len is {max_query_len}; it must be 1 to {MAX_QUERY_LEN}")
-    if window is not None and window < 1:
-        raise ValueError(f"window is {window}; it must be at least 1, or None for full attention")
-    if layout.is_low_bit and flushed_lens is None:
-        raise ValueError(f"flushed_lens is missing; {layout.kv_dtype} needs the tokens in quantised pages")
+    if check:
+        checks.page_layout("layout", layout)
+        checks.tensors(seq_lens=seq_lens, query_start=query_start)
+        checks.integer("num_q_heads", num_q_heads, 1)
+        checks.integer("num_kv_heads", num_kv_heads, 1)
+        checks.head_ratio(num_q_heads, num_kv_heads)
+        checks.integer("max_query_len", max_query_len, 1, MAX_QUERY_LEN)
+        if window is not None:
+            checks.integer("window", window, 1)
+        if seq_lens.dim() != 1:
+            raise ValueError(f"seq_lens has shape {list(seq_lens.shape)}; it must be [num_seqs]")
     device, num_seqs = seq_lens.device, seq_lens.shape[0]
     rows = tile_rows(layout, num_q_heads // num_kv_heads * max_query_len)
     config = config or choose_config(layout, rows)
@@ -303,5 +344,5 @@ def plan_decode(
         partial_out=torch.empty(2 * num_programs, rows, layout.head_dim, dtype=torch.float32, device=device),
         partial_lse=torch.empty(2 * num_programs, rows, dtype=torch.float32, device=device),
     )
-    plan.update(seq_lens, query_start, flushed_lens)
+    plan.update(seq_lens, query_start, flushed_lens, check=check)
     return plan

@@ -17,6 +17,16 @@ from kernels.reference.elementwise import ACTIVATIONS
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_HIDDEN = 8 * 8192  # 8 chunks of the largest tile
 
+
+def check_no_overlap(name: str, value: torch.Tensor) -> None:
+    """Raise ValueError unless every element of a tensor that is to be written has memory of its own."""
+    reach = 0  # offset of the last element, over the dimensions so far
+    for stride, size in sorted(zip(value.stride(), value.shape, strict=True)):
+        if size > 1 and stride <= reach and value.numel():
+            raise ValueError(f"{name} has strides {list(value.stride())}; it is written, so elements must not overlap")
+        reach += stride * (size - 1)
+
+
 # ---- RMSNorm -------------------------------------------------------------------------------------------------------
 
 
@@ -101,7 +111,7 @@ def rms_norm(
     Args:
         x: bf16, fp16 or fp32 [num_tokens, hidden]; rows may stand apart.
         weight: [hidden], contiguous.
-        eps: added to the mean square.
+        eps: added to the mean square, above 0.
         residual: x's shape and dtype, updated in place to residual + x.
         weight_offset: 0.0, or 1.0 for Gemma, whose weights are stored as differences from one.
         out: x's shape and dtype, may be x; a new tensor otherwise.
@@ -111,7 +121,7 @@ def rms_norm(
         ValueError: an argument of the wrong shape, dtype, device or stride, or a hidden size beyond 65,536.
     """
     if check:
-        _check_rms_norm(x, weight, residual, out)
+        _check_rms_norm(x, weight, eps, residual, out)
     num_tokens, hidden = x.shape
     if out is None:
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -138,15 +148,18 @@ def rms_norm(
     return out
 
 
-def _check_rms_norm(x, weight, residual, out) -> None:
+def _check_rms_norm(x, weight, eps, residual, out) -> None:
+    checks.tensors(x=x)
     checks.tensor("x", x, shape=(None, None), dtypes=DTYPES, device=x.device)
     hidden = x.shape[1]
     if not 1 <= hidden <= MAX_HIDDEN:
         raise ValueError(f"x has {hidden} channels; it must have 1 to {MAX_HIDDEN}")
     checks.tensor("weight", weight, shape=(hidden,), dtypes=DTYPES, device=x.device)
+    checks.positive("eps", eps)
     for name, value in (("residual", residual), ("out", out)):
         if value is not None:
             checks.tensor(name, value, shape=tuple(x.shape), dtypes=(x.dtype,), device=x.device)
+            check_no_overlap(name, value)
 
 
 # ---- RoPE, with an optional norm of every head ---------------------------------------------------------------------
@@ -284,7 +297,7 @@ def qk_norm_rope(
         ValueError: an argument of the wrong shape, dtype, device or stride, or a position outside the tables.
     """
     if check:
-        _check_rope(query, key, cos, sin, positions, query_norm, key_norm)
+        _check_rope(query, key, cos, sin, positions, query_norm, key_norm, eps)
     num_tokens, num_q_heads, head_dim = query.shape
     half = cos.shape[1]
     if num_tokens == 0:
@@ -318,12 +331,16 @@ def qk_norm_rope(
     )
 
 
-def _check_rope(query, key, cos, sin, positions, query_norm, key_norm) -> None:
+def _check_rope(query, key, cos, sin, positions, query_norm, key_norm, eps) -> None:
+    checks.tensors(query=query)
     device = query.device
     checks.tensor("query", query, shape=(None, None, None), dtypes=DTYPES, device=device)
     num_tokens, num_q_heads, head_dim = query.shape
     if key is not None:
         checks.tensor("key", key, shape=(num_tokens, None, head_dim), dtypes=(query.dtype,), device=device)
+        check_no_overlap("key", key)
+    check_no_overlap("query", query)
+    checks.positive("eps", eps)
     if num_q_heads < 1 or (key is not None and key.shape[1] < 1):
         raise ValueError("query or key has 0 heads; each must have at least 1")
     checks.tensor("cos", cos, shape=(None, None), dtypes=(torch.float32,), device=device, contiguous=True)
@@ -416,9 +433,11 @@ def silu_mul(
 def _check_silu_mul(gate_up, activation, out) -> None:
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation is {activation!r}; it must be one of {', '.join(ACTIVATIONS)}")
+    checks.tensors(gate_up=gate_up)
     checks.tensor("gate_up", gate_up, shape=(None, None), dtypes=DTYPES, device=gate_up.device)
     num_tokens, columns = gate_up.shape
     if columns < 2 or columns % 2:
         raise ValueError(f"gate_up has {columns} columns; it must have an even number, gate and up")
     if out is not None:
         checks.tensor("out", out, shape=(num_tokens, columns // 2), dtypes=(gate_up.dtype,), device=gate_up.device)
+        check_no_overlap("out", out)

@@ -22,6 +22,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels import checks, prefill_hopper
+from kernels.elementwise import check_no_overlap
 from kernels.pages import HEAD_DIMS
 from kernels.prefill_grid import PagedContext, cut, pack_for
 from kernels.prefill_hopper import HopperConfig
@@ -347,7 +348,10 @@ def prefill_attention(
         ValueError: an argument is not as described, by name.
     """
     if check:
-        _check(query, key, value, query_start, max_query_len, softmax_scale, window, soft_cap, context, out)
+        _check(query, key, value, query_start, max_query_len, softmax_scale, window, soft_cap, context, out, config)
+        if query.dtype == FP8:
+            for name, scale in (("query", query_scale), ("key", key_scale), ("value", value_scale)):
+                _check_scale(f"{name}_scale", scale, query.device)
     num_tokens, num_q_heads, head_dim = query.shape
     is_fp8 = query.dtype == FP8
     if out is None:
@@ -487,7 +491,9 @@ def _check(
     soft_cap: float | None,
     context: PagedContext | None,
     out: torch.Tensor | None,
+    config: PrefillConfig | HopperConfig | None,
 ) -> None:
+    checks.tensors(query=query)
     device = query.device
     checks.tensor("query", query, shape=(None, None, None), dtypes=(*FLOATS_16, FP8), device=device)
     num_tokens, num_q_heads, head_dim = query.shape
@@ -502,13 +508,33 @@ def _check(
     if out is not None:
         dtypes = FLOATS_16 if query.dtype == FP8 else (query.dtype,)
         checks.tensor("out", out, shape=tuple(query.shape), dtypes=dtypes, device=device)
-    for name, number in (("softmax_scale", softmax_scale), ("window", window), ("soft_cap", soft_cap)):
-        if number is not None and not number > 0:
-            raise ValueError(f"{name} is {number}; it must be positive")
+        check_no_overlap("out", out)
+    for name, number in (("softmax_scale", softmax_scale), ("soft_cap", soft_cap)):
+        if number is not None:
+            checks.positive(name, number)
+    if window is not None:
+        checks.integer("window", window, 1, 2**31 - 1)
+    checks.integer("max_query_len", max_query_len, 0)
+    if config is not None and not isinstance(config, PrefillConfig | HopperConfig):
+        raise ValueError(f"config is {config!r}; it must be a PrefillConfig or a HopperConfig")
     checks.tensor("query_start", query_start, shape=(None,), dtypes=(torch.int32,), device=device, contiguous=True)
     _check_query_start(query_start.tolist(), num_tokens, max_query_len)
     if context is not None:
-        _check_context(context, query, key.shape[1], query_start)
+        if not isinstance(context, PagedContext):
+            raise ValueError(f"context is a {type(context).__name__}; it must be a PagedContext")
+        try:
+            _check_context(context, query, key.shape[1], query_start)
+        except ValueError as error:  # it begins with a field's name
+            raise ValueError(f"context.{error}") from None
+
+
+def _check_scale(name: str, scale: float | torch.Tensor, device: torch.device) -> None:
+    if isinstance(scale, torch.Tensor):
+        if scale.numel() != 1:
+            raise ValueError(f"{name} has shape {list(scale.shape)}; it must be a scalar")
+        checks.tensor(name, scale, shape=tuple(scale.shape), dtypes=(torch.float32,), device=device)
+        scale = scale.item()
+    checks.positive(name, scale)
 
 
 def _check_alignment(name: str, tensor: torch.Tensor) -> None:
@@ -535,23 +561,32 @@ def _check_query_start(starts: list[int], num_tokens: int, max_query_len: int) -
 
 
 def _check_context(context: PagedContext, query: torch.Tensor, num_kv_heads: int, query_start: torch.Tensor) -> None:
+    checks.page_layout("layout", context.layout)
     layout, device, num_seqs = context.layout, query.device, query_start.shape[0] - 1
     if layout.word_dtype != query.dtype or not layout.is_float:
         raise ValueError(
-            f"context.layout is of {layout.kv_dtype}; it must be of the query's type, "
+            f"layout is of {layout.kv_dtype}; it must be of the query's type, "
             f"{str(query.dtype).removeprefix('torch.')}, and that one of 16 bits"
         )
     if layout.head_dim != query.shape[2]:
-        raise ValueError(f"context.layout has head size {layout.head_dim}; it must be the query's {query.shape[2]}")
+        raise ValueError(f"layout has head size {layout.head_dim}; it must be the query's {query.shape[2]}")
     checks.cache(context.cache, layout, num_kv_heads, device)
     int32 = (torch.int32,)
     checks.tensor("block_tables", context.block_tables, shape=(num_seqs, None), dtypes=int32, device=device)
     checks.tensor("seq_lens", context.seq_lens, shape=(num_seqs,), dtypes=int32, device=device)
     # The table need only reach over the context, so lengths are checked without the new tokens.
     lengths = context.seq_lens - query_start.diff()
-    if num_seqs and bool((lengths < 0).any()):
-        b = int((lengths < 0).nonzero()[0])
-        raise ValueError(f"seq_lens[{b}] is {int(context.seq_lens[b])}; it must count the sequence's new tokens too")
+    most = context.block_tables.shape[1] * layout.page_size
+    for b, (seq_len, length) in enumerate(zip(context.seq_lens.tolist(), lengths.tolist(), strict=True)):
+        if length < 0:
+            raise ValueError(
+                f"seq_lens[{b}] is {seq_len}; it must count the sequence's {seq_len - length} new tokens too"
+            )
+        if length > most:
+            raise ValueError(
+                f"seq_lens[{b}] is {seq_len}, {length} of them before the new tokens; "
+                f"its block table must reach over these, but has room for {most}"
+            )
     checks.block_tables_and_lengths(
         context.block_tables, lengths, torch.zeros_like(query_start), context.cache.shape[0], layout.page_size
     )

@@ -236,7 +236,7 @@ def plan_work(bench: Bench) -> Work:
     lengths, start = bench.ints(range(1, 257)), bench.ints(range(257))
     layout = PageLayout(bench.kv_dtype, HEAD_DIM)
     plan = plan_decode(lengths, start, layout, num_q_heads=Q_HEADS, num_kv_heads=KV_HEADS)
-    return Work([None], {OURS: lambda _: plan.update(lengths, start)})
+    return Work([None], {OURS: lambda _: plan.update(lengths, start, check=False)})
 
 
 def low_bit_work(bench: Bench, *, kv_dtype: str, lengths: tuple[int, ...]) -> Work:

@@ -357,13 +357,22 @@ def test_plan_covers_every_tile_once_in_even_shares(lengths, heads, programs, lo
         ({"seq_lens": lambda b: b.seq_lens + 500}, r"seq_lens\[0\] is 600"),
         ({"block_tables": lambda b: b.block_tables + 99}, r"block_tables\[0, 0\] is"),
         ({"block_tables": lambda b: b.block_tables[:1]}, "block_tables has shape"),
-        ({"query_start": lambda b: b.query_start.flip(0)}, "query_start falls"),
+        ({"query_start": lambda b: b.query_start[[0, 2, 1]]}, "query_start falls"),
         ({"query_start": lambda b: b.query_start * 2}, "max_query_len is 1; a sequence has 2"),
         ({"flushed_lens": lambda b: b.flushed_lens - 1}, r"flushed_lens\[0\] is"),
-        ({"flushed_lens": lambda b: None}, "flushed_lens is missing"),
+        ({"flushed_lens": lambda b: None}, "flushed_lens is None"),
         ({"residual": lambda b: b.residual[:, :1]}, "residual has shape"),
         ({"residual_slots": lambda b: b.residual_slots + 3}, r"residual_slots\[\d\] is"),
         ({"max_query_len": lambda b: 17}, "max_query_len is 17"),
+        ({"max_query_len": lambda b: 1.5}, "max_query_len is 1.5"),
+        ({"query": lambda b: None}, "query is a NoneType"),
+        ({"query": lambda b: b.query[0]}, "query has shape"),
+        ({"query": lambda b: b.query[:, :0]}, "query has 0 heads"),
+        ({"cache": lambda b: [1]}, "cache is a list"),
+        ({"layout": lambda b: "int4"}, "layout is 'int4'"),
+        ({"query_start": lambda b: b.query_start - 8}, "query_start begins at -8"),
+        ({"query_start": lambda b: b.query_start + 1}, "query_start begins at 1"),
+        ({"flushed_lens": lambda b: b.flushed_lens * 0 - 32}, r"flushed_lens\[0\] is -32"),
     ],
 )
 def test_bad_input_is_named(change, message, device):
@@ -377,11 +386,39 @@ def test_bad_options_are_named(device):
     for options, message in (
         ({"window": 0}, "window is 0"),
         ({"soft_cap": -1.0}, "soft_cap is -1.0"),
+        ({"soft_cap": float("inf")}, "soft_cap is inf"),
+        ({"softmax_scale": "0.1"}, "softmax_scale is '0.1'"),
+        ({"window": 2.5}, "window is 2.5"),
+        ({"plan": {}}, "plan is a dict"),
+        ({"plan": plan_for(make_batch("bfloat16", [40, 100], [1, 1], device))}, "plan is that of other lengths"),
+        ({"out": batch.query[:1].expand(2, -1, -1)}, "out has strides"),
         ({"plan": plan_for(batch, window=4)}, "plan was made for window 4"),
         ({"out": batch.query[:1]}, "out has shape"),
     ):
         with pytest.raises(ValueError, match=message):
             batch.run(**options)
+
+
+def test_bad_lengths_for_a_plan_are_named(device):
+    batch = make_batch("int4", [100, 40], [1, 1], device)
+    plan = plan_for(batch)
+    lengths = {name: getattr(batch, name) for name in ("seq_lens", "query_start", "flushed_lens")}
+    for change, message in (
+        ({"seq_lens": batch.seq_lens.long()}, "seq_lens is int64"),
+        ({"seq_lens": batch.seq_lens[:1]}, "seq_lens has shape"),
+        ({"query_start": batch.query_start[:1]}, "query_start has shape"),
+        ({"flushed_lens": None}, "flushed_lens is None"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            plan.update(**{**lengths, **change})
+        with pytest.raises(ValueError, match=message if "seq_lens has" not in message else "query_start has shape"):
+            plan_decode(layout=batch.layout, num_q_heads=8, num_kv_heads=2, **{**lengths, **change})
+
+
+def test_padding_with_stale_flushed_lengths_is_passed_over(device):
+    batch = make_batch("int4", [100, 40, 0], [1, 1, 0], device)
+    batch.flushed_lens[2] = 64
+    assert_as_exact(batch)
 
 
 # ---- compiled for Hopper -------------------------------------------------------------------------------------------

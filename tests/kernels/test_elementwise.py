@@ -285,6 +285,23 @@ def test_bad_arguments_are_named(device, dtype):
         (r"weight has shape \[32\]", lambda: elementwise.rms_norm(x, weight[:32], 1e-6)),
         (r"residual has shape \[1, 64\]", lambda: elementwise.rms_norm(x, weight, 1e-6, residual=x[:1])),
         ("out is float64", lambda: elementwise.rms_norm(x, weight, 1e-6, out=x.double())),
+        ("x is a NoneType", lambda: elementwise.rms_norm(None, weight, 1e-6)),
+        ("eps is None", lambda: elementwise.rms_norm(x, weight, None)),
+        ("eps is -100", lambda: elementwise.rms_norm(x, weight, -100)),
+        (
+            "residual has strides .* must not overlap",
+            lambda: elementwise.rms_norm(x, weight, 1e-6, residual=x[:1].expand(2, -1)),
+        ),
+        ("out has strides .* must not overlap", lambda: elementwise.rms_norm(x, weight, 1e-6, out=x[:1].expand(2, -1))),
+        (
+            "out has strides .* must not overlap",
+            lambda: elementwise.rms_norm(x, weight, 1e-6, out=x.flatten().as_strided((2, 64), (63, 1))),
+        ),
+        ("query is a NoneType", lambda: rope(query=None)),
+        ("key is a int", lambda: rope(key=3)),
+        ("eps is -1.0", lambda: rope(eps=-1.0)),
+        ("query has strides .* must not overlap", lambda: rope(query=query[:, :1].expand(-1, 4, -1))),
+        ("key has strides .* must not overlap", lambda: rope(key=query[:1].expand(2, -1, -1))),
         (r"query has shape \[2, 256\]", lambda: rope(query.flatten(1))),
         (r"key has shape \[2, 4, 32\]", lambda: rope(key=query[..., :32])),
         ("key is float64", lambda: rope(key=query.double())),
@@ -302,6 +319,11 @@ def test_bad_arguments_are_named(device, dtype):
         ("activation is 'relu'", lambda: elementwise.silu_mul(x, activation="relu")),
         ("gate_up has 63 columns", lambda: elementwise.silu_mul(x[:, :63])),
         (r"out has shape \[2, 64\]", lambda: elementwise.silu_mul(x, out=x)),
+        ("gate_up is a NoneType", lambda: elementwise.silu_mul(None)),
+        (
+            "out has strides .* must not overlap",
+            lambda: elementwise.silu_mul(x, out=x[:1, :32].expand(2, -1)),
+        ),
     ]:
         with pytest.raises(ValueError, match=message):
             call()

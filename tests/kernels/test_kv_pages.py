@@ -490,11 +490,21 @@ BAD_ARGUMENTS = [
     ("int4", {"residual_slots": lambda b: b.residual_slots * 0}, "distinct"),
     ("int4", {"flushed_lens": lambda b: b.flushed_lens + 1}, re.escape("flushed_lens[0] is 33")),
     ("int4", {"flushed_lens": lambda b: b.flushed_lens + 32}, re.escape("flushed_lens[0] is 64")),
+    ("int4", {"flushed_lens": lambda b: b.flushed_lens * 0 - 32}, re.escape("flushed_lens[0] is -32; it must be")),
+    ("int4", {"flushed_lens": lambda b: b.flushed_lens - int32([0, 32], b.key.device)}, "flushed_lens.1. is -32"),
     ("int4", {"committed_lens": lambda b: b.seq_lens + 1}, re.escape("committed_lens[0] is 38")),
     ("int4", {"committed_lens": lambda b: b.seq_lens * 0}, re.escape("committed_lens[0] is 0")),
     ("int4", {"block_tables": lambda b: b.block_tables + 100}, re.escape("block_tables[0, 0] is")),
     ("int4", {"block_tables": lambda b: b.block_tables.long()}, "block_tables is int64"),
     ("int4", {"seq_lens": lambda b: b.seq_lens + 1000}, re.escape("seq_lens[0] is 1037")),
+    ("int4", {"seq_lens": lambda b: b.seq_lens.tolist()}, "seq_lens is a list"),
+    ("int4", {"seq_lens": lambda b: b.seq_lens[0]}, "seq_lens has shape"),
+    ("int4", {"query_start": lambda b: b.query_start + 1}, "query_start begins at 1"),
+    ("int8", {"key": lambda b: None}, "key is a NoneType"),
+    ("int8", {"key": lambda b: [1.0]}, "key is a list"),
+    ("int8", {"cache": lambda b: None}, "cache is a NoneType"),
+    ("int8", {"cos": lambda b: [1.0]}, "cos is a list"),
+    ("int8", {"layout": lambda b: None}, "layout is None"),
 ]
 
 
@@ -510,26 +520,85 @@ def test_bad_arguments(kv_dtype, changes, message, device):
     assert torch.equal(batch.cache, before)
 
 
-def test_bad_arguments_of_the_others(device):
-    layout, plain = PageLayout("int8", 64, 32), PageLayout("float16", 64, 32)
-    batch = Batch(layout, [(33, 4)], device, torch.float16)
-    with pytest.raises(ValueError, match="page_size is 48"):
-        kernel.slot_mapping(batch.block_tables, batch.query_start, batch.seq_lens, 4, 48)
-    with pytest.raises(ValueError, match="query_start has shape"):
-        kernel.slot_mapping(batch.block_tables, batch.query_start[1:], batch.seq_lens, 4, 32)
-    out = plain.empty_cache(4, 2, device)
-    good = [batch.cache, layout, batch.block_tables, batch.seq_lens, out, plain, batch.block_tables * 0]
-    for index, bad, message in (
-        (1, plain, "layout is float16"),
-        (5, PageLayout("float16", 64, 64), "out_layout is"),
-        (3, batch.seq_lens + 1000, "seq_lens.0. is 1037"),
-        (4, out[:, :1].contiguous(), "cache has shape"),
-        (6, batch.block_tables * 0 + 4, "block_tables.0, 0. is 4"),
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"page_size": 48}, "page_size is 48; it must be 32, 64 or 128"),
+        ({"page_size": 32.0}, "page_size is 32.0"),
+        ({"query_start": torch.zeros(1, dtype=torch.int32)}, "query_start has shape"),
+        ({"seq_lens": [37]}, "seq_lens is a list"),
+        ({"block_tables": None}, "block_tables is a NoneType"),
+        ({"num_tokens": -1}, "num_tokens is -1; it must be an integer, at least 4"),
+        ({"num_tokens": 3}, "num_tokens is 3"),
+        ({"num_tokens": None}, "num_tokens is None"),
+        ({"out": torch.zeros(4, dtype=torch.int64)}, "out is a Tensor; it must be two tensors"),
+        ({"out": (torch.zeros(4, dtype=torch.int64),)}, "out is a tuple of 1; it must be two tensors"),
+        ({"out": (None, None)}, "out.0. is a NoneType"),
+        ({"out": (torch.zeros(5, dtype=torch.int64),) * 2}, "out.0. has shape"),
+    ],
+)
+def test_bad_arguments_of_slot_mapping(changes, message, device):
+    batch = Batch(PageLayout("int8", 64, 32), [(33, 4)], device, torch.float16)
+    arguments = {name: getattr(batch, name) for name in ("block_tables", "query_start", "seq_lens")}
+    arguments |= {"num_tokens": 4, "page_size": 32}
+    arguments |= {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in changes.items()}
+    with pytest.raises(ValueError, match=message):
+        kernel.slot_mapping(**arguments)
+
+
+def test_bad_arguments_of_next_flushed_lens(device):
+    lens = int32([70], device)
+    for changes, message in (
+        ({"committed_lens": None}, "committed_lens is a NoneType"),
+        ({"committed_lens": lens.long()}, "committed_lens is int64"),
+        ({"page_size": 48}, "page_size is 48; it must be 32, 64 or 128"),
+        ({"out": [0]}, "out is a list"),
+        ({"out": int32([0, 0], device)}, "out has shape"),
     ):
-        arguments = list(good)
-        arguments[index] = bad
         with pytest.raises(ValueError, match=message):
-            kernel.dequantise_pages(*arguments)
+            kernel.next_flushed_lens(**({"committed_lens": lens, "page_size": 32} | changes))
+
+
+BAD_DEQUANTISATIONS = [
+    ("int8", {"layout": lambda a: a["out_layout"]}, "^layout is float16"),
+    ("int8", {"layout": lambda a: None}, "^layout is None"),
+    ("int8", {"out_layout": lambda a: None}, "out_layout is None"),
+    ("int8", {"out_layout": lambda a: PageLayout("float16", 64, 64)}, "out_layout is"),
+    ("int8", {"cache": lambda a: None}, "^cache is a NoneType"),
+    ("int8", {"cache": lambda a: a["cache"][..., 1:]}, "^cache has shape"),
+    ("int8", {"out_cache": lambda a: None}, "out_cache is a NoneType"),
+    ("int8", {"out_cache": lambda a: a["out_cache"][:, :1].contiguous()}, "out_cache has shape"),
+    ("int8", {"context_lens": lambda a: [37]}, "context_lens is a list"),
+    ("int8", {"context_lens": lambda a: a["context_lens"] + 1000}, "context_lens.0. is 1037.* of block_tables$"),
+    ("int8", {"context_lens": lambda a: a["context_lens"] - 38}, "context_lens.0. is -1"),
+    ("int8", {"block_tables": lambda a: None}, "^block_tables is a NoneType"),
+    ("int8", {"block_tables": lambda a: a["block_tables"] + 100}, "^block_tables.0, 0. is .* of cache, 0 to"),
+    ("int8", {"out_block_tables": lambda a: None}, "out_block_tables is a NoneType"),
+    ("int8", {"out_block_tables": lambda a: a["out_block_tables"][:, :1]}, "out_block_tables has 1 columns"),
+    ("int8", {"out_block_tables": lambda a: a["out_block_tables"] + 4}, "out_block_tables.0, 0. is 4; .* of out_cache"),
+    ("int8", {"max_context_len": lambda a: 36}, "max_context_len is 36; it must be an integer, at least 37"),
+    ("int8", {"max_context_len": lambda a: 40.0}, "max_context_len is 40.0"),
+    ("int4", {"residual": lambda a: None}, "residual is None"),
+    ("int4", {"flushed_lens": lambda a: None}, "flushed_lens is None"),
+    ("int4", {"flushed_lens": lambda a: [32]}, "flushed_lens is a list"),
+    ("int4", {"flushed_lens": lambda a: a["flushed_lens"] + 1}, "flushed_lens.0. is 33"),
+    ("int4", {"flushed_lens": lambda a: a["flushed_lens"] + 32}, "flushed_lens.0. is 64"),
+    ("int4", {"flushed_lens": lambda a: a["flushed_lens"] - 64}, "flushed_lens.0. is -32"),
+    ("int4", {"context_lens": lambda a: a["context_lens"] + 44}, "flushed_lens.0. is 32"),
+]
+
+
+@pytest.mark.parametrize(("kv_dtype", "changes", "message"), BAD_DEQUANTISATIONS)
+def test_bad_arguments_of_dequantise_pages(kv_dtype, changes, message, device):
+    plain = PageLayout("float16", 64, 32)
+    batch = Batch(PageLayout(kv_dtype, 64, 32), [(33, 4)], device, torch.float16)
+    names = ("cache", "layout", "block_tables", "residual", "residual_slots", "flushed_lens")
+    good = {name: getattr(batch, name) for name in names}
+    good |= {"context_lens": batch.seq_lens, "out_cache": plain.empty_cache(4, 2, device), "out_layout": plain}
+    good |= {"out_block_tables": batch.block_tables * 0}
+    kernel.dequantise_pages(**good, max_context_len=37)
+    with pytest.raises(ValueError, match=message):
+        kernel.dequantise_pages(**(good | {name: change(good) for name, change in changes.items()}))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -490,8 +490,18 @@ def _change_context(name, function):
     return change
 
 
+def _in_fp8(**changes):
+    def change(arguments):
+        for name in ("query", "key", "value"):
+            arguments[name] = arguments[name].to(torch.float8_e4m3fn)
+        arguments.update(context=None, **changes)
+
+    return change
+
+
 BAD = {
     "query is float32": ("query", _change("query", torch.Tensor.float)),
+    "query is None": ("query is a NoneType", _set(query=None)),
     "query is flat": ("query", _change("query", lambda q: q.flatten(1))),
     "query of head size 48": ("query", _change("query", lambda q: q[..., :48])),
     "query with a strided row": ("query", _change("query", lambda q: q.repeat_interleave(2, -1)[..., ::2])),
@@ -503,6 +513,18 @@ BAD = {
     "value of other heads": ("value", _change("value", lambda v: v[:, :1])),
     "out too short": ("out", _set(out=torch.empty(3, 4, 64, dtype=DTYPE, device=DEVICE))),
     "out of another dtype": ("out", _set(out=torch.empty(35, 4, 64, device=DEVICE))),
+    "out overlaps": ("out has strides .* overlap", _set(out=torch.empty(35, 1, 64, dtype=DTYPE).to(DEVICE).expand(-1, 4, -1))),
+    "softmax_scale is text": ("softmax_scale is 'x'", _set(softmax_scale="x")),
+    "window is a fraction": ("window is 1.5", _set(window=1.5)),
+    "soft_cap is infinite": ("soft_cap is inf", _set(soft_cap=math.inf)),
+    "max_query_len is None": ("max_query_len is None", _set(max_query_len=None)),
+    "max_query_len is a float": ("max_query_len is 20.0", _set(max_query_len=20.0)),
+    "config is a number": ("config is 3", _set(config=3)),
+    "fp8 without query_scale": ("query_scale is None", _in_fp8(query_scale=None)),
+    "fp8 with a key_scale per head": ("key_scale has shape", _in_fp8(key_scale=torch.ones(2, device=DEVICE))),
+    "fp8 with value_scale 0": ("value_scale is 0.0", _in_fp8(value_scale=torch.zeros((), device=DEVICE))),
+    "context is a pair": ("context is a tuple", _set(context=(1, 2))),
+    "layout is None": (r"context\.layout is None", _context(layout=None)),
     "softmax_scale": ("softmax_scale", _set(softmax_scale=-1.0)),
     "window": ("window", _set(window=0)),
     "soft_cap": ("soft_cap", _set(soft_cap=0.0)),
@@ -511,17 +533,17 @@ BAD = {
     "query_start from 1": ("query_start", _set(query_start=_int32([1, 20, 30]))),
     "query_start too far": ("query_start", _set(query_start=_int32([0, 20, 36]))),
     "max_query_len": ("max_query_len", _set(max_query_len=19)),
-    "layout of int8": ("layout", _context(layout=PageLayout("int8", 64, 32))),
-    "layout of another head size": ("layout", _context(layout=PageLayout(KV_DTYPE, 96, 32))),
-    "layout of another page size": ("cache", _context(layout=PageLayout(KV_DTYPE, 64, 64))),
-    "cache of other heads": ("cache", _change_context("cache", lambda c: c[:, :1].contiguous())),
-    "block_tables is int64": ("block_tables", _change_context("block_tables", torch.Tensor.long)),
-    "block_tables too few": ("block_tables", _change_context("block_tables", lambda t: t[:1])),
-    "a page outside the cache": ("block_tables", _change_context("block_tables", lambda t: t + 1000)),
-    "a negative page": ("block_tables", _change_context("block_tables", lambda t: t - 1000)),
-    "seq_lens too many": ("seq_lens", _change_context("seq_lens", lambda n: n.repeat(2))),
-    "seq_lens beyond the table": ("seq_lens", _change_context("seq_lens", lambda n: n + 1000)),
-    "seq_lens without the new tokens": ("seq_lens", _change_context("seq_lens", lambda n: n * 0)),
+    "layout of int8": (r"context\.layout", _context(layout=PageLayout("int8", 64, 32))),
+    "layout of another head size": (r"context\.layout", _context(layout=PageLayout(KV_DTYPE, 96, 32))),
+    "layout of another page size": (r"context\.cache", _context(layout=PageLayout(KV_DTYPE, 64, 64))),
+    "cache of other heads": (r"context\.cache", _change_context("cache", lambda c: c[:, :1].contiguous())),
+    "block_tables is int64": (r"context\.block_tables", _change_context("block_tables", torch.Tensor.long)),
+    "block_tables too few": (r"context\.block_tables", _change_context("block_tables", lambda t: t[:1])),
+    "a page outside the cache": (r"context\.block_tables", _change_context("block_tables", lambda t: t + 1000)),
+    "a negative page": (r"context\.block_tables", _change_context("block_tables", lambda t: t - 1000)),
+    "seq_lens too many": (r"context\.seq_lens", _change_context("seq_lens", lambda n: n.repeat(2))),
+    "seq_lens beyond the table": (r"context\.seq_lens", _change_context("seq_lens", lambda n: n + 1000)),
+    "seq_lens without the new tokens": (r"context\.seq_lens", _change_context("seq_lens", lambda n: n * 0)),
 }  # fmt: skip
 
 

@@ -550,6 +550,9 @@ def test_bad_arguments_are_named(device):
         )
 
     for message, call in [
+        ("logits is a NoneType", lambda: sample(None)),
+        ("logits is a NoneType", lambda: sampling.processed_probs(None, ones)),
+        ("logits is a NoneType", lambda: sampling.token_logprobs(None, ones.long())),
         (r"logits has shape \[2, 4, 50\]", lambda: sample(targets)),
         ("logits is int64", lambda: sample(logits.long())),
         ("logits has a vocabulary of 262145", lambda: sample(torch.zeros(1, 262145, device=device))),
@@ -563,9 +566,17 @@ def test_bad_arguments_are_named(device):
         ("min_p holds -1.0", lambda: sample(min_p=-ones)),
         ("seeds is int32", lambda: sample(seeds=ones.int())),
         (r"positions has shape \[1\]", lambda: sample(positions=ones[:1].long())),
+        ("stream is 7", lambda: sample(stream=7)),
+        ("stream is None", lambda: sample(stream=None)),
         ("out is float32", lambda: sample(out=ones)),
+        (
+            "out has strides .* must not overlap",
+            lambda: sampling.processed_probs(logits, ones, out=logits[:1].expand(2, -1)),
+        ),
         ("out is float64", lambda: sampling.processed_probs(logits, ones, out=logits.double())),
         ("tokens holds 50", lambda: sampling.token_logprobs(logits, 50 * ones.long())),
+        ("draft_tokens is a NoneType", lambda: verify(None)),
+        ("target_logits is a int", lambda: verify(target_logits=3)),
         ("draft_tokens is float32", lambda: verify(drafts.float())),
         ("draft_tokens holds 50", lambda: verify(drafts + 50)),
         ("draft_tokens holds -1", lambda: verify(drafts - 1)),
@@ -577,7 +588,10 @@ def test_bad_arguments_are_named(device):
         ("target_probs is float16", lambda: verify(target_logits=None, target_probs=targets.half())),
         (r"target_logits has shape \[2, 4, 50\]", lambda: verify(query_start=starts)),
         ("query_start holds 8", lambda: verify(target_logits=targets.flatten(0, 1)[:7], query_start=starts)),
-        ("query_start minus the rows", lambda: verify(target_logits=targets.flatten(0, 1), query_start=starts // 2)),
+        (
+            "query_start leaves sequence 0 with 2 rows; .* at least 4",
+            lambda: verify(target_logits=targets.flatten(0, 1), query_start=starts // 2),
+        ),
         ("temperature is a NoneType", lambda: verify(temperature=None)),
     ]:
         with pytest.raises(ValueError, match=message):
