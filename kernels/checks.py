@@ -68,6 +68,15 @@ def positive(name: str, value: object) -> None:
         raise ValueError(f"{name} is {value!r}; it must be a finite number above 0")
 
 
+def no_overlap(name: str, value: torch.Tensor) -> None:
+    """Raise ValueError unless every element of a tensor that is to be written has memory of its own."""
+    reach = 0  # offset of the last element, over the dimensions so far
+    for stride, size in sorted(zip(value.stride(), value.shape, strict=True)):
+        if size > 1 and stride <= reach and value.numel():
+            raise ValueError(f"{name} has strides {list(value.stride())}; it is written, so elements must not overlap")
+        reach += stride * (size - 1)
+
+
 def head_ratio(num_q_heads: int, num_kv_heads: int) -> None:
     """Raise ValueError unless there are query heads and they divide evenly among the KV heads."""
     if num_kv_heads < 1 or num_q_heads < 1 or num_q_heads % num_kv_heads:

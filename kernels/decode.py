@@ -518,8 +518,7 @@ def decode_attention(
         _check_residual(layout, residual, residual_slots, flushed_lens, seq_lens, query_start, cache.shape[1])
         if out is not None:
             checks.tensor("out", out, shape=tuple(query.shape), dtypes=(query.dtype,), device=query.device)
-            if 0 in out.stride()[:2]:
-                raise ValueError(f"out has strides {list(out.stride())}; its rows must not overlap")
+            checks.no_overlap("out", out)
         if soft_cap is not None:
             checks.positive("soft_cap", soft_cap)
         if softmax_scale is not None:

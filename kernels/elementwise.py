@@ -18,15 +18,6 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_HIDDEN = 8 * 8192  # 8 chunks of the largest tile
 
 
-def check_no_overlap(name: str, value: torch.Tensor) -> None:
-    """Raise ValueError unless every element of a tensor that is to be written has memory of its own."""
-    reach = 0  # offset of the last element, over the dimensions so far
-    for stride, size in sorted(zip(value.stride(), value.shape, strict=True)):
-        if size > 1 and stride <= reach and value.numel():
-            raise ValueError(f"{name} has strides {list(value.stride())}; it is written, so elements must not overlap")
-        reach += stride * (size - 1)
-
-
 # ---- RMSNorm -------------------------------------------------------------------------------------------------------
 
 
@@ -159,7 +150,7 @@ def _check_rms_norm(x, weight, eps, residual, out) -> None:
     for name, value in (("residual", residual), ("out", out)):
         if value is not None:
             checks.tensor(name, value, shape=tuple(x.shape), dtypes=(x.dtype,), device=x.device)
-            check_no_overlap(name, value)
+            checks.no_overlap(name, value)
 
 
 # ---- RoPE, with an optional norm of every head ---------------------------------------------------------------------
@@ -338,8 +329,8 @@ def _check_rope(query, key, cos, sin, positions, query_norm, key_norm, eps) -> N
     num_tokens, num_q_heads, head_dim = query.shape
     if key is not None:
         checks.tensor("key", key, shape=(num_tokens, None, head_dim), dtypes=(query.dtype,), device=device)
-        check_no_overlap("key", key)
-    check_no_overlap("query", query)
+        checks.no_overlap("key", key)
+    checks.no_overlap("query", query)
     checks.positive("eps", eps)
     if num_q_heads < 1 or (key is not None and key.shape[1] < 1):
         raise ValueError("query or key has 0 heads; each must have at least 1")
@@ -440,4 +431,4 @@ def _check_silu_mul(gate_up, activation, out) -> None:
         raise ValueError(f"gate_up has {columns} columns; it must have an even number, gate and up")
     if out is not None:
         checks.tensor("out", out, shape=(num_tokens, columns // 2), dtypes=(gate_up.dtype,), device=gate_up.device)
-        check_no_overlap("out", out)
+        checks.no_overlap("out", out)

@@ -22,7 +22,6 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels import checks, prefill_hopper
-from kernels.elementwise import check_no_overlap
 from kernels.pages import HEAD_DIMS
 from kernels.prefill_grid import PagedContext, cut, pack_for
 from kernels.prefill_hopper import HopperConfig
@@ -508,7 +507,7 @@ def _check(
     if out is not None:
         dtypes = FLOATS_16 if query.dtype == FP8 else (query.dtype,)
         checks.tensor("out", out, shape=tuple(query.shape), dtypes=dtypes, device=device)
-        check_no_overlap("out", out)
+        checks.no_overlap("out", out)
     for name, number in (("softmax_scale", softmax_scale), ("soft_cap", soft_cap)):
         if number is not None:
             checks.positive(name, number)

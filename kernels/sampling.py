@@ -25,7 +25,6 @@ import triton
 import triton.language as tl
 
 from kernels import checks
-from kernels.elementwise import check_no_overlap
 from kernels.reference import sampling as reference
 
 LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -791,7 +790,7 @@ def processed_probs(
         _check_parameters(logits.shape[0], logits.device, temperature, top_k, top_p, min_p)
         if out is not None:
             checks.tensor("out", out, shape=tuple(logits.shape), dtypes=(torch.float32,), device=logits.device)
-            check_no_overlap("out", out)
+            checks.no_overlap("out", out)
     num_rows, vocab = logits.shape
     if out is None:
         out = torch.empty(num_rows, vocab, dtype=torch.float32, device=logits.device)

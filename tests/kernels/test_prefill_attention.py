@@ -513,7 +513,7 @@ BAD = {
     "value of other heads": ("value", _change("value", lambda v: v[:, :1])),
     "out too short": ("out", _set(out=torch.empty(3, 4, 64, dtype=DTYPE, device=DEVICE))),
     "out of another dtype": ("out", _set(out=torch.empty(35, 4, 64, device=DEVICE))),
-    "out overlaps": ("out has strides .* overlap", _set(out=torch.empty(35, 1, 64, dtype=DTYPE).to(DEVICE).expand(-1, 4, -1))),
+    "out overlaps": ("overlap", _set(out=torch.empty(64, dtype=DTYPE, device=DEVICE).expand(35, 4, 64))),
     "softmax_scale is text": ("softmax_scale is 'x'", _set(softmax_scale="x")),
     "window is a fraction": ("window is 1.5", _set(window=1.5)),
     "soft_cap is infinite": ("soft_cap is inf", _set(soft_cap=math.inf)),
