@@ -1759,15 +1759,8 @@ def _check_low_bit(a: SimpleNamespace, device: torch.device, dtype: tuple[torch.
 
 
 def _check_residual(a: SimpleNamespace, num_seqs: int, device: torch.device, dtypes: tuple[torch.dtype, ...]) -> None:
-    shape = (None, a.cache.shape[1], 2, a.layout.residual_size, a.layout.head_dim)
-    checks.tensor("residual", a.residual, shape=shape, dtypes=dtypes, device=device, contiguous=True)
-    for name in ("residual_slots", "flushed_lens"):
-        checks.tensor(name, getattr(a, name), shape=(num_seqs,), dtypes=(torch.int32,), device=device, contiguous=True)
-    num_slots = a.residual.shape[0]
-    outside = (a.residual_slots < 0) | (a.residual_slots >= num_slots)
-    if outside.any():
-        b = int(outside.nonzero()[0])
-        raise ValueError(f"residual_slots[{b}] is {int(a.residual_slots[b])}; it must be 0 to {num_slots - 1}")
+    ring = (a.residual, a.residual_slots, a.flushed_lens)
+    checks.residual_windows(*ring, a.layout, a.cache.shape[1], num_seqs, device, dtypes)
 
 
 def _check_dequantise(arguments: dict) -> None:

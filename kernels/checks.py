@@ -24,8 +24,7 @@ def tensor(
 
     The last dimension must always be contiguous; `contiguous` asks it of the whole tensor.
     """
-    if not isinstance(value, torch.Tensor):
-        raise ValueError(f"{name} is a {type(value).__name__}; it must be a tensor")
+    tensors(**{name: value})
     if value.dim() != len(shape) or any(
         want not in (None, have) for want, have in zip(shape, value.shape, strict=True)
     ):
@@ -117,6 +116,30 @@ def block_tables_and_lengths(
         b, j = outside.nonzero()[0].tolist()
         raise ValueError(
             f"block_tables[{b}, {j}] is {int(block_tables[b, j])}; it must be a page of the cache, 0 to {num_pages - 1}"
+        )
+
+
+def residual_windows(
+    residual: torch.Tensor,
+    residual_slots: torch.Tensor,
+    flushed_lens: torch.Tensor,
+    layout: PageLayout,
+    num_kv_heads: int,
+    num_seqs: int,
+    device: torch.device,
+    dtypes: tuple[torch.dtype, ...],
+) -> None:
+    """Raise ValueError unless these are residual windows of this layout, a slot of them and a length per sequence."""
+    shape = (None, num_kv_heads, 2, layout.residual_size, layout.head_dim)
+    tensor("residual", residual, shape=shape, dtypes=dtypes, device=device, contiguous=True)
+    for name, value in (("residual_slots", residual_slots), ("flushed_lens", flushed_lens)):
+        tensor(name, value, shape=(num_seqs,), dtypes=(torch.int32,), device=device, contiguous=True)
+    num_slots = residual.shape[0]
+    outside = (residual_slots < 0) | (residual_slots >= num_slots)
+    if outside.any():
+        b = int(outside.nonzero()[0])
+        raise ValueError(
+            f"residual_slots[{b}] is {int(residual_slots[b])}; it must be a slot of residual, 0 to {num_slots - 1}"
         )
 
 

@@ -24,11 +24,9 @@ from kernels import checks
 from kernels.decode_plan import RECORD, DecodePlan, plan_decode, sequence
 from kernels.interpreting import INTERPRETING
 from kernels.pages import MAX_QUERY_LEN, PageLayout
-from kernels.planes import USE_ASM, columns_of, exp2, plane, reciprocal, shift, soft_cap_of
+from kernels.planes import LN_2, LOG2_E, USE_ASM, columns_of, exp2, plane, reciprocal, shift, soft_cap_of
 from kernels.planes import log2 as log2_of
 
-LOG2_E = tl.constexpr(1.4426950408889634)
-LN_2 = tl.constexpr(0.6931471805599453)
 NEG_LARGE = tl.constexpr(-1.0e30)
 
 
@@ -287,19 +285,13 @@ def _decode_kernel(
                 norm = norm * alpha + tl.sum(p * inv_vs[:, None], 0)
             if LOW_BIT:
                 z = z * alpha + tl.sum(p * (inv_vs * vz)[:, None], 0)
-            if IS_FLOAT:
-                v_mask = in_seq[None, :] & in_plane[:, None]
-                vw = tl.load(base + v_offsets, mask=v_mask, other=0.0)
-                weights = p.to(vw.dtype)
+            if IS_FLOAT or FORMAT == "fp8":  # what lies beyond the sequence may read NaN
+                vw = tl.load(base + v_offsets, mask=in_seq[None, :] & in_plane[:, None], other=0)
+            elif W == W_PAD:
+                vw = tl.load(base + v_offsets)
             else:
-                if FORMAT == "fp8":
-                    v_mask = in_seq[None, :] & in_plane[:, None]  # a byte beyond the sequence may read NaN
-                    vw = tl.load(base + v_offsets, mask=v_mask, other=0)
-                elif W == W_PAD:
-                    vw = tl.load(base + v_offsets)
-                else:
-                    vw = tl.load(base + v_offsets, mask=in_plane[:, None], other=0)
-                weights = p.to(tl.float16)
+                vw = tl.load(base + v_offsets, mask=in_plane[:, None], other=0)
+            weights = p.to(vw.dtype if IS_FLOAT else tl.float16)
             updated = ()
             for j in tl.static_range(PLANES):
                 vj = plane(vw, j, FORMAT)
@@ -586,8 +578,16 @@ def decode_attention(
         STAGES=config.num_stages,
         **config.launch_options,
     )
+    _merge(plan, out, lse)
+    return (out, lse) if return_lse else out
+
+
+def _merge(plan: DecodePlan, out: torch.Tensor, lse: torch.Tensor | None) -> None:
+    """Launch the merge of all units in pieces."""
     needed_rows = min(plan.rows, triton.next_power_of_2(plan.group * plan.max_query_len))
-    pieces = triton.next_power_of_2(1 + plan.num_programs // max(plan.num_seqs * num_kv_heads * plan.row_blocks, 1))
+    pieces = triton.next_power_of_2(
+        1 + plan.num_programs // max(plan.num_seqs * plan.num_kv_heads * plan.row_blocks, 1)
+    )
     abreast = pieces > 16
     pieces = min(pieces, 32)
     block_rows = 1 if abreast else min(needed_rows, 4)
@@ -599,20 +599,19 @@ def decode_attention(
         plan.partial_lse,
         out.stride(0),
         out.stride(1),
-        HEAD_DIM=head_dim,
-        NUM_KV_HEADS=num_kv_heads,
+        HEAD_DIM=plan.layout.head_dim,
+        NUM_KV_HEADS=plan.num_kv_heads,
         GROUP=plan.group,
         ROWS=plan.rows,
         ROW_BLOCKS=plan.row_blocks,
-        HAS_LSE=return_lse,
-        D_PAD=triton.next_power_of_2(head_dim),
+        HAS_LSE=lse is not None,
+        D_PAD=triton.next_power_of_2(plan.layout.head_dim),
         BLOCK_ROWS=block_rows,
         PIECES=max(pieces, 2),
         ABREAST=abreast,
         num_warps=4,
         **({} if INTERPRETING else {"launch_pdl": True}),
     )
-    return (out, lse) if return_lse else out
 
 
 def _check(query, cache, layout, block_tables, seq_lens, query_start, max_query_len) -> None:
@@ -632,8 +631,8 @@ def _check(query, cache, layout, block_tables, seq_lens, query_start, max_query_
     checks.tensor("block_tables", block_tables, shape=(num_seqs, None), dtypes=ints, device=device)
     checks.tensor("query_start", query_start, shape=(num_seqs + 1,), dtypes=ints, device=device)
     checks.block_tables_and_lengths(block_tables, seq_lens, query_start, cache.shape[0], layout.page_size)
-    if num_seqs and int(query_start.diff().max()) > max_query_len:
-        longest = int(query_start.diff().max())
+    longest = int(query_start.diff().max()) if num_seqs else 0
+    if longest > max_query_len:
         raise ValueError(f"max_query_len is {max_query_len}; a sequence has {longest} new tokens")
     if num_seqs and int(query_start[-1]) > query.shape[0]:
         raise ValueError(f"query_start ends at {int(query_start[-1])}; query has {query.shape[0]} tokens")
@@ -646,19 +645,10 @@ def _check_residual(layout, residual, residual_slots, flushed_lens, seq_lens, qu
     for name, value in given.items():
         if value is None:
             raise ValueError(f"{name} is None; {layout.kv_dtype} keeps the newest tokens in a residual window")
-    device, num_seqs = seq_lens.device, seq_lens.shape[0]
-    shape = (None, num_kv_heads, 2, layout.residual_size, layout.head_dim)
     floats = (torch.bfloat16, torch.float16, torch.float32)
-    checks.tensor("residual", residual, shape=shape, dtypes=floats, device=device, contiguous=True)
-    for name in ("residual_slots", "flushed_lens"):
-        checks.tensor(name, given[name], shape=(num_seqs,), dtypes=(torch.int32,), device=device)
-    wrong = (residual_slots < 0) | (residual_slots >= residual.shape[0])
-    if wrong.any():
-        b = int(wrong.nonzero()[0])
-        raise ValueError(
-            f"residual_slots[{b}] is {int(residual_slots[b])}; "
-            f"it must be a slot of residual, 0 to {residual.shape[0] - 1}"
-        )
+    checks.residual_windows(
+        residual, residual_slots, flushed_lens, layout, num_kv_heads, seq_lens.shape[0], seq_lens.device, floats
+    )
     checks.flushed_lengths(flushed_lens, seq_lens, layout, active=query_start.diff() > 0)
 
 

@@ -12,15 +12,15 @@ Lengths may be as mixed as they like. The shares follow from the lengths alone; 
 once per step, and all layers of the step use them. The host never reads a length.
 """
 
-import functools
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 import triton
 import triton.language as tl
 
 from kernels import checks
-from kernels.interpreting import INTERPRETING
+from kernels.interpreting import INTERPRETING, num_multiprocessors
 from kernels.pages import MAX_QUERY_LEN, PageLayout
 
 # A residual window takes as long as this many pages.
@@ -150,7 +150,7 @@ class DecodeConfig:
     unit_cost: int = 2
     max_registers: int | None = None
 
-    @property
+    @cached_property
     def launch_options(self) -> dict:
         """What the launch of the decode kernel is told."""
         options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
@@ -206,16 +206,16 @@ class DecodePlan:
     partial_out: torch.Tensor
     partial_lse: torch.Tensor
 
-    @property
+    @cached_property  # read in every layer
     def group(self) -> int:
         return self.num_q_heads // self.num_kv_heads
 
-    @property
+    @cached_property
     def rows(self) -> int:
         """Rows of a program's matrix tile: a power of two that holds group · max_query_len, 64 at most."""
         return tile_rows(self.layout, self.group * self.max_query_len)
 
-    @property
+    @cached_property
     def row_blocks(self) -> int:
         return -(-self.group * self.max_query_len // self.rows)
 
@@ -280,11 +280,6 @@ def tile_rows(layout: PageLayout, needed: int) -> int:
     return min(max(triton.next_power_of_2(needed), 8), most)
 
 
-@functools.cache
-def _num_sms(device: torch.device) -> int:
-    return 4 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
-
-
 def plan_decode(
     seq_lens: torch.Tensor,
     query_start: torch.Tensor,
@@ -330,7 +325,7 @@ def plan_decode(
     device, num_seqs = seq_lens.device, seq_lens.shape[0]
     rows = tile_rows(layout, num_q_heads // num_kv_heads * max_query_len)
     config = config or choose_config(layout, rows)
-    num_programs = _num_sms(device) * config.programs_per_sm
+    num_programs = num_multiprocessors(device) * config.programs_per_sm
     plan = DecodePlan(
         layout,
         num_q_heads,

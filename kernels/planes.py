@@ -11,6 +11,8 @@ import triton.language as tl
 from kernels.interpreting import INTERPRETING
 
 USE_ASM = tl.constexpr(not INTERPRETING)
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
@@ -67,7 +69,7 @@ def _masked_half(words, MASK: tl.constexpr, SHIFT: tl.constexpr):
 
 @triton.jit
 def plane(words, j: tl.constexpr, FORMAT: tl.constexpr):
-    """Plane j of a tile of words as matrix operands: the values themselves, or codes · 2^(_shift − 24) for integers."""
+    """Plane j of a tile of words as matrix operands: the values themselves, or codes · 2^(shift − 24) for integers."""
     if FORMAT == "int4":
         x = _masked_half(words, 0xF << 4 * (j % 2), 8 * (j // 2))
     elif FORMAT == "int2":
@@ -125,4 +127,4 @@ def columns_of(x, N: tl.constexpr, COLUMNS: tl.constexpr):
 @triton.jit
 def soft_cap_of(x, cap):
     """cap · tanh(x / cap)."""
-    return cap - 2.0 * cap / (1.0 + tl.exp2(x * (2.0 * 1.4426950408889634 / cap)))
+    return cap - 2.0 * cap / (1.0 + tl.exp2(x * (2.0 * LOG2_E / cap)))

@@ -23,6 +23,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels import checks, prefill_hopper
 from kernels.pages import HEAD_DIMS
+from kernels.planes import LN_2, LOG2_E
 from kernels.prefill_grid import PagedContext, cut, pack_for
 from kernels.prefill_hopper import HopperConfig
 
@@ -253,11 +254,11 @@ def _prefill_kernel(
         scale *= tl.load(query_scale_ptr) * tl.load(key_scale_ptr)
     cap_in, cap_out = 0.0, 0.0
     if SOFT_CAP:
-        cap_in = scale * 2.0 * 1.4426950408889634 / soft_cap
-        cap_out = soft_cap * 1.4426950408889634
+        cap_in = scale * 2.0 * LOG2_E / soft_cap
+        cap_out = soft_cap * LOG2_E
         scale = 1.0
     else:
-        scale *= 1.4426950408889634
+        scale *= LOG2_E
 
     numbers = (window, scale, cap_in, cap_out)
     place = (first_token, first_token + BLOCK_TOKENS - 1)
@@ -294,7 +295,7 @@ def _prefill_kernel(
     )
     if LSE:
         SHIFT: tl.constexpr = 8.0 if FP8 else 0.0
-        lse = (row_max + tl.log2(row_sum) - SHIFT) * 0.6931471805599453
+        lse = (row_max + tl.log2(row_sum) - SHIFT) * LN_2
         tl.store(lse_ptr + at * (num_heads * PACK) + out_head, lse, mask=in_out)
 
 

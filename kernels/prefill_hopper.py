@@ -33,6 +33,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from kernels.interpreting import num_multiprocessors
+from kernels.planes import LOG2_E
 from kernels.prefill_grid import PagedContext, cut, pack_for
 
 # Registers per thread: consumers compute, the producer holds addresses. 2 · 240 + 24 = 3 · 168, all there are.
@@ -657,7 +659,6 @@ def _prefill_hopper_kernel(
 
 # ---- host ----------------------------------------------------------------------------------------------------------
 
-LOG2_E = 1.4426950408889634
 GLUON_DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
 
@@ -674,11 +675,6 @@ def choose_config(head_dim: int, group: int, max_query_len: int) -> HopperConfig
 def is_hopper(device: torch.device) -> bool:
     """Whether the device has the instructions that this module is made of."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
-
-
-@cache
-def _num_multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def launch(
@@ -714,7 +710,7 @@ def launch(
         LSE=lse is not None,
         PING_PONG=config.ping_pong,
     )
-    programs = min(grid.num_ranks, _num_multiprocessors(query.device))
+    programs = min(grid.num_ranks, num_multiprocessors(query.device))
     counter = query_start.new_zeros(1) if programs < grid.num_ranks else query_start.new_empty(1)
     _prefill_hopper_kernel[(programs,)](
         _query_descriptor(query, shape),
@@ -736,10 +732,10 @@ def launch(
         grid.num_tiles,
         grid.columns_per_section,
         grid.num_ranks,
-        1.0 if soft_cap else softmax_scale * LOG2_E,
+        1.0 if soft_cap else softmax_scale * LOG2_E.value,
         window or 0,
-        2 * softmax_scale * LOG2_E / soft_cap if soft_cap else 0.0,
-        soft_cap * LOG2_E if soft_cap else 0.0,
+        2 * softmax_scale * LOG2_E.value / soft_cap if soft_cap else 0.0,
+        soft_cap * LOG2_E.value if soft_cap else 0.0,
         shape,
         num_warps=4,
         maxnreg=MAX_REGISTERS,

@@ -20,7 +20,7 @@ from kernels.decode_plan import plan_decode
 from kernels.elementwise import qk_norm_rope, rms_norm, silu_mul
 from kernels.pages import PageLayout
 from kernels.prefill import portable_config, prefill_attention
-from kernels.reference.attention import attention, start_of
+from kernels.reference.attention import attention, in_a_row
 from kernels.reference.pages import gather, quantisation_error
 from kernels.sampling import sample, verify
 
@@ -262,8 +262,8 @@ def accuracy_work(bench: Bench, *, kv_dtype: str, lengths: tuple[int, ...]) -> W
     batch = decode_sets(bench, stored, lengths, 1)[0]
     ring = (batch.residual, batch.residual_slots, batch.flushed_lens)
     sequences = gather(batch.cache, batch.layout, batch.block_tables, batch.seq_lens, *ring)
-    key, value = (torch.cat([kv[i] for kv in sequences]) for i in (0, 1))
-    cuts = {"query_start": batch.query_start, "key_start": start_of(batch.seq_lens)}
+    key, value, key_start = in_a_row(sequences)
+    cuts = {"query_start": batch.query_start, "key_start": key_start}
     exact, _ = attention(batch.query, key, value, **cuts)
     plain, _ = attention(batch.query, key, value, **cuts, dtype=bench.dtype)
     error, plain_error = (float((out.double() - exact).abs().max()) for out in (_ready(batch)(), plain))

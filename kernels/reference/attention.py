@@ -10,8 +10,6 @@ import math
 
 import torch
 
-from kernels.pages import PageLayout
-
 
 def attention(
     query: torch.Tensor,
@@ -69,31 +67,14 @@ def visible(query_len: int, num_keys: int, window: int | None, device: torch.dev
     return mask if window is None else mask & (j > i - window)
 
 
-def gather_pages(
-    cache: torch.Tensor, layout: PageLayout, block_tables: torch.Tensor, lengths: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The first lengths[b] tokens of each sequence from a cache of 16-bit or float32 pages, laid in a row.
-
-    Args:
-        cache: uint8 [num_pages, num_kv_heads, page_bytes].
-        block_tables: int32 [num_seqs, max_pages].
-        lengths: int32 [num_seqs].
+def in_a_row(sequences: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Sequences' (key, value), as `kernels.reference.pages.gather` returns them, as one flat batch.
 
     Returns:
         key, value [sum of lengths, num_kv_heads, head_dim] and their cuts, int32 [num_seqs + 1].
-
-    Raises:
-        ValueError: a layout whose pages must be dequantised first.
     """
-    if not layout.is_float:
-        raise ValueError(f"layout is {layout.kv_dtype}; it must be bfloat16, float16 or float32: dequantise first")
-    words = layout.words_view(cache)
-    rows = []
-    for table, length in zip(block_tables, lengths.tolist(), strict=True):
-        pages = words[table[: -(-length // layout.page_size)].long()]  # [pages, heads, 2, page_size, head_dim]
-        rows.append(pages.permute(2, 0, 3, 1, 4).flatten(1, 2)[:, :length])
-    both = torch.cat(rows, dim=1) if rows else words.new_zeros(2, 0, cache.shape[1], layout.head_dim)
-    return both[0], both[1], start_of(lengths)
+    key, value = (torch.cat([pair[i] for pair in sequences]) for i in (0, 1))
+    return key, value, start_of(torch.tensor([len(pair[0]) for pair in sequences], device=key.device))
 
 
 def start_of(lengths: torch.Tensor) -> torch.Tensor:

@@ -15,7 +15,7 @@ from kernels.decode import _decode_kernel, decode_attention
 from kernels.decode_plan import DecodeConfig, choose_config, plan_decode
 from kernels.pages import PageLayout
 from kernels.reference import pages as reference_pages
-from kernels.reference.attention import attention
+from kernels.reference.attention import attention, in_a_row
 
 FORMATS = ("bfloat16", "fp8", "int8", "int4", "int2")
 
@@ -42,7 +42,7 @@ class Batch:
 
     def reference(self, dtype=torch.float64, **options):
         """The same from gathered float32 K and V, in `dtype`."""
-        parts = reference_pages.gather(
+        sequences = reference_pages.gather(
             self.cache,
             self.layout,
             self.block_tables,
@@ -51,8 +51,7 @@ class Batch:
             self.residual_slots,
             self.flushed_lens,
         )
-        key, value = (torch.cat([part[i] for part in parts]) for i in (0, 1))
-        key_start = torch.cat([self.seq_lens.new_zeros(1), self.seq_lens.cumsum(0)])
+        key, value, key_start = in_a_row(sequences)
         return attention(
             self.query, key, value, query_start=self.query_start, key_start=key_start, dtype=dtype, **options
         )

@@ -24,7 +24,8 @@ from kernels.pages import PageLayout
 from kernels.prefill import PagedContext, PrefillConfig, _prefill_kernel, prefill_attention
 from kernels.prefill_grid import pack_for
 from kernels.prefill_hopper import HopperConfig
-from kernels.reference.attention import attention, gather_pages, join, merge_partials, start_of
+from kernels.reference.attention import attention, in_a_row, join, merge_partials, start_of
+from kernels.reference.pages import gather
 
 HAS_CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if HAS_CUDA else "cpu")
@@ -49,7 +50,7 @@ def config_for(request, monkeypatch) -> Callable:
         if not HAS_CUDA:
             kernel = gluon_on_cpu.OnCpu(prefill_hopper, "_prefill_hopper_kernel")
             monkeypatch.setattr(prefill_hopper, "_prefill_hopper_kernel", kernel)
-            monkeypatch.setattr(prefill_hopper, "_num_multiprocessors", lambda device: 3)
+            monkeypatch.setattr(prefill_hopper, "num_multiprocessors", lambda device: 3)
         elif not prefill_hopper.is_hopper(torch.device("cuda", torch.cuda.current_device())):
             pytest.skip("not a Hopper GPU")
     return request.param
@@ -145,7 +146,7 @@ def batch(
     cache, layout, tables = paged(*old, contexts, page_size, generator)
     context_lens = torch.tensor(contexts, dtype=torch.int32, device=DEVICE)
     context = PagedContext(cache, layout, tables, context_lens + query_start.diff())
-    gathered = gather_pages(cache, layout, tables, context_lens)
+    gathered = in_a_row(gather(cache, layout, tables, context_lens))
     return Batch(query, key, value, query_start, context, join(gathered, new))
 
 
