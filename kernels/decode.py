@@ -374,6 +374,7 @@ def _decode_kernel(
 @triton.jit
 def _merge_kernel(
     plan_ptr,
+    merging_ptr,
     out_ptr,
     lse_ptr,
     partial_out_ptr,
@@ -386,22 +387,28 @@ def _merge_kernel(
     ROWS: tl.constexpr,
     ROW_BLOCKS: tl.constexpr,
     HAS_LSE: tl.constexpr,
-    D_PAD: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
     PIECES: tl.constexpr,
-    ABREAST: tl.constexpr,
+    FEW_UNITS: tl.constexpr,
 ):
     """Merge the pieces of the unit that ends in decode program w and began in an earlier one; some rows of it.
 
     With normalised pieces o_i and base-2 log-sum-exps e_i: o = sum 2^(e_i − e) o_i, e = log2 sum 2^e_i. All that this
-    kernel does is wait, so it has little code, and each piece of a row is a register of the same thread; very many
-    pieces of few units (ABREAST) stand side by side in the threads instead.
+    kernel does is wait, so it has little code, and each piece of a row is a register of the same thread.
+
+    FEW_UNITS have very many pieces each. These stand side by side in the threads, some channels of them in a program;
+    and there is a program for each unit rather than for each w, as thousands that find nothing to do cost microseconds.
     """
-    if USE_ASM:
-        gdc_wait()  # launched while the decode kernel still runs
-    w = tl.program_id(0) + 1
+    if FEW_UNITS:
+        w = tl.load(merging_ptr + tl.program_id(0))
+        first_w = tl.load(plan_ptr + w * RECORD + 10, mask=w >= 0, other=-1)
+    else:
+        w = tl.program_id(0) + 1
+        first_w = tl.load(plan_ptr + w * RECORD + 10)
     record = plan_ptr + w * RECORD
-    first_w = tl.load(record + 10)
+    if USE_ASM:
+        gdc_wait()  # launched while the decode kernel still runs, but the plan is older than both
     if first_w >= 0:
         unit = tl.load(record + 1)
         token0 = tl.load(record + 5)
@@ -409,14 +416,14 @@ def _merge_kernel(
         r = tl.program_id(1) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
         row = (unit % ROW_BLOCKS) * ROWS + r
         row_valid = row // GROUP < query_len
-        channels = tl.arange(0, D_PAD)
+        channels = tl.program_id(2) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
         offsets = r[:, None] * HEAD_DIM + channels[None, :]
         mask = row_valid[:, None] & (channels < HEAD_DIM)[None, :]
-        acc = tl.zeros([BLOCK_ROWS, D_PAD], tl.float32)
+        acc = tl.zeros([BLOCK_ROWS, BLOCK_CHANNELS], tl.float32)
         m = tl.full([BLOCK_ROWS], NEG_LARGE, tl.float32)
         norm = tl.zeros([BLOCK_ROWS], tl.float32)
         for start in tl.range(first_w, w + 1, PIECES):
-            if ABREAST:
+            if FEW_UNITS:
                 piece_w = start + tl.arange(0, PIECES)
                 piece = 2 * piece_w + (piece_w == first_w).to(tl.int32)
                 valid = (piece_w <= w)[:, None] & row_valid[None, :]
@@ -457,7 +464,8 @@ def _merge_kernel(
         tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=mask)
         if HAS_LSE:
             lse = tl.where(has_key, (m + tl.log2(tl.where(has_key, norm, 1.0))) * LN_2, float("-inf"))
-            tl.store(lse_ptr + token * (NUM_KV_HEADS * GROUP) + head, lse, mask=row_valid)
+            lse_mask = row_valid & (tl.program_id(2) == 0)
+            tl.store(lse_ptr + token * (NUM_KV_HEADS * GROUP) + head, lse, mask=lse_mask)
 
 
 def decode_attention(
@@ -585,14 +593,15 @@ def decode_attention(
 def _merge(plan: DecodePlan, out: torch.Tensor, lse: torch.Tensor | None) -> None:
     """Launch the merge of all units in pieces."""
     needed_rows = min(plan.rows, triton.next_power_of_2(plan.group * plan.max_query_len))
-    pieces = triton.next_power_of_2(
-        1 + plan.num_programs // max(plan.num_seqs * plan.num_kv_heads * plan.row_blocks, 1)
-    )
-    abreast = pieces > 16
-    pieces = min(pieces, 32)
-    block_rows = 1 if abreast else min(needed_rows, 4)
-    _merge_kernel[(plan.num_programs - 1, needed_rows // block_rows)](
+    pieces = triton.next_power_of_2(1 + plan.num_programs // max(plan.num_units, 1))
+    programs, block_rows = plan.num_programs - 1, min(needed_rows, 4)
+    block_channels = triton.next_power_of_2(plan.layout.head_dim)
+    if plan.has_few_units:
+        programs, block_rows, block_channels = plan.num_units, 1, max(block_channels // 4, 16)
+    channel_blocks = triton.cdiv(plan.layout.head_dim, block_channels)
+    _merge_kernel[(programs, needed_rows // block_rows, channel_blocks)](
         plan.table,
+        plan.merging,
         out,
         lse,
         plan.partial_out,
@@ -605,10 +614,10 @@ def _merge(plan: DecodePlan, out: torch.Tensor, lse: torch.Tensor | None) -> Non
         ROWS=plan.rows,
         ROW_BLOCKS=plan.row_blocks,
         HAS_LSE=lse is not None,
-        D_PAD=triton.next_power_of_2(plan.layout.head_dim),
         BLOCK_ROWS=block_rows,
-        PIECES=max(pieces, 2),
-        ABREAST=abreast,
+        BLOCK_CHANNELS=block_channels,
+        PIECES=min(max(pieces, 2), 128),
+        FEW_UNITS=plan.has_few_units,
         num_warps=4,
         **({} if INTERPRETING else {"launch_pdl": True}),
     )

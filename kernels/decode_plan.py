@@ -78,6 +78,7 @@ def _plan_kernel(
     query_start_ptr,
     flushed_lens_ptr,
     plan_ptr,
+    merging_ptr,
     num_seqs,
     num_programs,
     MIN_SHARE: tl.constexpr,
@@ -86,6 +87,7 @@ def _plan_kernel(
     UNITS: tl.constexpr,
     WINDOW: tl.constexpr,
     LOW_BIT: tl.constexpr,
+    FEW_UNITS: tl.constexpr,
     BLOCK_SEQS: tl.constexpr,
     BLOCK_PROGRAMS: tl.constexpr,
 ):
@@ -99,6 +101,13 @@ def _plan_kernel(
     total = tl.sum(length, 0)
     base = tl.maximum(total // num_programs, MIN_SHARE)
     extra = tl.maximum(total - base * num_programs, 0)
+    if FEW_UNITS:
+        for i in range(tl.program_id(0), UNITS, tl.num_programs(0)):
+            end = through - length + (i + 1) * (lead + tiles)
+            first_w = share_of(end - tiles, base, extra)
+            last_w = share_of(end - 1, base, extra)
+            merging = tl.where((tiles > 0) & (first_w < last_w), last_w, -1)
+            tl.store(merging_ptr + b * UNITS + i, merging, mask=b < num_seqs)
 
     w = tl.program_id(0) * BLOCK_PROGRAMS + tl.arange(0, BLOCK_PROGRAMS)
     start = tl.minimum(w * base + tl.minimum(w, extra), total)
@@ -191,6 +200,8 @@ class DecodePlan:
 
     Attributes:
         table: int32 [num_programs, 16], written by the plan kernel: where each program's share begins.
+        merging: int32 [num_units], the program in which a unit of several pieces ends, else −1; written where
+            `has_few_units`.
         partial_out: float32 [2 · num_programs, rows, head_dim], partial_lse: float32 [2 · num_programs, rows].
     """
 
@@ -203,6 +214,7 @@ class DecodePlan:
     num_programs: int
     config: DecodeConfig
     table: torch.Tensor
+    merging: torch.Tensor
     partial_out: torch.Tensor
     partial_lse: torch.Tensor
 
@@ -218,6 +230,15 @@ class DecodePlan:
     @cached_property
     def row_blocks(self) -> int:
         return -(-self.group * self.max_query_len // self.rows)
+
+    @cached_property
+    def num_units(self) -> int:
+        return self.num_seqs * self.num_kv_heads * self.row_blocks
+
+    @cached_property
+    def has_few_units(self) -> bool:
+        """Whether units are so few that most are in very many pieces."""
+        return 0 < 16 * self.num_units <= self.num_programs
 
     def update(
         self,
@@ -241,6 +262,7 @@ class DecodePlan:
             query_start,
             flushed_lens,
             self.table,
+            self.merging,
             self.num_seqs,
             self.num_programs,
             MIN_SHARE=self.config.min_share,
@@ -249,6 +271,7 @@ class DecodePlan:
             UNITS=self.num_kv_heads * self.row_blocks,
             WINDOW=self.window or 0,
             LOW_BIT=self.layout.is_low_bit,
+            FEW_UNITS=self.has_few_units,
             BLOCK_SEQS=block_seqs,
             BLOCK_PROGRAMS=block_programs,
             num_warps=4,
@@ -258,7 +281,7 @@ class DecodePlan:
         self, seq_lens: torch.Tensor, query_start: torch.Tensor, flushed_lens: torch.Tensor | None = None
     ) -> bool:
         """Whether the plan is the one of these lengths. Waits for the GPU."""
-        fresh = replace(self, table=torch.empty_like(self.table))
+        fresh = replace(self, table=torch.empty_like(self.table), merging=torch.empty_like(self.merging))
         fresh.update(seq_lens, query_start, flushed_lens, check=False)
         return torch.equal(fresh.table[:, :WRITTEN], self.table[:, :WRITTEN])
 
@@ -323,8 +346,10 @@ def plan_decode(
         if seq_lens.dim() != 1:
             raise ValueError(f"seq_lens has shape {list(seq_lens.shape)}; it must be [num_seqs]")
     device, num_seqs = seq_lens.device, seq_lens.shape[0]
-    rows = tile_rows(layout, num_q_heads // num_kv_heads * max_query_len)
+    packed = num_q_heads // num_kv_heads * max_query_len
+    rows = tile_rows(layout, packed)
     config = config or choose_config(layout, rows)
+    num_units = num_seqs * num_kv_heads * -(-packed // rows)
     num_programs = num_multiprocessors(device) * config.programs_per_sm
     plan = DecodePlan(
         layout,
@@ -336,6 +361,7 @@ def plan_decode(
         num_programs,
         config,
         table=torch.empty(num_programs, RECORD.value, dtype=torch.int32, device=device),
+        merging=torch.empty(num_units, dtype=torch.int32, device=device),
         partial_out=torch.empty(2 * num_programs, rows, layout.head_dim, dtype=torch.float32, device=device),
         partial_lse=torch.empty(2 * num_programs, rows, dtype=torch.float32, device=device),
     )

@@ -325,7 +325,8 @@ def test_plan_covers_every_tile_once_in_even_shares(lengths, heads, programs, lo
     units = [(b, u) for b in range(len(lengths)) for u in range(heads) if tiles[b]]
     ends = list(itertools.accumulate(leads[b] + tiles[b] for b, _ in units))
     line, shares = 0, []
-    for b, unit, at, count, *_, lead, merge_from in (row[:4] + row[9:11] for row in table):
+    merged_by = dict.fromkeys(units, -1)
+    for w, (b, unit, at, count, *_, lead, merge_from) in enumerate(row[:4] + row[9:11] for row in table):
         shares.append(count)
         if count:
             i = next(i for i, end in enumerate(ends) if end > line)
@@ -334,12 +335,15 @@ def test_plan_covers_every_tile_once_in_even_shares(lengths, heads, programs, lo
             continues_and_ends = at > lead and ends[i] <= line + count
             assert (merge_from >= 0) == continues_and_ends
             if continues_and_ends:
+                merged_by[units[i]] = w
                 starts = list(itertools.accumulate([0, *shares[:-1]]))
                 assert starts[merge_from] <= begin + lead < starts[merge_from] + shares[merge_from]
         line += count
     assert line == (ends[-1] if ends else 0)
     used = [share for share in shares if share]
     assert not used or max(used) - min(used) <= 1
+    if plan.has_few_units:
+        assert plan.merging.tolist() == [merged_by.get((b, u), -1) for b in range(len(lengths)) for u in range(heads)]
 
 
 @pytest.mark.parametrize(
