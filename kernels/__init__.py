@@ -7,8 +7,10 @@
     decode        decode_attention: 1 to 16 new tokens per sequence, over pages of any format
                     decode_plan: plan_decode, its split over the GPU; planes: packed numbers on tensor cores
     elementwise   rms_norm, qk_norm_rope, silu_mul
+    quantise      quantise_tokens_fp8, rms_norm_fp8, silu_mul_fp8: activations with a scale per token, for W8A8
+    skinny        skinny_linear, skinny_gate_up: matrix products of 1 to 16 rows, as fast as the weight can be read
     sampling      sample, verify, processed_probs, token_logprobs
-    reference     what they all mean, in plain PyTorch: pages, attention, elementwise, sampling
+    reference     what they all mean, in plain PyTorch: pages, attention, elementwise, quantise, linear, sampling
 
     checks        arguments looked at on the host, where `check` is set
     interpreting  whether kernels run under Triton's interpreter, on a CPU

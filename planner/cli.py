@@ -1,9 +1,10 @@
 """The `memwall` executable: collects the commands of every room, runs one, and turns what goes wrong into a sentence.
 
 A room offers its commands as entry points of the group `memwall.commands`, each a plain function with Typer options
-that may return an exit code. A command is imported when it is asked for, so that one room's libraries cost another
-room's commands nothing; a module that offers commands should itself import little, as `memwall --help` imports them
-all.
+that may return an exit code. A function marked `takes_arguments = True` gets the list of its arguments instead and
+reads them itself, `--help` included: so do the engine's, as Typer is not among its libraries. A command is imported
+when it is asked for, so that one room's libraries cost another room's commands nothing; a module that offers commands
+should itself import little, as `memwall --help` imports them all.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ INTERRUPTED = 130
 
 _ROOMS = ("dashboard", "calibration", "planner", "engine", "kernels")
 _EXTRAS = dict.fromkeys(("generate", "serve", "bench", "calibrate", "validate"), "engine")
-_ORDER = ("plan", "simulate", "memory", "catalog", "export")
+_ORDER = ("plan", "simulate", "memory", "catalog", "export", "generate", "bench")
 _ABOUT = "Plan LLM serving before renting a GPU: how many, which, at which precision, and what latency to expect."
 _EXIT_CODES = (
     "Exit codes: 0 the question was answered; 1 it was answered, and the answer is no (it does not fit, misses its "
@@ -142,6 +143,14 @@ class _Commands(MutableMapping[str, TyperCommand]):
         return len(self._entries)
 
 
+class _RawCommand(TyperCommand):
+    """A command that gets its arguments exactly as they were written."""
+
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
+        ctx.args = list(args)
+        return ctx.args
+
+
 def _load(entry: metadata.EntryPoint) -> TyperCommand:
     """The command of an entry point, or one that says what to install."""
     try:
@@ -150,9 +159,17 @@ def _load(entry: metadata.EntryPoint) -> TyperCommand:
         return _unavailable(entry, error)
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     paragraphs = (inspect.getdoc(function) or "").split("\n\n")
+    help_text = "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
+    if getattr(function, "takes_arguments", False):
+
+        def pass_on(context: typer.Context) -> int:
+            return function(context.args)
+
+        app.command(entry.name, help=help_text, cls=_RawCommand)(pass_on)
+        return typer.main.get_command(app)
     app.command(
         entry.name,
-        help="\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs),
+        help=help_text,
         epilog=_EXIT_CODES,
         context_settings={"help_option_names": ["-h", "--help"]},
     )(function)

@@ -1,16 +1,13 @@
-"""The one exception that reaches a user as a sentence."""
+"""The exception that reaches a user as a sentence, and the sentence for a name that is unknown."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
 
+from engine.errors import UserError
 
-class UserError(ValueError):
-    """Bad input: what was wrong, where, and what would be right, in one sentence.
-
-    The command line prints the message and exits with code 2; a library caller sees a `ValueError`.
-    """
+__all__ = ["UserError", "unknown_name"]
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str], where_to_look: str) -> UserError:

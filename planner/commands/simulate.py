@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -25,18 +26,20 @@ from planner.commands.options import (
     System,
     TensorParallelSize,
     WorkloadOptions,
+    flag,
     gpu_from_option,
     simulation_from_options,
     speculation_from_options,
     takes_groups,
     workload_from_options,
 )
+from planner.errors import UserError
 
 if TYPE_CHECKING:
     from planner.records import DeploymentRecord, SLORecord
     from planner.simulate_report import SimulateReport
     from planner.simulation import Distribution, SimulationResult
-    from planner.workload import WorkloadSummary
+    from planner.workload import Workload, WorkloadSummary
 
 _METRICS = (
     ("TTFT", "ttft_ms"),
@@ -48,6 +51,26 @@ _METRICS = (
 )
 
 
+def _check_workload_file(path: Path | None) -> Path | None:
+    if path is not None and path.suffix != ".jsonl":
+        raise UserError(
+            f"--save-workload {path}: the name must end in .jsonl, the format that memwall bench serve reads"
+        )
+    return path
+
+
+SaveWorkload = Annotated[
+    Path | None,
+    flag(
+        "--save-workload",
+        help="Also write the requests here, as JSONL that `memwall bench serve --workload` replays on the engine.",
+        panel="Any workload",
+        metavar="PATH",
+        callback=_check_workload_file,
+    ),
+]
+
+
 @takes_groups
 def simulate(
     model: Model = DEFAULT_MODEL,
@@ -57,6 +80,7 @@ def simulate(
     quantization: Quantization = None,
     slo: SLOOptions = GROUP,
     workload: WorkloadOptions = GROUP,
+    save_workload: SaveWorkload = None,
     engine: EngineOptions = GROUP,
     enable_prefix_caching: EnablePrefixCaching = None,
     enable_chunked_prefill: EnableChunkedPrefill = True,
@@ -73,6 +97,8 @@ def simulate(
     gpu, spec = gpu_from_option(system), load_model(model, quantization)
     options = simulation_from_options(run, slo, workload.seed)
     load = workload_from_options(workload)
+    if save_workload is not None:
+        _save(load, save_workload)
     settings = engine.settings()
     if settings["max_model_len"] is None:
         settings["max_model_len"] = length_for(load, spec)
@@ -94,6 +120,12 @@ def simulate(
     if report.result is None:
         typer.echo(f"does not fit: {report.memory.reason}", err=True)
     return 0 if report.is_yes else 1
+
+
+def _save(load: Workload, path: Path) -> None:
+    from planner.workload import save_workload
+
+    save_workload(load, path)
 
 
 def simulate_table(report: SimulateReport) -> str:

@@ -1,0 +1,101 @@
+"""The command line of `memwall bench`."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import shlex
+from pathlib import Path
+from types import ModuleType
+
+from engine.bench.options import add_common_options, at_least, lengths, rate
+from engine.bench.record import MAX_BYTES, Record, as_committed, commit, ensure_writable
+from engine.bench.workload import Lengths, save_workload, synthesise
+from engine.commands.arguments import EXIT_CODES, ArgumentParser, engine_config
+from engine.errors import UserError
+
+# By name on the command line, the module behind it.
+SUITES = {
+    "decode": "engine.bench.decode",
+    "prefill": "engine.bench.prefill",
+    "offline": "engine.bench.offline",
+    "serve": "engine.bench.serve",
+    "kv-cache": "engine.bench.kv_cache",
+}
+_MAKE_WORKLOAD = "make-workload"
+
+
+def run(arguments: list[str]) -> int:
+    """Run one suite, print its table, write its record.
+
+    Raises:
+        UserError: bad input, or nothing could be measured.
+    """
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_overview())
+        return 0
+    name, *rest = arguments
+    if name == _MAKE_WORKLOAD:
+        return _make_workload(rest)
+    if name not in SUITES:
+        raise UserError(f"there is no suite {name!r}; it must be one of {', '.join([*SUITES, _MAKE_WORKLOAD])}")
+    suite = importlib.import_module(SUITES[name])
+    options = _parser(name, suite).read(rest)
+    return 0 if options is None else _run_suite(name, suite, options, arguments)
+
+
+def _run_suite(name: str, suite: ModuleType, options: argparse.Namespace, arguments: list[str]) -> int:
+    from engine.bench.session import Session
+
+    config = engine_config(options)
+    if options.output is not None:
+        ensure_writable(options.output)
+    command = "memwall bench " + shlex.join(map(as_committed, arguments))
+    record = Record(name, command, options.commit or commit())
+    session = Session(record, options.output)
+    suite.run(session, options, config)
+    if all("absent" in result for result in record.results):
+        raise UserError(record.results[0]["absent"])
+    print(suite.table(record.results))
+    if options.output is not None:
+        session.say(f"record written to {options.output}")
+        if (size := options.output.stat().st_size) > MAX_BYTES:
+            session.say(
+                f"it has {size:,} bytes, more than the {MAX_BYTES:,} that are committed as one file: name it .gz"
+            )
+    return 0
+
+
+def _parser(name: str, suite: ModuleType) -> ArgumentParser:
+    parser = ArgumentParser(f"memwall bench {name}", f"{suite.HELP[:1].upper()}{suite.HELP[1:]}.")
+    parser.conflict_handler = "resolve"  # a suite's own option stands in for the engine's of the same name
+    add_common_options(parser)
+    suite.add_arguments(parser.add_argument_group(name))
+    return parser
+
+
+def _overview() -> str:
+    about = {name: importlib.import_module(module).HELP for name, module in SUITES.items()}
+    about[_MAKE_WORKLOAD] = "write a synthetic workload for `serve`"
+    lines = [f"  {name:<14} {text}" for name, text in about.items()]
+    head = ["usage: memwall bench SUITE ... (or python -m engine.bench SUITE ...)", ""]
+    return "\n".join([*head, *lines, "", "`memwall bench SUITE --help` lists the options.", EXIT_CODES])
+
+
+def _make_workload(arguments: list[str]) -> int:
+    parser = ArgumentParser(f"memwall bench {_MAKE_WORKLOAD}", "A workload of Poisson arrivals and uniform lengths.")
+    parser.add_argument("--num-prompts", type=at_least(1), default=300, metavar="N", help="requests [300]")
+    parser.add_argument("--request-rate", type=rate, required=True, metavar="R", help="per second; inf: all at once")
+    for flag in ("--input-len", "--output-len"):
+        parser.add_argument(flag, type=lengths, default=Lengths(100, 1024), metavar="LOW:HIGH", help="[100:1024]")
+    parser.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="same seed, same workload [0]")
+    parser.add_argument("--output", type=Path, required=True, metavar="PATH", help="JSON lines (.gz: compressed)")
+    options = parser.read(arguments)
+    if options is None:
+        return 0
+    workload = synthesise(
+        options.num_prompts, options.request_rate, options.input_len, options.output_len, options.seed
+    )
+    save_workload(workload, options.output)
+    print(f"{workload.name}, over {workload.entries[-1].arrival_s:,.1f} s, written to {options.output}")
+    return 0

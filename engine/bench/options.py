@@ -1,0 +1,77 @@
+"""What the suites' command lines share, and what reads their values."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from engine.bench.workload import Lengths
+from engine.commands.arguments import add_engine_options, integer, number
+
+_Value = TypeVar("_Value")
+
+
+def add_common_options(parser: argparse.ArgumentParser) -> None:
+    """Model, sampling, record and engine."""
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        help="a Hugging Face folder; with --load-format dummy also a config.json, or the name of a built-in shape",
+    )
+    parser.add_argument("--temperature", type=not_negative, default=1.0, metavar="X", help="0 is greedy [1]")
+    parser.add_argument("--output", type=Path, metavar="PATH", help="write the record here, as JSON (.gz: compressed)")
+    parser.add_argument("--commit", metavar="NAME", help="what the record calls the code, where it is no git checkout")
+    add_engine_options(parser)
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """Whole numbers from `least` on, for `type=` of an option."""
+
+    def read(text: str) -> int:
+        value = integer(text)
+        if value < least:
+            raise argparse.ArgumentTypeError(f"is {text!r}; it must be at least {least}")
+        return value
+
+    return read
+
+
+def positive(text: str) -> float:
+    """A finite number above 0, for `type=` of an option."""
+    value = number(text)
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"is {text!r}; it must be above 0")
+    return value
+
+
+def not_negative(text: str) -> float:
+    """A finite number from 0 on, for `type=` of an option."""
+    value = number(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"is {text!r}; it must be at least 0")
+    return value
+
+
+def rate(text: str) -> float:
+    """A positive number or inf, for `type=` of an option."""
+    return math.inf if text.strip().lower() == "inf" else positive(text)
+
+
+def lengths(text: str) -> Lengths:
+    """A range of lengths, for `type=` of an option."""
+    return _read(Lengths.parse, text)
+
+
+def comma_separated(read: Callable[[str], _Value]) -> Callable[[str], tuple[_Value, ...]]:
+    """Values with commas between them, each read by `read`, for `type=` of an option."""
+    return lambda text: tuple(_read(read, word.strip()) for word in text.split(","))
+
+
+def _read(read: Callable[[str], _Value], text: str) -> _Value:
+    try:
+        return read(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"is {error}") from None

@@ -1,0 +1,313 @@
+"""`memwall generate`: text from a model, and how fast it came."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import inspect
+import json
+import sys
+import time
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
+
+from engine.commands.arguments import ArgumentParser, add_engine_options, engine_config, integer, integers, number
+from engine.errors import UserError
+from engine.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    import torch
+
+    from engine.core import EngineCore, StepRecord
+    from engine.llm import LLM, Prompt
+    from engine.outputs import RequestOutput
+
+_DEFAULT_MAX_TOKENS = 128
+# Read and as many written: far beyond any cache.
+_COPY_BYTES = 512 << 20
+_COPY_ROUNDS, _COPIES_PER_ROUND = 5, 4
+
+
+def generate(arguments: list[str]) -> int:
+    """Continue one prompt, or a file of them, and say how fast it went.
+
+    One prompt's text is printed as it comes; the results of a file are lines of JSON in the order of its prompts. What
+    was measured goes to stderr: tokens/s, TTFT, TPOT and, on a GPU, the bytes of weights and KV cache that decoding
+    read per second beside what a plain copy reaches. Try it without a model: memwall generate tiny --load-format dummy
+    --prompt Hello
+    """
+    options = _parser().read(arguments)
+    if options is None:
+        return 0
+    config, params = engine_config(options), _sampling_params(options)
+    _check_output(options.output)
+    prompts = _prompts(options)
+
+    from engine.llm import LLM
+
+    llm = LLM.from_config(config)
+    for line in (*llm.core.memory.lines(), *_notices(llm)):
+        print(line, file=sys.stderr)
+    llm.core.step_log = []
+    started = time.perf_counter()
+    try:
+        run = _run_file if options.prompts_file else _run_one
+        outputs = run(llm, prompts, params, options.output)
+    except UserError as error:
+        raise UserError(f"{options.prompts_file}: {error}" if options.prompts_file else str(error)) from None
+    for line in _report(outputs, time.perf_counter() - started, llm.core):
+        print(line, file=sys.stderr)
+    return 0
+
+
+generate.takes_arguments = True
+
+
+# ---- the command line ----------------------------------------------------------------------------------------------
+
+
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser("memwall generate", " ".join(inspect.getdoc(generate).split()))
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        help="a Hugging Face folder; with --load-format dummy also a config.json, or tiny, which is built in",
+    )
+    group = parser.add_argument_group("prompts", "Without either, stdin is the prompt.")
+    source = group.add_mutually_exclusive_group()
+    source.add_argument("--prompt", metavar="TEXT", help="the text to continue")
+    source.add_argument(
+        "--prompts-file",
+        type=Path,
+        metavar="FILE",
+        help='one prompt per line; in a .jsonl each line is {"prompt": "..."} or {"prompt_token_ids": [...]}',
+    )
+    group.add_argument("--output", type=Path, metavar="FILE", help="write the results here, one JSON object per line")
+    _add_sampling_options(parser)
+    add_engine_options(parser)
+    return parser
+
+
+def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("sampling", "--seed is the engine's, below.")
+
+    def add(flag: str, kind, metavar: str, text: str, default: object) -> None:
+        group.add_argument(flag, type=kind, metavar=metavar, help=f"{text} (default: {default})", default=default)
+
+    add("--max-tokens", integer, "N", "most tokens to generate", _DEFAULT_MAX_TOKENS)
+    add("--temperature", number, "X", "0 takes the most probable token", SamplingParams.temperature)
+    add("--top-p", number, "X", "share of the probability to keep", SamplingParams.top_p)
+    add("--top-k", integer, "N", "how many of the most probable tokens to keep, 0 for all", SamplingParams.top_k)
+    add("--min-p", number, "X", "least probability to keep, as a share of the greatest", SamplingParams.min_p)
+    group.add_argument(
+        "--stop-token-ids", type=integers, metavar="N,N,...", default=(), help="more tokens that end a text"
+    )
+    group.add_argument("--ignore-eos", action="store_true", help="go on behind the model's end of text")
+
+
+def _sampling_params(options: argparse.Namespace) -> SamplingParams:
+    names = [field.name for field in fields(SamplingParams) if field.name != "seed"]
+    return SamplingParams(**{name: getattr(options, name) for name in names if hasattr(options, name)})
+
+
+def _check_output(path: Path | None) -> None:
+    if path is not None and path.is_dir():
+        raise UserError(f"--output: {path} is a folder; it must be a file")
+    if path is not None and not path.parent.is_dir():
+        raise UserError(f"--output: there is no folder {path.parent}")
+
+
+def _prompts(options: argparse.Namespace) -> list[Prompt]:
+    """The prompts of the command line, a file or stdin."""
+    if options.prompts_file is not None:
+        return _read_prompts(options.prompts_file)
+    if options.prompt is not None:
+        if not options.prompt:
+            raise UserError("--prompt is empty; it needs at least one character")
+        return [options.prompt]
+    if sys.stdin.isatty():
+        print("type the prompt, then Ctrl-D", file=sys.stderr)
+    text = sys.stdin.read().removesuffix("\n")
+    if not text:
+        raise UserError("there is no prompt: stdin is empty, and neither --prompt nor --prompts-file is given")
+    return [text]
+
+
+def _read_prompts(path: Path) -> list[Prompt]:
+    """The prompts of a file; empty lines are none."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--prompts-file: {path} cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"--prompts-file: {path} is not UTF-8 (byte {error.start})") from None
+    lines = [(number, line.removesuffix("\r")) for number, line in enumerate(text.split("\n"), 1)]
+    lines = [(number, line) for number, line in lines if line.strip()]
+    if not lines:
+        raise UserError(f"--prompts-file: {path} has no prompt")
+    if path.suffix != ".jsonl":
+        return [line for _, line in lines]
+    return [_json_prompt(line, f"{path}, line {number}") for number, line in lines]
+
+
+def _json_prompt(line: str, place: str) -> dict[str, object]:
+    try:
+        entry = json.loads(line)
+    except ValueError as error:
+        raise UserError(f"{place}: this is not JSON ({error})") from None
+    if not isinstance(entry, dict) or not {"prompt", "prompt_token_ids"} & entry.keys():
+        raise UserError(f'{place}: a line must be an object with "prompt" or "prompt_token_ids"')
+    return entry
+
+
+# ---- the run -------------------------------------------------------------------------------------------------------
+
+
+def _notices(llm: LLM) -> Iterator[str]:
+    said = ["the weights are random, and so is the text"] if llm.config.load_format == "dummy" else []
+    if llm.tokenizer.notice is not None:
+        said.append(llm.tokenizer.notice)
+    if said:
+        yield f"note: {'; '.join(said)}"
+
+
+def _run_one(llm: LLM, prompts: list[Prompt], params: SamplingParams, path: Path | None) -> list[RequestOutput]:
+    """Print the text of one prompt as it comes."""
+    shown, output = "", None
+    to_terminal = sys.stdout.isatty()
+    with contextlib.closing(llm.stream(prompts, params)) as stream:
+        for output in stream:
+            text = output.outputs[0].text
+            piece = text[len(shown) :]
+            print(_without_controls(piece) if to_terminal else piece, end="", flush=True)
+            shown = text
+    if not shown.endswith("\n"):
+        print(flush=True)
+    if path is not None:
+        with path.open("w", encoding="utf-8") as sink:
+            _write(output, sink)
+    return [output]
+
+
+def _without_controls(text: str) -> str:
+    """What a terminal may be sent: a model, above all a random one, can write escape sequences."""
+    return "".join(
+        "\N{REPLACEMENT CHARACTER}"
+        if unicodedata.category(character) == "Cc" and character not in "\n\t"
+        else character
+        for character in text
+    )
+
+
+def _run_file(llm: LLM, prompts: list[Prompt], params: SamplingParams, path: Path | None) -> list[RequestOutput]:
+    """Write the results of many prompts, each as soon as those before it are written."""
+    from engine.llm import progress_bar
+
+    stream = llm.stream(prompts, params, only_finished=True)  # refuses bad prompts before the file is opened
+    outputs: list[RequestOutput] = []
+    with (
+        contextlib.closing(stream),
+        path.open("w", encoding="utf-8") if path else contextlib.nullcontext(sys.stdout) as sink,
+        progress_bar(len(prompts)) as update,
+    ):
+        for output in _in_order(stream, sink):
+            outputs.append(output)
+            update(output)
+    return outputs
+
+
+def _in_order(stream: Iterable[RequestOutput], sink: TextIO) -> Iterator[RequestOutput]:
+    """Pass on what finishes, and write it in the order of the prompts. After an interruption all that had finished."""
+    finished: dict[int, RequestOutput] = {}
+    written = 0
+    try:
+        for output in stream:
+            finished[int(output.request_id)] = output
+            while written in finished:
+                _write(finished.pop(written), sink)
+                written += 1
+            yield output
+    finally:
+        for _, output in sorted(finished.items()):
+            _write(output, sink)
+
+
+def _write(output: RequestOutput, sink: TextIO) -> None:
+    completion, metrics = output.outputs[0], output.metrics
+    line = {
+        "index": int(output.request_id),
+        "prompt": output.prompt,
+        "num_prompt_tokens": len(output.prompt_token_ids),
+        "num_cached_tokens": output.num_cached_tokens,
+        "text": completion.text,
+        "token_ids": completion.token_ids,
+        "finish_reason": completion.finish_reason,
+        "ttft_ms": _milliseconds(metrics.ttft_s),
+        "tpot_ms": _milliseconds(metrics.tpot_s),
+    }
+    print(json.dumps(line, ensure_ascii=False), file=sink, flush=True)
+
+
+def _milliseconds(seconds: float | None) -> float | None:
+    return None if seconds is None else round(seconds * 1e3, 3)
+
+
+# ---- figures -------------------------------------------------------------------------------------------------------
+
+
+def _report(outputs: Sequence[RequestOutput], seconds: float, core: EngineCore) -> Iterator[str]:
+    num_prompt = sum(len(output.prompt_token_ids) for output in outputs)
+    num_output = sum(len(output.outputs[0].token_ids) for output in outputs)
+    of_prompts = f" of {len(outputs)} prompts" if len(outputs) > 1 else ""
+    rate = num_output / seconds
+    yield f"{num_prompt:,} prompt and {num_output:,} output tokens{of_prompts} in {seconds:.2f} s: {rate:,.1f} tokens/s"
+    times = [f"TTFT {outputs[0].metrics.ttft_s * 1e3:.1f} ms"] if len(outputs) == 1 else []
+    tpots = [output.metrics.tpot_s for output in outputs if output.metrics.tpot_s is not None]
+    if tpots:
+        times.append(f"{'mean ' if len(outputs) > 1 else ''}TPOT {sum(tpots) / len(tpots) * 1e3:.2f} ms")
+    if times:
+        yield ", ".join(times)
+    if core.device.type == "cuda":
+        achieved = decode_bytes_per_s(core.step_log, core)
+        if achieved is not None:
+            copy = _copy_bytes_per_s(core.device)
+            share = f", {achieved / copy:.0%} of the {copy / 1e9:,.0f} GB/s of a copy" if copy else ""
+            yield f"decoding read {achieved / 1e9:,.0f} GB/s of weights and KV cache{share}"
+
+
+def decode_bytes_per_s(records: Sequence[StepRecord], core: EngineCore) -> float | None:
+    """Bytes of weights and KV cache per second over the steps that only decode; None if there were none.
+
+    A step launched while the one before it ran has the device from the end of that one on.
+    """
+    num_bytes, seconds, free_s = 0, 0.0, 0.0
+    for record in records:
+        shape = record.shape
+        if shape.decode_contexts and not shape.prefills and not shape.verifies:
+            num_bytes += core.step_bytes(shape)
+            seconds += record.end_s - max(record.start_s, free_s)
+        free_s = record.end_s
+    return num_bytes / seconds if seconds > 0 else None
+
+
+def _copy_bytes_per_s(device: torch.device) -> float | None:
+    """Bytes that a copy reads and writes per second, the best of a few rounds; None if memory is too short for it."""
+    import torch
+
+    try:
+        source, target = (torch.zeros(_COPY_BYTES // 8, dtype=torch.int64, device=device) for _ in range(2))
+    except torch.OutOfMemoryError:
+        return None
+    rounds_ms = []
+    for _ in range(_COPY_ROUNDS):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(_COPIES_PER_ROUND):
+            torch.bitwise_not(source, out=target)  # faster than copy_, which may go through the copy engines
+        end.record()
+        end.synchronize()
+        rounds_ms.append(start.elapsed_time(end))
+    return 2 * _COPY_BYTES * _COPIES_PER_ROUND / (min(rounds_ms) * 1e-3)

@@ -1,0 +1,239 @@
+"""The engine: schedule, execute, update, one step ahead of itself.
+
+    host    schedule n + 1, launch n + 1 | wait for n's tokens, update n | schedule n + 2, launch n + 2 | ...
+    GPU     ...  step n                     | step n + 1                                                | ...
+
+A request that samples a stop token in step n may already be in step n + 1; the scheduler keeps its pages until that
+step is over, and what it samples there is dropped.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from engine.errors import UserError
+from engine.scheduling import KVCacheConfig, RequestStatus, Scheduler, SchedulerConfig, Step, StepShape
+from engine.setup import Engine, build
+from engine.transfer import PendingTokens
+
+if TYPE_CHECKING:
+    from engine.config import EngineConfig
+    from engine.models.modules import DecoderWeights
+    from engine.sequence import Sequence
+
+
+@dataclass(frozen=True)
+class SequenceUpdate:
+    """What a step did for a request: the tokens it gained, and why it ended ("stop", "length"), if it did."""
+
+    sequence: Sequence
+    new_token_ids: list[int]
+    finish_reason: str | None
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One completed step. Times are of `time.perf_counter`.
+
+    Attributes:
+        start_s: when it was scheduled. end_s: when its tokens were on the host.
+        gpu_s: from the first to the last operation on the GPU; None on a CPU.
+        host_s: CPU time to schedule, launch and update it.
+        graph_size: of the CUDA graph that ran, if one did.
+    """
+
+    step_id: int
+    start_s: float
+    end_s: float
+    shape: StepShape
+    num_preempted: int
+    graph_size: int | None
+    host_s: float
+    gpu_s: float | None
+
+
+@dataclass
+class _InFlight:
+    step: Step
+    tokens: PendingTokens
+    start_s: float
+    host_s: float
+    graph_size: int | None
+
+
+class EngineCore:
+    """One model on one device, with its scheduler.
+
+    Attributes:
+        config, model_config, memory: what it was told, what it runs, where the memory went.
+        weights: can be given to another engine of the same model.
+        step_log: set it to a list to have every completed step appended.
+    """
+
+    def __init__(self, config: EngineConfig, *, weights: DecoderWeights | None = None) -> None:
+        """Load the model, size the KV cache and capture CUDA graphs.
+
+        Args:
+            weights: of another engine with the same model, dtype and quantization, to load them once.
+
+        Raises:
+            UserError: a model that cannot be loaded or run, or a context that does not fit.
+        """
+        built: Engine = build(config, weights)
+        self.config = config
+        self.model_config, self.memory, self.weights = built.model_config, built.memory, built.weights
+        self.device, self.dtype, self.max_model_len = built.device, built.dtype, built.memory.max_model_len
+        self._cache, self._runner = built.cache, built.runner
+        self.scheduler = Scheduler(
+            SchedulerConfig(
+                max_num_batched_tokens=config.max_num_batched_tokens,
+                max_num_seqs=config.max_num_seqs,
+                max_model_len=self.max_model_len,
+                enable_chunked_prefill=config.enable_chunked_prefill,
+            ),
+            KVCacheConfig(
+                num_blocks=self.memory.num_blocks + 1,
+                block_size=config.block_size,
+                windows=built.cache.groups.windows,
+                enable_prefix_caching=config.enable_prefix_caching,
+            ),
+        )
+        self.step_log: list[StepRecord] | None = None
+        self._in_flight: deque[_InFlight] = deque()
+        self._depth = 2 if config.async_scheduling else 1
+
+    # ---- requests --------------------------------------------------------------------------------------------------
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a request is waiting, running, or in a step in flight."""
+        return bool(self.scheduler.num_outstanding or self._in_flight)
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a request.
+
+        Raises:
+            UserError: a prompt that leaves no room for output or has tokens outside the vocabulary. Other requests are
+                not disturbed.
+        """
+        vocab = self.model_config.vocab_size
+        smallest, largest = min(sequence.token_ids), max(sequence.token_ids)
+        if smallest < 0 or largest >= vocab:
+            outside = smallest if smallest < 0 else largest
+            raise UserError(
+                f"request {sequence.request_id!r}: token id {outside} is outside the vocabulary of {vocab} tokens"
+            )
+        try:
+            self.scheduler.add(sequence)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+
+    def abort(self, sequence: Sequence) -> bool:
+        """End a request now; what steps in flight still sample for it is dropped. False if it had already ended."""
+        aborted = self.scheduler.abort(sequence)
+        if aborted:
+            self._runner.slots.release(sequence)
+        return aborted
+
+    # ---- steps -----------------------------------------------------------------------------------------------------
+
+    def step(self) -> list[SequenceUpdate]:
+        """Launch the next step if there is one, and complete the oldest in flight if it is time to.
+
+        Returns:
+            What the completed step did, in the step's order; empty if none was completed.
+        """
+        launched = self._launch()
+        if self._in_flight and (len(self._in_flight) >= self._depth or not launched):
+            return self._complete()
+        return []
+
+    def _launch(self) -> bool:
+        started = time.perf_counter()
+        step = self.scheduler.schedule()
+        for sequence in step.preempted:
+            self._runner.slots.release(sequence)
+        if step.is_empty:
+            return False
+        for sequence in step.admitted:
+            self._runner.slots.assign(sequence)
+            if sequence.first_scheduled_s is None:
+                sequence.first_scheduled_s = started
+        tokens, graph_size = self._runner.execute(step)
+        host_s = time.perf_counter() - started
+        self._in_flight.append(_InFlight(step, tokens, started, host_s, graph_size))
+        return True
+
+    def _complete(self) -> list[SequenceUpdate]:
+        flight = self._in_flight.popleft()
+        step = flight.step
+        tokens = flight.tokens.tokens()
+        now = time.perf_counter()
+        updates, stopped = [], set()
+        for sequence, token in zip(_sampling(step), tokens, strict=True):
+            if sequence in step.detached:
+                continue
+            if sequence.first_token_s is None:
+                sequence.first_token_s = now
+            sequence.last_token_s = now
+            sequence.append([token])
+            if token in sequence.stop_ids:
+                stopped.add(sequence)
+            updates.append((sequence, token))
+        for sequence in self.scheduler.update(step, stopped=stopped):
+            self._runner.slots.release(sequence)
+        if self.step_log is not None:
+            host_s = flight.host_s + time.perf_counter() - now
+            self.step_log.append(
+                StepRecord(
+                    step.step_id,
+                    flight.start_s,
+                    now,
+                    step.shape,
+                    len(step.preempted),
+                    flight.graph_size,
+                    host_s,
+                    flight.tokens.gpu_s(),
+                )
+            )
+        return [SequenceUpdate(sequence, [token], _finish_reason(sequence)) for sequence, token in updates]
+
+    # ---- figures ---------------------------------------------------------------------------------------------------
+
+    def step_bytes(self, shape: StepShape) -> int:
+        """Bytes of weights and KV cache that a step must read: the floor of a step of decodes."""
+        contexts = [context + 1 for context in shape.decode_contexts]
+        contexts += [context + query for query, context in (*shape.prefills, *shape.verifies)]
+        total = self.weights.num_bytes_per_step
+        for layer, window in zip(self._cache.layers, self.model_config.layer_windows, strict=True):
+            heads, per_page = layer.pages.shape[1], layer.layout.page_bytes
+            tokens = sum(contexts) if window is None else sum(min(context, window) for context in contexts)
+            total += tokens * heads * per_page // layer.layout.page_size
+        return total
+
+    def check(self) -> None:
+        """Assert the invariants of scheduler and slots.
+
+        Raises:
+            AssertionError: saying which does not hold.
+        """
+        self.scheduler.check()
+        used = [sequence.slot for sequence in self.scheduler.running]
+        assert len(set(used)) == len(used) and min(used, default=0) >= 0, f"slots are shared or missing: {used}"
+        free = self._runner.slots.num_free
+        assert free + len(used) == self.config.max_num_seqs, f"{free} free slots and {len(used)} used"
+
+
+def _sampling(step: Step) -> list[Sequence]:
+    """The requests of which a step samples a token, in the order in which the runner returns them."""
+    chunks = zip(step.prefill_requests, step.shape.prefills, strict=True)
+    ending = [request for request, (query, context) in chunks if context + query >= request.num_prefill_tokens]
+    return step.decode_requests + ending
+
+
+def _finish_reason(sequence: Sequence) -> str | None:
+    status = sequence.status
+    return status.value if status in (RequestStatus.FINISHED_LENGTH, RequestStatus.FINISHED_STOPPED) else None

@@ -1,0 +1,1 @@
+"""Models as Hugging Face folders describe them: configuration, weights, rotary tables and the one decoder."""

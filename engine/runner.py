@@ -1,0 +1,426 @@
+"""Runs steps on the device: scheduled requests in, sampled tokens out, without waiting for either.
+
+A step goes through four stages, all of them queued on one stream:
+
+    upload     slots, lengths, new pages and prompt tokens, packed in one pinned copy
+    gather     block tables and the decodes' input tokens, from per-slot state that stays on the device (`engine.slots`)
+    forward    the decoder; for a step of decodes only as a CUDA graph of the next larger size
+    sample     into the per-slot state, where the next step finds its input, and to the host
+
+The host therefore never needs step n's tokens to launch step n + 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Many
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from engine.batch import GroupBatch, PrefillBatch, StepBatch
+from engine.kv.cache import KVCache
+from engine.models.decoder import Decoder
+from engine.scheduling import Step
+from engine.slots import Slots
+from engine.transfer import PendingTokens, Upload, aligned
+
+if TYPE_CHECKING:
+    from engine.ops import Ops
+    from engine.sequence import Sequence
+
+
+def graph_sizes(max_num_seqs: int) -> list[int]:
+    """Padded batch sizes of CUDA graphs: 1, 2, 4, and every eighth up to max_num_seqs."""
+    sizes = [1, 2, 4, *range(8, max_num_seqs + 1, 8)]
+    return [size for size in sizes if size < max_num_seqs] + [max_num_seqs]
+
+
+class _Inputs:
+    """What a graph of so many decodes reads, as views of one int32 tensor or array.
+
+        num_seqs | slots [size] | seq_lens [size] | pages [num_groups, size]
+
+    Sequences from num_seqs on are padding: they have the trash slot and no tokens. Every part begins at a multiple of
+    16 bytes.
+
+    Attributes:
+        pages: of each sequence's new token, per KV group.
+    """
+
+    def __init__(self, size: int, num_groups: int, whole: torch.Tensor | np.ndarray) -> None:
+        stride = aligned(size)
+        rows = whole[4:].reshape(2 + num_groups, stride)
+        self.num_seqs, self.slots, self.seq_lens, self.pages = (
+            whole[:1],
+            rows[0, :size],
+            rows[1, :size],
+            rows[2:, :size],
+        )
+
+    @staticmethod
+    def length(size: int, num_groups: int) -> int:
+        """Elements of the whole."""
+        return 4 + (2 + num_groups) * aligned(size)
+
+
+@dataclass
+class _Graph:
+    """A captured step of decodes.
+
+    Attributes:
+        inputs: int32, see `_Inputs`.
+        tokens: int64 [size], what was sampled. logits: what from.
+    """
+
+    size: int
+    graph: torch.cuda.CUDAGraph
+    inputs: torch.Tensor
+    slots: torch.Tensor
+    seq_lens: torch.Tensor
+    logits: torch.Tensor
+    tokens: torch.Tensor
+
+
+class ModelRunner:
+    """One model on one device.
+
+    Attributes:
+        slots: the per-request state; the engine core assigns and releases them.
+        graphs: captured decode steps by size, empty on a CPU or with enforce_eager.
+    """
+
+    def __init__(
+        self, decoder: Decoder, ops: Ops, cache: KVCache, *, max_num_seqs: int, max_model_len: int, device: torch.device
+    ) -> None:
+        self.decoder, self.ops, self.device = decoder, ops, device
+        self.block_size = cache.layers[0].layout.page_size
+        self._num_groups = len(cache.groups.windows)
+        self._num_blocks = cache.num_blocks
+        self._low_bit = any(layer.layout.is_low_bit for layer in cache.layers)
+        max_pages = aligned(-(-max_model_len // self.block_size))
+        self.slots = Slots(max_num_seqs, self._num_groups, max_pages, device)
+        self._upload = Upload(device)
+        self.graphs: dict[int, _Graph] = {}
+        self._graph_for: list[int] = []
+
+    # ---- one step --------------------------------------------------------------------------------------------------
+
+    def execute(self, step: Step) -> tuple[PendingTokens, int | None]:
+        """Launch a step.
+
+        Every request of the step has a slot. Sampled tokens come in the order of its decodes, then of those prompt
+        chunks that end their prompt.
+
+        Returns:
+            The tokens to be, and the size of the CUDA graph that ran, if one did.
+        """
+        start = None
+        if self.device.type == "cuda":
+            start = torch.cuda.Event(enable_timing=True)
+            start.record()
+        admitted = [sequence for sequence in step.admitted if sequence.slot >= 0]
+        if admitted:
+            self._set_parameters(admitted)
+        decodes = step.decode_requests
+        if not step.prefill_requests and not step.verify_requests and len(decodes) < len(self._graph_for):
+            graph = self.graphs[self._graph_for[len(decodes)]]
+            return PendingTokens(self._replay(graph, decodes, step.shape.decode_contexts), start), graph.size
+        return PendingTokens(self._run(step), start), None
+
+    def _set_parameters(self, sequences: Many[Sequence]) -> None:
+        slots = np.array([sequence.slot for sequence in sequences], np.int32)
+        slots, words = self._upload.send([slots, Slots.parameters(sequences)])
+        self.slots.set_parameters(slots.long(), words)
+
+    @torch.inference_mode()
+    def _run(self, step: Step) -> torch.Tensor:
+        """A step of any shape, launched kernel by kernel."""
+        batch, sample_slots, sample_positions = self._batch(step)
+        hidden = self.decoder.forward(batch)
+        if not sample_slots.numel():
+            return sample_slots.new_empty(0, dtype=torch.int64)
+        logits = self.decoder.logits(hidden, batch.sampled_rows)
+        requests = step.decode_requests + step.prefill_requests
+        return self._sample(logits, sample_slots, sample_positions, any(r.params.has_filters for r in requests))
+
+    def _batch(self, step: Step) -> tuple[StepBatch, torch.Tensor, torch.Tensor]:
+        """Upload a step. Also returns slot and position of each token that will be sampled, int64 [num_samples]."""
+        host = _pack(step, self.block_size, self._num_groups)
+        arrays = [host.slots, host.seq_lens, host.query_start, host.decode_pages, host.prefill_pages, host.token_ids]
+        arrays += [host.prefill_start, host.prefill_contexts, host.sampled_rows, host.sampled_seqs]
+        uploaded = self._upload.send(arrays)
+        slots, seq_lens, query_start, decode_pages, prefill_pages, token_ids = uploaded[:6]
+        prefill_start, prefill_contexts, sampled_rows, sampled_seqs = uploaded[6:]
+        slots = slots.long()
+        num_decodes, page_size = len(step.decode_requests), self.block_size
+        decode_slots, prefill_slots = slots[:num_decodes], slots[num_decodes:]
+        decode_columns = (seq_lens[:num_decodes] - 1).long() // page_size
+        width = host.prefill_pages.shape[2]
+        columns = min(aligned(max(width, host.decode_columns)), self.slots.block_tables[0].shape[1])
+        groups, positions = [], None
+        num_tokens = int(host.query_start[-1])
+        for group, table in enumerate(self.slots.block_tables):
+            if num_decodes:
+                table.index_put_((decode_slots, decode_columns), decode_pages[group])
+            if width:
+                table[:, :width].index_copy_(0, prefill_slots, prefill_pages[group])
+            of_step = table[:, :columns].index_select(0, slots)
+            positions, token_slots = self.ops.slot_mapping(of_step, query_start, seq_lens, num_tokens, page_size)
+            groups.append(GroupBatch(of_step, token_slots))
+        prefill = None
+        if step.prefill_requests:
+            prefill = PrefillBatch(
+                first_seq=num_decodes,
+                first_token=num_decodes,
+                query_start=prefill_start,
+                context_lens=prefill_contexts,
+                max_query_len=max(query for query, _ in step.shape.prefills),
+                max_context_len=max(context for _, context in step.shape.prefills),
+                host_context_lens=[context for _, context in step.shape.prefills],
+                host_query_lens=[query for query, _ in step.shape.prefills],
+            )
+        batch = StepBatch(
+            token_ids=torch.cat([self.slots.last_token[decode_slots], token_ids.long()]),
+            positions=positions,
+            seq_lens=seq_lens,
+            query_start=query_start,
+            num_decode_seqs=num_decodes,
+            num_decode_tokens=num_decodes,
+            max_decode_query_len=1,
+            groups=tuple(groups),
+            prefill=prefill,
+            sampled_rows=sampled_rows.long(),
+        )
+        self._set_residuals(batch, slots)
+        sampled_seqs = sampled_seqs.long()
+        return batch, slots[sampled_seqs], seq_lens[sampled_seqs].long()
+
+    def _set_residuals(self, batch: StepBatch, slots: torch.Tensor) -> None:
+        """Where the low-bit formats keep each sequence's newest tokens. Without drafts every token is committed."""
+        if self._low_bit:
+            new_tokens = batch.query_start.diff()
+            context_lens = batch.seq_lens - new_tokens
+            batch.residual_slots = slots.int()
+            batch.flushed_lens = context_lens - context_lens % self.block_size
+            batch.committed_lens = batch.seq_lens
+            batch.next_flushed_lens = batch.seq_lens - batch.seq_lens % self.block_size
+
+    def _sample(
+        self, logits: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor, filtered: bool
+    ) -> torch.Tensor:
+        """Draw a token per row and remember it as its slot's newest."""
+        state = self.slots
+        tokens = self.ops.sample(
+            logits,
+            temperature=state.temperature[slots],
+            top_k=state.top_k[slots] if filtered else None,
+            top_p=state.top_p[slots] if filtered else None,
+            min_p=state.min_p[slots] if filtered else None,
+            seeds=state.seeds[slots],
+            positions=positions,
+            filtered=filtered,
+        )
+        state.last_token.index_copy_(0, slots, tokens)
+        return tokens
+
+    @torch.inference_mode()
+    def run_dummy(self, chunks: Many[tuple[int, int]], num_decodes: int = 0, num_samples: int = 1) -> None:
+        """Run a step of made-up requests, for measuring and for compiling. What it leaves in the cache is garbage.
+
+        Args:
+            chunks: new and cached tokens of each prompt chunk. Each takes pages of its own from 1 on, as many as the
+                cache has, and then the same ones again.
+            num_decodes: requests that decode their second token.
+            num_samples: rows of logits to sample from.
+        """
+        step, trash = Step(0), self.slots.trash
+        step.shape.decode_contexts = [1] * num_decodes
+        step.shape.prefills = list(chunks)
+        lengths = [2] * num_decodes + [query + context for query, context in chunks]
+        next_block = 0
+        for length in lengths:
+            tables = []
+            for _ in range(self._num_groups):
+                pages = -(-length // self.block_size)
+                tables.append([1 + (next_block + i) % (self._num_blocks - 1) for i in range(pages)])
+                next_block += pages
+            dummy = _Dummy([0] * length, trash, tables)
+            (step.decode_requests if len(step.decode_requests) < num_decodes else step.prefill_requests).append(dummy)
+        batch, _, _ = self._batch(step)
+        hidden = self.decoder.forward(batch)
+        rows = torch.arange(num_samples, device=self.device) % hidden.shape[0]
+        logits = self.decoder.logits(hidden, rows)
+        self._sample(logits, torch.full_like(rows, trash), rows, filtered=True)
+
+    def warm_up(self, max_num_batched_tokens: int, max_model_len: int) -> None:
+        """Run one step of each kind, small ones, so that no request waits for a kernel to be compiled.
+
+        A kernel is compiled for each of: short, middling and long chunks, one and several of them, of equal or
+        different length, with and without a context, with one decode and with several beside them.
+        """
+        context = min(self.block_size, max_model_len // 2)
+        for length in (16, 100, 200):
+            for chunks in ([(length, 0)], [(length, 0), (length // 2 + 1, 0)], [(length, context)]):
+                self._run_if_it_fits(chunks, 0, max_num_batched_tokens, max_model_len)
+            self._run_if_it_fits([(length, context), (length // 2 + 1, 0)], 1, max_num_batched_tokens, max_model_len)
+            self._run_if_it_fits([(length, 0)], 3, max_num_batched_tokens, max_model_len)
+
+    def _run_if_it_fits(
+        self, chunks: list[tuple[int, int]], num_decodes: int, max_num_batched_tokens: int, max_model_len: int
+    ) -> None:
+        num_tokens = num_decodes + sum(query for query, _ in chunks)
+        longest = max(query + context for query, context in chunks)
+        if num_tokens <= max_num_batched_tokens and longest <= max_model_len:
+            self.run_dummy(chunks, num_decodes)
+
+    # ---- CUDA graphs -----------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def capture(self, sizes: Many[int]) -> None:
+        """Capture steps of decodes, the largest first, so that the others find its memory in the pool."""
+        pool = torch.cuda.graph_pool_handle()
+        for size in sorted(sizes, reverse=True):
+            length = _Inputs.length(size, self._num_groups)
+            inputs = torch.zeros(length, dtype=torch.int32, device=self.device)
+            _Inputs(size, self._num_groups, inputs).slots.fill_(self.slots.trash)
+            self._decode(inputs, size)  # compiles kernels and makes decode plans, which a capture must not
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool):
+                slots, seq_lens, logits, tokens = self._decode(inputs, size)
+            self.graphs[size] = _Graph(size, graph, inputs, slots, seq_lens, logits, tokens)
+        self._graph_for = [min(size for size in sizes if size >= n) for n in range(max(sizes) + 1)]
+
+    def _decode(self, inputs: torch.Tensor, size: int) -> tuple[torch.Tensor, ...]:
+        """Every sequence decodes one token; what is captured."""
+        page_size = self.block_size
+        given = _Inputs(size, self._num_groups, inputs)
+        slots, seq_lens = given.slots.long(), given.seq_lens
+        query_start = torch.arange(size + 1, dtype=torch.int32, device=self.device).minimum(given.num_seqs)
+        columns = (seq_lens - 1).clamp_(min=0).long() // page_size
+        groups, positions = [], None
+        for group, table in enumerate(self.slots.block_tables):
+            table.index_put_((slots, columns), given.pages[group])
+            of_step = table.index_select(0, slots)
+            positions, token_slots = self.ops.slot_mapping(of_step, query_start, seq_lens, size, page_size)
+            groups.append(GroupBatch(of_step, token_slots))
+        batch = StepBatch(
+            token_ids=self.slots.last_token[slots],
+            positions=positions,
+            seq_lens=seq_lens,
+            query_start=query_start,
+            num_decode_seqs=size,
+            num_decode_tokens=size,
+            max_decode_query_len=1,
+            groups=tuple(groups),
+        )
+        self._set_residuals(batch, slots)
+        logits = self.decoder.logits(self.decoder.forward(batch))
+        tokens = self._sample(logits, slots, seq_lens.long(), filtered=False)
+        return slots, seq_lens, logits, tokens
+
+    @torch.inference_mode()
+    def _replay(self, graph: _Graph, decodes: Many[Sequence], contexts: Many[int]) -> torch.Tensor:
+        size, count, page_size = graph.size, len(decodes), self.block_size
+        inputs = np.zeros(_Inputs.length(size, self._num_groups), np.int32)
+        given = _Inputs(size, self._num_groups, inputs)
+        given.num_seqs[0] = count
+        given.slots[:count] = [sequence.slot for sequence in decodes]
+        given.slots[count:] = self.slots.trash
+        given.seq_lens[:count] = contexts
+        given.seq_lens[:count] += 1
+        for group in range(self._num_groups):
+            given.pages[group, :count] = [
+                sequence.block_tables[group][context // page_size]
+                for sequence, context in zip(decodes, contexts, strict=True)
+            ]
+        self._upload.send([inputs], out=graph.inputs)
+        graph.graph.replay()
+        if any(sequence.params.has_filters for sequence in decodes):
+            # Graphs sample without filters. The draw is again a function of seed and position, so this one replaces it.
+            return self._sample(graph.logits[:count], graph.slots[:count], graph.seq_lens[:count].long(), True)
+        return graph.tokens[:count]
+
+
+@dataclass
+class _Dummy:
+    """As much of a request as `_pack` looks at."""
+
+    token_ids: list[int]
+    slot: int
+    block_tables: list[list[int]]
+
+    @property
+    def num_prefill_tokens(self) -> int:
+        return len(self.token_ids)
+
+
+@dataclass
+class _Packed:
+    """A step as int32 arrays.
+
+    Attributes:
+        slots, seq_lens: [num_seqs]. query_start: [num_seqs + 1].
+        decode_pages: [num_groups, num_decodes], the page of each decode's new token.
+        prefill_pages: [num_groups, num_prefills, width], the prefills' block tables, 0 behind their ends.
+        token_ids: of the prompt chunks. prefill_start, prefill_contexts: as in `PrefillBatch`.
+        sampled_rows, sampled_seqs: rows and sequences of which a token is sampled.
+        decode_columns: pages of the longest decode.
+    """
+
+    slots: np.ndarray
+    seq_lens: np.ndarray
+    query_start: np.ndarray
+    decode_pages: np.ndarray
+    prefill_pages: np.ndarray
+    token_ids: np.ndarray
+    prefill_start: np.ndarray
+    prefill_contexts: np.ndarray
+    sampled_rows: np.ndarray
+    sampled_seqs: np.ndarray
+    decode_columns: int
+
+
+def _pack(step: Step, page_size: int, num_groups: int) -> _Packed:
+    """Decodes first, then prompt chunks."""
+    decodes, contexts = step.decode_requests, step.shape.decode_contexts
+    prefills, chunks = step.prefill_requests, step.shape.prefills
+    num_decodes, num_prefills = len(decodes), len(prefills)
+    query_lens = [1] * num_decodes + [query for query, _ in chunks]
+    query_start = np.zeros(num_decodes + num_prefills + 1, np.int32)
+    np.cumsum(query_lens, out=query_start[1:])
+    width = max((len(request.block_tables[0]) for request in prefills), default=0)
+    prefill_pages = np.zeros((num_groups, num_prefills, width), np.int32)
+    for row, request in enumerate(prefills):
+        for group in range(num_groups):
+            table = request.block_tables[group]
+            prefill_pages[group, row, : len(table)] = table
+    decode_pages = np.array(
+        [
+            [r.block_tables[group][context // page_size] for r, context in zip(decodes, contexts, strict=True)]
+            for group in range(num_groups)
+        ],
+        np.int32,
+    ).reshape(num_groups, num_decodes)
+    tokens = [r.token_ids[context : context + query] for r, (query, context) in zip(prefills, chunks, strict=True)]
+    ends = [
+        num_decodes + i
+        for i, (r, (query, context)) in enumerate(zip(prefills, chunks, strict=True))
+        if context + query >= r.num_prefill_tokens
+    ]
+    sampled_seqs = np.array([*range(num_decodes), *ends], np.int32)
+    return _Packed(
+        slots=np.array([request.slot for request in (*decodes, *prefills)], np.int32),
+        seq_lens=np.array([c + 1 for c in contexts] + [query + context for query, context in chunks], np.int32),
+        query_start=query_start,
+        decode_pages=decode_pages,
+        prefill_pages=prefill_pages,
+        token_ids=np.array([token for chunk in tokens for token in chunk], np.int32),
+        prefill_start=query_start[num_decodes:] - query_start[num_decodes],
+        prefill_contexts=np.array([context for _, context in chunks], np.int32),
+        sampled_rows=query_start[sampled_seqs + 1] - 1,
+        sampled_seqs=sampled_seqs,
+        decode_columns=max((context // page_size + 1 for context in contexts), default=0),
+    )

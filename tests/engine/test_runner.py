@@ -1,0 +1,242 @@
+"""What the runner does that whole texts would not show: packing, transfers, slots, and graphs without a GPU."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from models_for_tests import FAMILIES
+from running import LogitsLog, Models, engine, prompts, reference_logits, request, run
+
+from engine.core import EngineCore
+from engine.runner import _Graph, _pack, graph_sizes
+from engine.sampling_params import SamplingParams
+from engine.scheduling import Step
+from engine.slots import Slots
+from engine.transfer import DEPTH, PendingTokens, Upload
+
+CPU = torch.device("cpu")
+
+
+# ---- sizes of graphs -----------------------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 1100))
+def test_graph_sizes(max_num_seqs):
+    sizes = graph_sizes(max_num_seqs)
+    assert sizes == sorted(set(sizes))
+    assert sizes[-1] == max_num_seqs
+    for number in range(1, max_num_seqs + 1):
+        padded = min(size for size in sizes if size >= number)
+        assert padded <= 2 * number
+        assert padded - number < 8
+
+
+# ---- packing -------------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def steps(draw) -> Step:
+    """Decodes and prompt chunks of any lengths, with two KV groups and pages of 4 tokens; every number tells whose."""
+    step = Step(0)
+    for index in range(draw(st.integers(0, 4)) + (draw(st.integers(0, 3)) << 8)):
+        is_decode = index < 256
+        if not is_decode and index >> 8 == 0:
+            continue
+        number = index % 256
+        context = draw(st.integers(0, 30))
+        query = 1 if is_decode else draw(st.integers(1, 30))
+        if not is_decode and number > 3:
+            break
+        pages = -(-(context + query) // 4) + draw(st.integers(0, 1))
+        sequence = SimpleNamespace(
+            slot=50 * (not is_decode) + number,
+            token_ids=[1000 * number + position for position in range(context + query)],
+            block_tables=[[10_000 * group + 100 * number + page + 1 for page in range(pages)] for group in range(2)],
+            num_prefill_tokens=context + query + draw(st.integers(0, 1)),
+        )
+        if is_decode:
+            step.decode_requests.append(sequence)
+            step.shape.decode_contexts.append(context)
+        else:
+            step.prefill_requests.append(sequence)
+            step.shape.prefills.append((query, context))
+    return step
+
+
+@given(steps())
+def test_pack(step):
+    """Against what each sequence says, one by one."""
+    packed = _pack(step, 4, 2)
+    decodes, prefills = step.decode_requests, step.prefill_requests
+    queries = [1] * len(decodes) + [query for query, _ in step.shape.prefills]
+    contexts = step.shape.decode_contexts + [context for _, context in step.shape.prefills]
+    assert packed.slots.tolist() == [each.slot for each in decodes + prefills]
+    assert packed.seq_lens.tolist() == [query + context for query, context in zip(queries, contexts, strict=True)]
+    assert packed.query_start.tolist() == [sum(queries[:i]) for i in range(len(queries) + 1)]
+    assert packed.decode_pages.shape == (2, len(decodes))
+    for i, each in enumerate(decodes):
+        for group in range(2):
+            assert packed.decode_pages[group, i] == each.block_tables[group][contexts[i] // 4]
+    longest = max((len(each.block_tables[0]) for each in prefills), default=0)
+    assert packed.prefill_pages.shape == (2, len(prefills), longest)
+    for i, each in enumerate(prefills):
+        for group in range(2):
+            table = each.block_tables[group]
+            assert packed.prefill_pages[group, i].tolist() == table + [0] * (longest - len(table))
+    chunks = zip(prefills, step.shape.prefills, strict=True)
+    assert packed.token_ids.tolist() == [token for each, (q, c) in chunks for token in each.token_ids[c : c + q]]
+    assert packed.prefill_start.tolist() == [
+        sum(queries[len(decodes) : len(decodes) + i]) for i in range(len(prefills) + 1)
+    ]
+    assert packed.prefill_contexts.tolist() == contexts[len(decodes) :]
+    sampled = list(range(len(decodes)))
+    for i, each in enumerate(prefills):
+        if queries[len(decodes) + i] + contexts[len(decodes) + i] == each.num_prefill_tokens:
+            sampled.append(len(decodes) + i)
+    assert packed.sampled_seqs.tolist() == sampled
+    assert packed.sampled_rows.tolist() == [sum(queries[: seq + 1]) - 1 for seq in sampled]
+    assert packed.decode_columns == max((context // 4 + 1 for context in step.shape.decode_contexts), default=0)
+
+
+# ---- transfers -----------------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 2000)), max_size=4), min_size=1, max_size=9))
+def test_upload_keeps_values_and_shapes(sends):
+    """Of every array of every send, although the host's buffers go round and grow."""
+    upload, count, kept = Upload(CPU), 0, []
+    for shapes in sends:
+        arrays = []
+        for shape in shapes:
+            arrays.append(np.arange(count, count + shape[0] * shape[1], dtype=np.int32).reshape(shape))
+            count += arrays[-1].size
+        kept.append((arrays, upload.send(arrays)))
+    for arrays, views in kept:
+        for array, view in zip(arrays, views, strict=True):
+            assert view.dtype == torch.int32
+            assert view.shape == array.shape
+            assert np.array_equal(view.numpy(), array)
+
+
+def test_upload_into_a_tensor_leaves_the_rest_of_it():
+    out = torch.full((7,), -1, dtype=torch.int32)
+    (view,) = Upload(CPU).send([np.array([4, 5, 6], np.int32)], out=out)
+    assert out.tolist() == [4, 5, 6, -1, -1, -1, -1]
+    assert view.data_ptr() == out.data_ptr()
+
+
+def test_a_host_buffer_comes_round_after_two_steps_of_two_sends():
+    """A step sends twice at most, and two steps are in flight: their buffers must be different ones."""
+    upload = Upload(CPU)
+    buffers = [upload._host(10).data_ptr() for _ in range(3 * DEPTH)]
+    for i in range(len(buffers) - 3):
+        assert len(set(buffers[i : i + 4])) == 4
+
+
+def test_pending_tokens_on_the_cpu():
+    pending = PendingTokens(torch.tensor([5, 7, 2**40]))
+    assert pending.tokens() == [5, 7, 2**40]
+    assert pending.gpu_s() is None
+
+
+# ---- slots ---------------------------------------------------------------------------------------------------------
+
+
+def test_slots_are_given_once_and_taken_back_once():
+    slots = Slots(3, 1, 4, CPU)
+    sequences = [SimpleNamespace(slot=-1) for _ in range(4)]
+    for sequence in sequences[:3]:
+        slots.assign(sequence)
+    assert sorted(sequence.slot for sequence in sequences[:3]) == [0, 1, 2]
+    assert slots.num_free == 0
+    freed = sequences[1].slot
+    slots.release(sequences[1])
+    slots.release(sequences[1])
+    assert (slots.num_free, sequences[1].slot) == (1, -1)
+    slots.assign(sequences[3])
+    assert sequences[3].slot == freed
+
+
+def test_parameters_reach_their_slots():
+    slots = Slots(4, 1, 4, CPU)
+    chosen = [
+        (SamplingParams(temperature=0.3, top_p=0.9, min_p=0.125, top_k=17), 2**63 - 1),
+        (SamplingParams(temperature=0, top_k=-1), 0),
+        (SamplingParams(temperature=2.0), 2**31 + 5),
+    ]
+    sequences = [SimpleNamespace(params=params, seed=seed) for params, seed in chosen]
+    slots.set_parameters(torch.tensor([3, 0, 1]), torch.from_numpy(Slots.parameters(sequences)))
+    rows = [3, 0, 1]
+    assert slots.temperature[rows].tolist() == pytest.approx([0.3, 0, 2.0])
+    assert slots.top_p[rows].tolist() == pytest.approx([0.9, 1, 1])
+    assert slots.min_p[rows].tolist() == [0.125, 0, 0]
+    assert slots.top_k[rows].tolist() == [17, 0, 0]
+    assert slots.seeds[rows].tolist() == [2**63 - 1, 0, 2**31 + 5]
+    # Nobody else's.
+    assert slots.seeds[[2, 4]].tolist() == [0, 0]
+    assert slots.top_p[[2, 4]].tolist() == [1, 1]
+
+
+# ---- graphs --------------------------------------------------------------------------------------------------------
+
+
+class Replayed:
+    """In place of a CUDA graph: runs what would have been captured, into the same tensors."""
+
+    def __init__(self, core: EngineCore, size: int) -> None:
+        runner = core._runner
+        self.inputs = torch.zeros(1 + size * (2 + runner._num_groups), dtype=torch.int32)
+        self.inputs[1 : 1 + size] = runner.slots.trash
+        self._decode = lambda: runner._decode(self.inputs, size)
+        with torch.inference_mode():
+            self.outputs = self._decode()
+        self.graph = _Graph(size, self, self.inputs, *self.outputs)
+        self.num_replays = 0
+
+    def replay(self) -> None:
+        self.num_replays += 1
+        for kept, new in zip(self.outputs, self._decode(), strict=True):
+            kept.copy_(new)
+
+
+def graphs_of(core: EngineCore) -> dict[int, Replayed]:
+    """Give a CPU engine what `ModelRunner.capture` makes on a GPU."""
+    runner, sizes = core._runner, graph_sizes(core.config.max_num_seqs)
+    replayed = {size: Replayed(core, size) for size in sizes}
+    runner.graphs = {size: each.graph for size, each in replayed.items()}
+    runner._graph_for = [min(size for size in sizes if size >= n) for n in range(max(sizes) + 1)]
+    return replayed
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> Models:
+    return Models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.mark.parametrize("settings", [{}, {"kv_cache_dtype": "int8"}, {"kv_cache_dtype": "int4"}], ids=str)
+@pytest.mark.parametrize("family", [*FAMILIES[:3], "gemma2"])
+def test_padded_decodes_are_those_without_padding(family, settings, models):
+    """Texts of different lengths, so that every size of graph is used, full and not; greedy, sampled, and filtered."""
+    folder, model = models(family)
+    results = []
+    for has_graphs in (True, False):
+        with engine(folder, max_num_seqs=7, enable_prefix_caching=False, **settings) as core:
+            graphs = graphs_of(core) if has_graphs else {}
+            log = LogitsLog(core)
+            core.step_log = []
+            requests = [
+                request(core, i, prompt, max_tokens=4 + 5 * i, temperature=i % 2, top_k=5 * (i == 5))
+                for i, prompt in enumerate(prompts((1, 31, 32, 33, 90, 60, 61)))
+            ]
+            run(core, requests)
+            used = [record.graph_size for record in core.step_log if record.graph_size]
+            assert set(used) == set(graphs)
+            assert sum(each.num_replays for each in graphs.values()) == len(used)
+            results.append([each.output_token_ids for each in requests])
+            if not settings:
+                for each in requests:
+                    assert float((log.rows(each) - reference_logits(model, each)).abs().max()) < 1e-4
+    assert results[0] == results[1]
