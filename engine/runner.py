@@ -255,17 +255,16 @@ class ModelRunner:
         self._sample(logits, torch.full_like(rows, trash), rows, filtered=True)
 
     def warm_up(self, max_num_batched_tokens: int, max_model_len: int) -> None:
-        """Run one step of each kind, small ones, so that no request waits for a kernel to be compiled.
+        """Run one small step of each kind, so that no request waits for a kernel to be compiled.
 
-        A kernel is compiled for each of: short, middling and long chunks, one and several of them, of equal or
-        different length, with and without a context, with one decode and with several beside them.
+        Prompt chunks have kernels for lengths below 64, below 128 and above, with and without a context, and for
+        neighbours of about their own length or much shorter ones.
         """
-        context = min(self.block_size, max_model_len // 2)
         for length in (16, 100, 200):
-            for chunks in ([(length, 0)], [(length, 0), (length // 2 + 1, 0)], [(length, context)]):
-                self._run_if_it_fits(chunks, 0, max_num_batched_tokens, max_model_len)
-            self._run_if_it_fits([(length, context), (length // 2 + 1, 0)], 1, max_num_batched_tokens, max_model_len)
-            self._run_if_it_fits([(length, 0)], 3, max_num_batched_tokens, max_model_len)
+            for context in (0, min(self.block_size, max_model_len // 2)):
+                for shorter in (0, 3):
+                    chunks = [(length, context)] + [(1, 0)] * shorter
+                    self._run_if_it_fits(chunks, shorter, max_num_batched_tokens, max_model_len)
 
     def _run_if_it_fits(
         self, chunks: list[tuple[int, int]], num_decodes: int, max_num_batched_tokens: int, max_model_len: int

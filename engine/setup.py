@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +14,7 @@ import torch
 
 from engine.errors import UserError
 from engine.kv.attention import attention_for
-from engine.kv.cache import KVCache, block_bytes, layer_layouts, residual_bytes
+from engine.kv.cache import KVCache, block_bytes, layer_layouts, residual_bytes, scratch_bytes
 from engine.kv.groups import KVGroups, kv_groups
 from engine.memory import GIB, MemoryReport
 from engine.models.builtin import builtin_config
@@ -65,17 +67,31 @@ def build(config: EngineConfig, weights: DecoderWeights | None = None) -> Engine
     groups = kv_groups(described.layer_windows)
     started = time.perf_counter()
     if weights is None:
-        weights = load_weights(
-            Path(config.model),
-            described,
-            dtype=dtype,
-            device=device,
-            load_format="dummy" if config.load_format == "dummy" else "auto",
-            quantization=config.quantization,
-            seed=config.seed,
-        )
-    builder = _Builder(config, described, weights, device, dtype, max_model_len, layouts, groups)
-    return builder.build(load_s=time.perf_counter() - started)
+        with _sentence_for_lack_of_memory(device, "the weights", "--quantization fp8 halves them"):
+            weights = load_weights(
+                Path(config.model),
+                described,
+                dtype=dtype,
+                device=device,
+                load_format="dummy" if config.load_format == "dummy" else "auto",
+                quantization=config.quantization,
+                seed=config.seed,
+            )
+    load_s = time.perf_counter() - started
+    remedy = "lower --gpu-memory-utilization, --max-num-batched-tokens or --num-gpu-blocks-override"
+    with _sentence_for_lack_of_memory(device, "activations and KV cache beside the weights", remedy):
+        return _Builder(config, described, weights, device, dtype, max_model_len, layouts, groups).build(load_s)
+
+
+@contextmanager
+def _sentence_for_lack_of_memory(device: torch.device, what: str, remedy: str) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        free, total = (size / GIB for size in torch.cuda.mem_get_info(device))
+        raise UserError(
+            f"{what} do not fit: of the GPU's {total:.1f} GiB only {free:.1f} GiB are left; {remedy}"
+        ) from None
 
 
 def describe_model(config: EngineConfig) -> ModelConfig:
@@ -194,7 +210,7 @@ class _Builder:
         fixed = residual_bytes(self.model_config, self.layouts, config.max_num_seqs + 1, self.dtype)
         total = activation = other = None
         if self.device.type == "cuda":
-            fixed += self._scratch_bytes()
+            fixed += scratch_bytes(self.model_config, self.layouts, self.max_model_len, self.dtype)
             activation = self._peak_of_largest_step()
             free, total = torch.cuda.mem_get_info(self.device)
             other = max(total - free - torch.cuda.memory_reserved(self.device), 0)
@@ -223,11 +239,6 @@ class _Builder:
         if num_blocks < per_sequence:
             raise UserError(self._does_not_fit(report))
         return report
-
-    def _scratch_bytes(self) -> int:
-        from engine.kv.triton_attention import scratch_bytes
-
-        return scratch_bytes(self.model_config, self.layouts, self.max_model_len, self.dtype)
 
     def _peak_of_largest_step(self) -> int:
         """Bytes that the largest step needs beyond weights and cache: run it on a small cache, and look."""
@@ -259,7 +270,7 @@ class _Builder:
         remedies = []
         if fits:
             remedies.append(f"--max-model-len {fits}")
-        if self.layouts[-1].is_float:
+        if all(layout.is_float for layout in self.layouts):
             remedies.append("--kv-cache-dtype fp8 (half the bytes) or int4 (a quarter)")
         if config.num_gpu_blocks_override:
             remedies.append("a larger --num-gpu-blocks-override, or none")

@@ -469,7 +469,7 @@ def _rotate_query(query, stride_h, cos, sin, live, HEAD_DIM: tl.constexpr, HALF:
         _store_run(query + i * stride_h, second, live, HALF, HALF)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _write_tokens_kernel(
     key_ptr,
     key_stride_t,
@@ -1000,7 +1000,7 @@ def _page_in_window(
     return seq, tl.max(tl.where(found, starts, -1), 0), tl.max(tl.where(found, rows, -1), 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["block_tables_stride", "num_seqs", "num_windows"])
 def _write_pages_kernel(
     key_ptr,
     key_stride_t,
@@ -1129,7 +1129,7 @@ def _write_pages_kernel(
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["block_tables_stride", "num_tokens", "num_seqs"])
 def _slot_mapping_kernel(
     block_tables_ptr,
     block_tables_stride,
@@ -1194,7 +1194,7 @@ def _numbers(words, plane: tl.constexpr, KV_DTYPE: tl.constexpr, BITS: tl.conste
     return low, high
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["block_tables_stride", "out_block_tables_stride", "max_pages"])
 def _dequantise_kernel(
     words_ptr,
     scales_ptr,

@@ -21,7 +21,7 @@ MAX_HIDDEN = 8 * 8192  # 8 chunks of the largest tile
 # ---- RMSNorm -------------------------------------------------------------------------------------------------------
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def rms_norm_kernel(
     x_ptr,
     weight_ptr,
@@ -355,7 +355,7 @@ def _check_rope(query, key, cos, sin, positions, query_norm, key_norm, eps) -> N
 # ---- gated activation ----------------------------------------------------------------------------------------------
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def silu_mul_kernel(
     gate_up_ptr,
     out_ptr,

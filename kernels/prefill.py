@@ -181,7 +181,15 @@ def _attend(
 
 
 @triton.jit(
-    do_not_specialize=["num_seqs", "num_heads", "num_columns", "num_tiles", "columns_per_section", "window"],
+    do_not_specialize=[
+        "table_stride",
+        "num_seqs",
+        "num_heads",
+        "num_columns",
+        "num_tiles",
+        "columns_per_section",
+        "window",
+    ],
 )
 def _prefill_kernel(
     query_desc,  # [num_q_heads / PACK, num_tokens, PACK, head_dim], without PACK where it is 1

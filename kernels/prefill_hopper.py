@@ -567,6 +567,7 @@ def _consume(rings, staging, outputs, numbers, c: gl.constexpr, WHICH: gl.conste
 
 @gluon.jit(
     do_not_specialize=[
+        "table_stride",
         "num_seqs",
         "num_heads",
         "num_columns",

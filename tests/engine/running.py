@@ -24,6 +24,10 @@ SMALL = {"device": "cpu", "block_size": 32, "max_model_len": 256, "max_num_seqs"
 LENGTHS = (1, 31, 32, 33, 90, 150)
 
 
+# Greatest error of the logits as a share of their norm, over all outputs; twice the most it was when written.
+BOUNDS = {"fp8": 0.15, "int8": 0.04, "int4": 0.4, "int2": 1.5}
+
+
 class Models:
     """Tiny models, each saved once: a folder for the engine and the transformers model as the reference."""
 
@@ -94,6 +98,16 @@ def run(
     return updates
 
 
+def in_two_waves(core: EngineCore) -> list[Sequence]:
+    """Prompts of all lengths at once; then some that begin like the longest of them, or like its whole text."""
+    first = [request(core, f"first {len(prompt)}", prompt) for prompt in prompts()]
+    run(core, first)
+    known = first[-1].token_ids
+    second = [request(core, f"again {length}", [*known[:length], 7, 8, 9]) for length in (64, 70, 130, 170)]
+    run(core, second)
+    return first + second
+
+
 class LogitsLog:
     """The logits from which an engine samples, from now on; it reaches into the runner, for nothing public tells.
 
@@ -118,7 +132,7 @@ class LogitsLog:
         sampling = _sampling(step)
         if sampling:
             rows = self._rows if graph_size is None else self._runner.graphs[graph_size].logits
-            rows = rows[: len(sampling)].float().cpu()
+            rows = rows[: len(sampling)].to("cpu", torch.float32, copy=True)
             lengths = [context + 1 for context in step.shape.decode_contexts]
             chunks = zip(step.prefill_requests, step.shape.prefills, strict=True)
             lengths += [q + c for sequence, (q, c) in chunks if q + c >= sequence.num_prefill_tokens]
@@ -137,6 +151,13 @@ def reference_logits(model: transformers.PreTrainedModel, sequence: Sequence) ->
     """What transformers would sample each output token from, given those before it: float32, on the CPU."""
     token_ids = torch.tensor([sequence.token_ids], device=model.device)
     return model(token_ids).logits[0, sequence.num_prompt_tokens - 1 : -1].float().cpu()
+
+
+def relative_error(core: EngineCore, log: LogitsLog, model, requests: list[Sequence]) -> float:
+    """Of the logits of all output tokens, given the engine's own text."""
+    found = torch.cat([log.rows(each) for each in requests])
+    wanted = torch.cat([reference_logits(model, each) for each in requests])
+    return float((found - wanted).norm() / wanted.norm())
 
 
 def assert_same_texts(found: Mapping, wanted: Mapping, logits: Mapping, tolerance: float = 0.0) -> None:

@@ -6,14 +6,17 @@ import pytest
 import torch
 from models_for_tests import FAMILIES, VOCAB_SIZE
 from running import (
+    BOUNDS,
     LENGTHS,
     LogitsLog,
     Models,
     assert_idle,
     assert_same_texts,
     engine,
+    in_two_waves,
     prompts,
     reference_logits,
+    relative_error,
     request,
     run,
 )
@@ -43,16 +46,6 @@ def tight_memory(folder, **settings) -> dict:
     """Settings with hardly more blocks than one sequence of 256 tokens may need."""
     with engine(folder, **settings) as core:
         return {**settings, "num_gpu_blocks_override": core.memory.blocks_per_sequence + 1}
-
-
-def in_two_waves(core: EngineCore) -> list[Sequence]:
-    """Prompts of all lengths at once; then some that begin like the longest of them, or like its whole text."""
-    first = [request(core, f"first {len(prompt)}", prompt) for prompt in prompts()]
-    run(core, first)
-    known = first[-1].token_ids
-    second = [request(core, f"again {length}", [*known[:length], 7, 8, 9]) for length in (64, 70, 130, 170)]
-    run(core, second)
-    return first + second
 
 
 # ---- against transformers ------------------------------------------------------------------------------------------
@@ -170,17 +163,17 @@ def test_neighbours_do_not_change_a_text(kv_cache_dtype, family, models):
         assert_same_texts({each.request_id: each.output_token_ids for each in asked}, texts, logits, tolerance)
 
 
-@pytest.mark.parametrize("quantization", [None, "fp8"])
 @pytest.mark.parametrize(
-    "changed",
+    ("changed", "quantization"),
     [
-        {"enable_prefix_caching": False},
-        {"enable_chunked_prefill": False},
-        {"max_num_batched_tokens": 17},
-        {"block_size": 64},
-        {"block_size": 128},
-        {"async_scheduling": False},
-        {"num_gpu_blocks_override": 9},
+        ({"enable_chunked_prefill": False, "enable_prefix_caching": False}, None),
+        ({"block_size": 64}, None),
+        ({"block_size": 128}, None),
+        ({"max_num_batched_tokens": 17}, None),
+        ({"max_num_batched_tokens": 17}, "fp8"),
+        ({"async_scheduling": False, "enable_prefix_caching": False}, "fp8"),
+        ({"num_gpu_blocks_override": 9}, None),
+        ({"num_gpu_blocks_override": 9}, "fp8"),
     ],
     ids=str,
 )
@@ -196,16 +189,6 @@ def test_settings_do_not_change_a_text(changed, quantization, models):
 
 
 # ---- quantised caches and weights ----------------------------------------------------------------------------------
-
-# Greatest error of the logits, as a share of their norm, over the output of a request. Twice what it was when written.
-BOUNDS = {"fp8": 0.3, "int8": 0.1, "int4": 0.6, "int2": 1.5}
-
-
-def relative_error(core: EngineCore, log: LogitsLog, model, requests: list[Sequence]) -> float:
-    """Of the logits of all output tokens, given the engine's own text."""
-    found = torch.cat([log.rows(each) for each in requests])
-    wanted = torch.cat([reference_logits(model, each) for each in requests])
-    return float((found - wanted).norm() / wanted.norm())
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
@@ -224,17 +207,17 @@ def test_quantised_caches_survive_chunks_hits_and_preemption(kv_cache_dtype, fam
 
 @pytest.mark.parametrize("kv_cache_dtype", QUANTISED)
 def test_skipped_layers_keep_the_models_dtype(kv_cache_dtype, models):
-    folder, model = models("gemma3_text")
+    folder, model = models("gemma2")
     errors = {}
-    for skipped in ((), (0, 2, 5), (0, 1, 2, 3, 4, 5)):
+    for skipped in ((), (0, 1), (0, 1, 2, 3)):
         with engine(folder, kv_cache_dtype=kv_cache_dtype, kv_cache_dtype_skip_layers=skipped) as core:
             log = LogitsLog(core)
             requests = in_two_waves(core)
             errors[len(skipped)] = relative_error(core, log, model, requests)
             layouts = [layer.layout.kv_dtype for layer in core._cache.layers]
-            assert layouts == ["float32" if layer in skipped else kv_cache_dtype for layer in range(6)]
-    assert errors[0] > errors[3] > errors[6]
-    assert errors[6] < 1e-5
+            assert layouts == ["float32" if layer in skipped else kv_cache_dtype for layer in range(4)]
+    assert errors[0] > errors[2] > errors[4]
+    assert errors[4] < 1e-5
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -249,8 +232,9 @@ def test_fp8_weights_change_little(family, models):
 # ---- sliding windows -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("async_scheduling", [True, False])
-@pytest.mark.parametrize("family", ["mistral", "gemma2", "gemma3_text"])
+@pytest.mark.parametrize(
+    ("family", "async_scheduling"), [("mistral", True), ("gemma2", True), ("gemma2", False), ("gemma3_text", False)]
+)
 def test_windows_give_their_pages_back(family, async_scheduling, models):
     """A long text needs no more pages than the configuration says, and exactly so many are enough."""
     folder, model = models(family)

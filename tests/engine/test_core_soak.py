@@ -1,4 +1,4 @@
-"""Two thousand random requests in little memory: each ends once and as it should, and nothing is left of them."""
+"""Many random requests in little memory: each ends once and as it should, and nothing is left of them."""
 
 import random
 from collections import Counter
@@ -143,7 +143,7 @@ def models(tmp_path_factory) -> Models:
 @pytest.mark.parametrize(
     ("family", "count", "settings"),
     [
-        ("llama", 600, {}),
+        ("llama", 450, {}),
         ("gemma2", 250, {}),
         ("mistral", 300, {"async_scheduling": False, "enable_prefix_caching": False}),
         ("qwen3", 200, {"enable_chunked_prefill": False, "max_num_batched_tokens": 160}),

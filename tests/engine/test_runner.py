@@ -1,5 +1,7 @@
 """What the runner does that whole texts would not show: packing, transfers, slots, and graphs without a GPU."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,7 +13,7 @@ from models_for_tests import FAMILIES
 from running import LogitsLog, Models, engine, prompts, reference_logits, request, run
 
 from engine.core import EngineCore
-from engine.runner import _Graph, _pack, graph_sizes
+from engine.runner import _pack, graph_sizes
 from engine.sampling_params import SamplingParams
 from engine.scheduling import Step
 from engine.slots import Slots
@@ -119,12 +121,14 @@ def test_upload_keeps_values_and_shapes(sends):
             assert view.dtype == torch.int32
             assert view.shape == array.shape
             assert np.array_equal(view.numpy(), array)
+            # Triton compiles a kernel anew for a pointer of another alignment.
+            assert view.storage_offset() % 4 == 0
 
 
 def test_upload_into_a_tensor_leaves_the_rest_of_it():
-    out = torch.full((7,), -1, dtype=torch.int32)
-    (view,) = Upload(CPU).send([np.array([4, 5, 6], np.int32)], out=out)
-    assert out.tolist() == [4, 5, 6, -1, -1, -1, -1]
+    out = torch.full((11,), -1, dtype=torch.int32)
+    (view,) = Upload(CPU).send([np.arange(8, dtype=np.int32)], out=out)
+    assert out.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, -1, -1, -1]
     assert view.data_ptr() == out.data_ptr()
 
 
@@ -184,31 +188,48 @@ def test_parameters_reach_their_slots():
 
 
 class Replayed:
-    """In place of a CUDA graph: runs what would have been captured, into the same tensors."""
+    """In place of a CUDA graph: replaying it runs what was captured once more, into the same tensors."""
 
-    def __init__(self, core: EngineCore, size: int) -> None:
-        runner = core._runner
-        self.inputs = torch.zeros(1 + size * (2 + runner._num_groups), dtype=torch.int32)
-        self.inputs[1 : 1 + size] = runner.slots.trash
-        self._decode = lambda: runner._decode(self.inputs, size)
-        with torch.inference_mode():
-            self.outputs = self._decode()
-        self.graph = _Graph(size, self, self.inputs, *self.outputs)
+    def __init__(self) -> None:
         self.num_replays = 0
+
+    def record(self, decode: Callable[[], tuple[torch.Tensor, ...]], outputs: tuple[torch.Tensor, ...]) -> None:
+        self._decode, self._outputs = decode, outputs
 
     def replay(self) -> None:
         self.num_replays += 1
-        for kept, new in zip(self.outputs, self._decode(), strict=True):
+        for kept, new in zip(self._outputs, self._decode(), strict=True):
             kept.copy_(new)
 
 
-def graphs_of(core: EngineCore) -> dict[int, Replayed]:
-    """Give a CPU engine what `ModelRunner.capture` makes on a GPU."""
-    runner, sizes = core._runner, graph_sizes(core.config.max_num_seqs)
-    replayed = {size: Replayed(core, size) for size in sizes}
-    runner.graphs = {size: each.graph for size, each in replayed.items()}
-    runner._graph_for = [min(size for size in sizes if size >= n) for n in range(max(sizes) + 1)]
-    return replayed
+def capture_on_cpu(core: EngineCore, monkeypatch: pytest.MonkeyPatch) -> dict[int, Replayed]:
+    """`ModelRunner.capture` as on a GPU, with `Replayed` for graphs."""
+    runner = core._runner
+    decode, capturing = runner._decode, []
+
+    def recording_decode(inputs: torch.Tensor, size: int) -> tuple[torch.Tensor, ...]:
+        outputs = decode(inputs, size)
+        if capturing:
+            capturing[-1].record(lambda: decode(inputs, size), outputs)
+        return outputs
+
+    @contextmanager
+    def capture(graph: Replayed, **_: object) -> Iterator[None]:
+        capturing.append(graph)
+        yield
+        capturing.pop()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "_decode", recording_decode)
+        patch.setattr(torch.cuda, "graph", capture)
+        patch.setattr(torch.cuda, "CUDAGraph", Replayed)
+        patch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+        patch.setattr(torch.cuda, "synchronize", lambda *_: None)
+        runner.capture(graph_sizes(core.config.max_num_seqs))
+    # A GPU copies a graph's tokens to the host before the graph runs again.
+    replay = runner._replay
+    runner._replay = lambda *step: replay(*step).clone()
+    return {size: graph.graph for size, graph in runner.graphs.items()}
 
 
 @pytest.fixture(scope="module")
@@ -218,13 +239,13 @@ def models(tmp_path_factory) -> Models:
 
 @pytest.mark.parametrize("settings", [{}, {"kv_cache_dtype": "int8"}, {"kv_cache_dtype": "int4"}], ids=str)
 @pytest.mark.parametrize("family", [*FAMILIES[:3], "gemma2"])
-def test_padded_decodes_are_those_without_padding(family, settings, models):
+def test_padded_decodes_are_those_without_padding(family, settings, models, monkeypatch):
     """Texts of different lengths, so that every size of graph is used, full and not; greedy, sampled, and filtered."""
     folder, model = models(family)
     results = []
     for has_graphs in (True, False):
         with engine(folder, max_num_seqs=7, enable_prefix_caching=False, **settings) as core:
-            graphs = graphs_of(core) if has_graphs else {}
+            graphs = capture_on_cpu(core, monkeypatch) if has_graphs else {}
             log = LogitsLog(core)
             core.step_log = []
             requests = [
