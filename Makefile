@@ -1,5 +1,5 @@
 # Needs Python 3.11 or later, make and a package registry; everything is installed into .venv. Planning installs no
-# torch; what tests, measures or checks the kernels does.
+# torch; what runs, tests, measures or checks the engine and its kernels does.
 PYTHON ?= python3
 WORKERS ?= auto
 
@@ -12,13 +12,15 @@ ENGINE_INSTALLED := $(VENV)/.engine-installed
 TEST_INSTALLED := $(VENV)/.test-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup plan test test-gpu lint bench bench-kernels clean
+.PHONY: help setup setup-engine plan test test-gpu lint bench bench-kernels clean
 
 help: ## list the targets (default)
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	@echo "  PYTHON=python3.12 picks the interpreter that .venv is made from; WORKERS=4 the test processes."
 
 setup: $(BASE_INSTALLED) ## create .venv and install Memwall into it
+
+setup-engine: $(ENGINE_INSTALLED) ## the same with torch, Triton and transformers, for memwall generate and bench
 
 plan: $(BASE_INSTALLED) ## run memwall plan with its default question
 	@$(VENV)/bin/memwall plan
@@ -28,7 +30,7 @@ test: $(TEST_INSTALLED) ## run the tests (those that need a GPU are skipped with
 
 test-gpu: $(TEST_INSTALLED) ## run only the tests that need a GPU, in one process; fails without one
 	@$(PY) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "make test-gpu: no CUDA device was found")'
-	@$(PY) -m pytest -q -m gpu tests/kernels
+	@$(PY) -m pytest -q -m gpu tests/kernels tests/engine
 
 lint: $(TEST_INSTALLED) ## check style and formatting
 	@$(PY) -m ruff check .

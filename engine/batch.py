@@ -72,6 +72,7 @@ class StepBatch:
             (`kernels.pages`): the residual window of each sequence, its tokens in quantised pages before the step,
             its tokens that no later step rejects, and its tokens in quantised pages after the step. None where no
             layer has such a format.
+        attended: [num_tokens or more, num_q_heads, head_dim], where attention may put its result; None for new memory.
     """
 
     token_ids: torch.Tensor
@@ -88,6 +89,7 @@ class StepBatch:
     flushed_lens: torch.Tensor | None = None
     committed_lens: torch.Tensor | None = None
     next_flushed_lens: torch.Tensor | None = None
+    attended: torch.Tensor | None = None
 
     @property
     def num_tokens(self) -> int:

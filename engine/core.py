@@ -132,8 +132,15 @@ class EngineCore:
             raise UserError(str(error)) from None
 
     def abort(self, sequence: Sequence) -> bool:
-        """End a request now; what steps in flight still sample for it is dropped. False if it had already ended."""
-        aborted = self.scheduler.abort(sequence)
+        """End a request now; what steps in flight still sample for it is dropped. False if it had already ended.
+
+        Raises:
+            UserError: the request was never added.
+        """
+        try:
+            aborted = self.scheduler.abort(sequence)
+        except ValueError:
+            raise UserError(f"request {sequence.request_id!r} is not in this engine") from None
         if aborted:
             self._runner.slots.release(sequence)
         return aborted

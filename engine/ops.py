@@ -70,15 +70,20 @@ class Ops(ABC):
         *,
         residual: torch.Tensor | None = None,
         weight_offset: float = 0.0,
+        out: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """`linear` of `rms_norm`; a residual becomes residual + x in place, and that is what is normalised."""
+        """`linear` of `rms_norm`; a residual becomes residual + x in place, and that is what is normalised.
+
+        Args:
+            out: [num_tokens, out_features] in x's dtype, contiguous, to put the result in; a new tensor if None.
+        """
         if linear.scale is None:
             normed = self.rms_norm(x, norm_weight, eps, residual=residual, weight_offset=weight_offset)
-            return self.product(normed, linear)
+            return self.product(normed, linear, out)
         quantised = self.quantise.rms_norm_fp8(
             x, norm_weight, eps, residual=residual, weight_offset=weight_offset, **self.unchecked
         )
-        return self.product_fp8(quantised, linear, x.dtype)
+        return self.product_fp8(quantised, linear, x.dtype, out)
 
     def activation_linear(self, gate_up: torch.Tensor, linear: Linear, activation: str = "silu") -> torch.Tensor:
         """`linear` of activation(gate) · up, the second half of a gated MLP. gate_up: [num_tokens, 2 · in_features]."""
@@ -117,10 +122,11 @@ class Ops(ABC):
         *,
         residual: torch.Tensor | None = None,
         weight_offset: float = 0.0,
+        out: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """`kernels.elementwise.rms_norm` into a new tensor."""
+        """`kernels.elementwise.rms_norm`."""
         return self.elementwise.rms_norm(
-            x, weight, eps, residual=residual, weight_offset=weight_offset, **self.unchecked
+            x, weight, eps, residual=residual, weight_offset=weight_offset, out=out, **self.unchecked
         )
 
     def qk_norm_rope(
@@ -154,12 +160,18 @@ class Ops(ABC):
         """`kernels.elementwise.silu_mul` into a new tensor."""
         return self.elementwise.silu_mul(gate_up, activation=activation, **self.unchecked)
 
-    @abstractmethod
-    def product(self, x: torch.Tensor, linear: Linear) -> torch.Tensor:
-        """x · weightᵀ + bias, where the weight has x's dtype."""
+    def product(self, x: torch.Tensor, linear: Linear, out: torch.Tensor | None = None) -> torch.Tensor:
+        """x · weightᵀ + bias, where the weight has x's dtype; into `out`, or a new tensor if None."""
+        if out is None:
+            return F.linear(x, linear.weight, linear.bias)
+        if linear.bias is None:
+            return torch.mm(x, linear.weight.t(), out=out)
+        return torch.addmm(linear.bias, x, linear.weight.t(), out=out)
 
     @abstractmethod
-    def product_fp8(self, quantised: Quantised, linear: Linear, dtype: torch.dtype) -> torch.Tensor:
+    def product_fp8(
+        self, quantised: Quantised, linear: Linear, dtype: torch.dtype, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """x · weightᵀ + bias in `dtype`, where x = codes · scale and the weight's rows are scaled by linear.scale."""
 
     def sample(
@@ -213,13 +225,13 @@ class TorchOps(Ops):
 
         return quantise
 
-    def product(self, x: torch.Tensor, linear: Linear) -> torch.Tensor:
-        return F.linear(x, linear.weight, linear.bias)
-
-    def product_fp8(self, quantised: Quantised, linear: Linear, dtype: torch.dtype) -> torch.Tensor:
+    def product_fp8(
+        self, quantised: Quantised, linear: Linear, dtype: torch.dtype, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
         codes, scale = quantised
-        out = F.linear(codes.float(), linear.weight.float()) * scale * linear.scale
-        return (out if linear.bias is None else out + linear.bias.float()).to(dtype)
+        result = F.linear(codes.float(), linear.weight.float()) * scale * linear.scale
+        result = (result if linear.bias is None else result + linear.bias.float()).to(dtype)
+        return result if out is None else out.copy_(result)
 
     def slot_mapping(self, block_tables, query_start, seq_lens, num_tokens, page_size):
         positions = torch.zeros(num_tokens, dtype=torch.int64, device=seq_lens.device)
@@ -259,11 +271,11 @@ class TritonOps(Ops):
 
         return skinny
 
-    def product(self, x: torch.Tensor, linear: Linear) -> torch.Tensor:
+    def product(self, x: torch.Tensor, linear: Linear, out: torch.Tensor | None = None) -> torch.Tensor:
         if self._is_skinny(x, linear):
             # Nothing writes weights, so they may be read before the kernel in front has ended.
-            return self.skinny.skinny_linear(x, linear.weight, bias=linear.bias, pdl=True, check=False)
-        return F.linear(x, linear.weight, linear.bias)
+            return self.skinny.skinny_linear(x, linear.weight, bias=linear.bias, out=out, pdl=True, check=False)
+        return super().product(x, linear, out)
 
     def _is_skinny(self, x: torch.Tensor, linear: Linear) -> bool:
         return self.use_skinny and x.dtype != torch.float32 and self.skinny.is_faster(x.shape[0], *linear.weight.shape)
@@ -287,12 +299,14 @@ class TritonOps(Ops):
         hidden = self.skinny.skinny_gate_up(normed, gate_up.weight, activation=activation, pdl=True, check=False)
         return self.product(hidden, down)
 
-    def product_fp8(self, quantised: Quantised, linear: Linear, dtype: torch.dtype) -> torch.Tensor:
+    def product_fp8(
+        self, quantised: Quantised, linear: Linear, dtype: torch.dtype, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
         # One scale per row and per column. Both sizes of the weight must be multiples of 16, and with such scales
         # torch writes bfloat16 only, to which it adds no other bias.
         codes, scale = quantised
         is_native = dtype == torch.bfloat16
-        out = torch._scaled_mm(
+        result = torch._scaled_mm(
             codes,
             linear.weight.t(),
             scale_a=scale,
@@ -300,10 +314,12 @@ class TritonOps(Ops):
             bias=linear.bias if is_native else None,
             out_dtype=torch.bfloat16,
             use_fast_accum=True,
+            **({"out": out} if is_native and out is not None else {}),
         )
         if is_native:
-            return out
-        return out.to(dtype) if linear.bias is None else out.to(dtype) + linear.bias
+            return result
+        result = result.to(dtype) if linear.bias is None else result.to(dtype) + linear.bias
+        return result if out is None else out.copy_(result)
 
     def slot_mapping(self, block_tables, query_start, seq_lens, num_tokens, page_size):
         return self.cache.slot_mapping(block_tables, query_start, seq_lens, num_tokens, page_size, check=False)

@@ -4,7 +4,8 @@ A step goes through four stages, all of them queued on one stream:
 
     upload     slots, lengths, new pages and prompt tokens, packed in one pinned copy
     gather     block tables and the decodes' input tokens, from per-slot state that stays on the device (`engine.slots`)
-    forward    the decoder; for a step of decodes only as a CUDA graph of the next larger size
+    forward    the decoder; for a step of decodes only as one CUDA graph of the next larger size, for other steps of up
+               to 2,048 tokens with everything but attention in graphs (`engine.pieces`)
     sample     into the per-slot state, where the next step finds its input, and to the host
 
 The host therefore never needs step n's tokens to launch step n + 1.
@@ -22,6 +23,7 @@ import torch
 from engine.batch import GroupBatch, PrefillBatch, StepBatch
 from engine.kv.cache import KVCache
 from engine.models.decoder import Decoder
+from engine.pieces import CapturedPieces, capture_pieces
 from engine.scheduling import Step
 from engine.slots import Slots
 from engine.transfer import PendingTokens, Upload, aligned
@@ -104,6 +106,7 @@ class ModelRunner:
         self._upload = Upload(device)
         self.graphs: dict[int, _Graph] = {}
         self._graph_for: list[int] = []
+        self._pieces: list[CapturedPieces] = []
 
     # ---- one step --------------------------------------------------------------------------------------------------
 
@@ -116,18 +119,17 @@ class ModelRunner:
         Returns:
             The tokens to be, and the size of the CUDA graph that ran, if one did.
         """
-        start = None
-        if self.device.type == "cuda":
-            start = torch.cuda.Event(enable_timing=True)
-            start.record()
+        if step.verify_requests:
+            raise NotImplementedError("verification of drafts")
+        start = torch.cuda.Event(enable_timing=True) if self.device.type == "cuda" else None
         admitted = [sequence for sequence in step.admitted if sequence.slot >= 0]
         if admitted:
             self._set_parameters(admitted)
         decodes = step.decode_requests
         if not step.prefill_requests and not step.verify_requests and len(decodes) < len(self._graph_for):
             graph = self.graphs[self._graph_for[len(decodes)]]
-            return PendingTokens(self._replay(graph, decodes, step.shape.decode_contexts), start), graph.size
-        return PendingTokens(self._run(step), start), None
+            return PendingTokens(self._replay(graph, decodes, step.shape.decode_contexts, start), start), graph.size
+        return PendingTokens(self._run(step, start), start), None
 
     def _set_parameters(self, sequences: Many[Sequence]) -> None:
         slots = np.array([sequence.slot for sequence in sequences], np.int32)
@@ -135,19 +137,27 @@ class ModelRunner:
         self.slots.set_parameters(slots.long(), words)
 
     @torch.inference_mode()
-    def _run(self, step: Step) -> torch.Tensor:
-        """A step of any shape, launched kernel by kernel."""
-        batch, sample_slots, sample_positions = self._batch(step)
-        hidden = self.decoder.forward(batch)
+    def _run(self, step: Step, start: torch.cuda.Event | None) -> torch.Tensor:
+        """A step of any shape: attention launched kernel by kernel, and in large steps all else too."""
+        host = _pack(step, self.block_size, self._num_groups)
+        if start is not None:
+            start.record()  # what the host does before is not the GPU's time
+        batch, sample_slots, sample_positions = self._batch(step, host)
+        hidden = self._forward(batch)
         if not sample_slots.numel():
             return sample_slots.new_empty(0, dtype=torch.int64)
         logits = self.decoder.logits(hidden, batch.sampled_rows)
         requests = step.decode_requests + step.prefill_requests
         return self._sample(logits, sample_slots, sample_positions, any(r.params.has_filters for r in requests))
 
-    def _batch(self, step: Step) -> tuple[StepBatch, torch.Tensor, torch.Tensor]:
+    def _forward(self, batch: StepBatch) -> torch.Tensor:
+        pieces = next((pieces for pieces in self._pieces if pieces.size >= batch.num_tokens), None)
+        if pieces is not None:
+            batch.attended = pieces.attended
+        return self.decoder.forward(batch, pieces)
+
+    def _batch(self, step: Step, host: _Packed) -> tuple[StepBatch, torch.Tensor, torch.Tensor]:
         """Upload a step. Also returns slot and position of each token that will be sampled, int64 [num_samples]."""
-        host = _pack(step, self.block_size, self._num_groups)
         arrays = [host.slots, host.seq_lens, host.query_start, host.decode_pages, host.prefill_pages, host.token_ids]
         arrays += [host.prefill_start, host.prefill_contexts, host.sampled_rows, host.sampled_seqs]
         uploaded = self._upload.send(arrays)
@@ -248,9 +258,9 @@ class ModelRunner:
                 next_block += pages
             dummy = _Dummy([0] * length, trash, tables)
             (step.decode_requests if len(step.decode_requests) < num_decodes else step.prefill_requests).append(dummy)
-        batch, _, _ = self._batch(step)
-        hidden = self.decoder.forward(batch)
-        rows = torch.arange(num_samples, device=self.device) % hidden.shape[0]
+        batch, _, _ = self._batch(step, _pack(step, self.block_size, self._num_groups))
+        hidden = self._forward(batch)
+        rows = torch.arange(num_samples, device=self.device) % batch.num_tokens
         logits = self.decoder.logits(hidden, rows)
         self._sample(logits, torch.full_like(rows, trash), rows, filtered=True)
 
@@ -277,9 +287,16 @@ class ModelRunner:
     # ---- CUDA graphs -----------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def capture(self, sizes: Many[int]) -> None:
-        """Capture steps of decodes, the largest first, so that the others find its memory in the pool."""
+    def capture(self, sizes: Many[int], num_tokens: Many[int] = ()) -> None:
+        """Capture steps of decodes, the largest first, so that the others find its memory in the pool.
+
+        Args:
+            sizes: of decode steps.
+            num_tokens: of other steps, of which everything but attention is captured.
+        """
         pool = torch.cuda.graph_pool_handle()
+        if num_tokens:
+            self._pieces = capture_pieces(self.decoder, num_tokens, pool)
         for size in sorted(sizes, reverse=True):
             length = _Inputs.length(size, self._num_groups)
             inputs = torch.zeros(length, dtype=torch.int32, device=self.device)
@@ -321,7 +338,9 @@ class ModelRunner:
         return slots, seq_lens, logits, tokens
 
     @torch.inference_mode()
-    def _replay(self, graph: _Graph, decodes: Many[Sequence], contexts: Many[int]) -> torch.Tensor:
+    def _replay(
+        self, graph: _Graph, decodes: Many[Sequence], contexts: Many[int], start: torch.cuda.Event | None
+    ) -> torch.Tensor:
         size, count, page_size = graph.size, len(decodes), self.block_size
         inputs = np.zeros(_Inputs.length(size, self._num_groups), np.int32)
         given = _Inputs(size, self._num_groups, inputs)
@@ -335,6 +354,8 @@ class ModelRunner:
                 sequence.block_tables[group][context // page_size]
                 for sequence, context in zip(decodes, contexts, strict=True)
             ]
+        if start is not None:
+            start.record()
         self._upload.send([inputs], out=graph.inputs)
         graph.graph.replay()
         if any(sequence.params.has_filters for sequence in decodes):

@@ -22,6 +22,7 @@ from engine.models.decoder import Decoder
 from engine.models.hf import model_config, read_config, read_json
 from engine.models.loading import load_weights
 from engine.ops import ops_for
+from engine.pieces import piece_sizes
 from engine.runner import ModelRunner, graph_sizes
 from engine.scheduling import KVCacheConfig
 
@@ -174,7 +175,7 @@ class _Builder:
             runner.warm_up(config.max_num_batched_tokens, self.max_model_len)
         if self.device.type == "cuda" and not config.enforce_eager:
             started, free = time.perf_counter(), torch.cuda.mem_get_info(self.device)[0]
-            runner.capture(graph_sizes(config.max_num_seqs))
+            runner.capture(graph_sizes(config.max_num_seqs), piece_sizes(config.max_num_batched_tokens))
             graph_bytes = max(free - torch.cuda.mem_get_info(self.device)[0], 0)
             memory = replace(memory, graph_bytes=graph_bytes, graph_s=time.perf_counter() - started)
         return Engine(self.model_config, self.weights, memory, self.device, self.dtype, cache, runner)
@@ -264,17 +265,17 @@ class _Builder:
     def _does_not_fit(self, report: MemoryReport) -> str:
         """What is needed, what there is, the longest context that fits, and remedies in order of what they cost."""
         config = self.config
-        kv_gib = max(report.num_blocks, 0) * report.block_bytes / GIB
-        needed_gib = report.blocks_per_sequence * report.block_bytes / GIB
+        available = _shown(max(report.num_blocks, 0) * report.block_bytes)
+        needed = _shown(report.blocks_per_sequence * report.block_bytes)
         fits = self._longest_that_fits(report.num_blocks)
         remedies = []
         if fits:
             remedies.append(f"--max-model-len {fits}")
-        if all(layout.is_float for layout in self.layouts):
-            remedies.append("--kv-cache-dtype fp8 (half the bytes) or int4 (a quarter)")
         if config.num_gpu_blocks_override:
             remedies.append("a larger --num-gpu-blocks-override, or none")
-        elif self.device.type == "cuda" and config.gpu_memory_utilization < 0.95:
+        elif all(layout.is_float for layout in self.layouts):
+            remedies.append("--kv-cache-dtype fp8 (half the bytes of bfloat16) or int4 (a quarter)")
+        if not config.num_gpu_blocks_override and self.device.type == "cuda" and config.gpu_memory_utilization < 0.95:
             remedies.append("--gpu-memory-utilization 0.95")
         if config.quantization is None and self.device.type == "cuda":
             remedies.append("--quantization fp8 (half the bytes of the weights)")
@@ -283,8 +284,8 @@ class _Builder:
         remedies.append("a GPU with more memory")
         longest = f"the longest context that fits is {fits} tokens" if fits else "no context fits"
         return (
-            f"one sequence of max_model_len {report.max_model_len} tokens needs {needed_gib:.2f} GiB of KV cache and "
-            f"{kv_gib:.2f} GiB are available: {longest}. In this order: {'; '.join(remedies[:3])}"
+            f"one sequence of max_model_len {report.max_model_len} tokens needs {needed} of KV cache and "
+            f"{available} are available: {longest}. In this order: {'; '.join(remedies[:3])}"
         )
 
     def _longest_that_fits(self, num_blocks: int) -> int:
@@ -298,6 +299,10 @@ class _Builder:
             else:
                 high = middle - 1
         return low
+
+
+def _shown(num_bytes: int) -> str:
+    return f"{num_bytes / GIB:.2f} GiB" if num_bytes >= GIB // 10 else f"{num_bytes / (1 << 20):.2f} MiB"
 
 
 def _bytes_of(weights: DecoderWeights) -> int:

@@ -1,7 +1,7 @@
 """Small arrays between host and device without waiting: one copy per step each way.
 
-Host buffers are pinned and used in turn. A buffer comes round again after `DEPTH` steps, when the step that used it has
-long been completed: at most two are in flight.
+Host buffers are pinned and used in turn. A buffer comes round again after `DEPTH` copies, when the step that used it
+has long been completed: at most two are in flight, and a step makes at most two copies.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-DEPTH = 4
+DEPTH = 8
 
 
 def aligned(size: int) -> int:

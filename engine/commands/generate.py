@@ -74,7 +74,7 @@ def _parser() -> ArgumentParser:
     parser.add_argument(
         "model",
         metavar="MODEL",
-        help="a Hugging Face folder; with --load-format dummy also a config.json, or tiny, which is built in",
+        help="a Hugging Face folder; with --load-format dummy also a config.json, or a built-in shape such as tiny",
     )
     group = parser.add_argument_group("prompts", "Without either, stdin is the prompt.")
     source = group.add_mutually_exclusive_group()

@@ -138,7 +138,10 @@ class TritonAttention:
         dtype = self._scratch_layout.word_dtype
         # One buffer for all layers. Padding, which no kernel writes, is in steps without prompt chunks only.
         make = torch.zeros if batch.prefill is None else torch.empty
-        self._out = make(batch.num_tokens, config.num_q_heads, config.head_dim, dtype=dtype, device=device)
+        if batch.attended is not None:
+            self._out = batch.attended[: batch.num_tokens]
+        else:
+            self._out = make(batch.num_tokens, config.num_q_heads, config.head_dim, dtype=dtype, device=device)
         self._decodes = self._begin_decodes(batch) if batch.num_decode_seqs else None
         self._runs = {}
         if batch.prefill is not None:

@@ -1,23 +1,26 @@
 """The forward pass: one loop over layers for all families, which differ by what `ModelConfig` says.
 
-    residual = embed(tokens)
-    out      = residual, which is not added to itself
+    start     residual = embed(tokens)
+              qkv      = QKV(norm(residual))
     each layer:
-        qkv      = QKV(norm(residual += out))
-        out      = output(attention(rotated q, k, v))      norms of q and k first, in some families
-        out      = norm(out)                               in families with sandwich norms
-        gate_up  = gate_up(norm(residual += out))
-        out      = down(activation(gate) · up)
-        out      = norm(out)                               in families with sandwich norms
-    hidden   = norm(residual += out)
+      attend             attention(rotated q, k, v)              norms of q and k first, in some families
+      between out      = output(attended)
+              out      = norm(out)                               in families with sandwich norms
+              gate_up  = gate_up(norm(residual += out))
+              out      = down(activation(gate) · up)
+              out      = norm(out)                               in families with sandwich norms
+              qkv      = the next layer's QKV(norm(residual += out)), or behind the last one only the norm
 
 A sum and the norm behind it are one kernel, and the residual stream is updated in place. All 16-bit tensors are rounded
 once per kernel; norms, RoPE, activation and softmax are computed in float32.
+
+Only `attend` looks at a step's lengths. `start` and `between` know the number of tokens and nothing else of it, so that
+they can be captured in CUDA graphs once per number of tokens (`engine.pieces`).
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
@@ -29,6 +32,16 @@ from engine.ops import Ops
 
 if TYPE_CHECKING:
     from engine.kv.attention import Attention
+
+
+class Pieces(Protocol):
+    """What a decoder does outside of attention, for one step."""
+
+    def start(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """`Decoder.embed` and `Decoder.start`."""
+
+    def between(self, index: int, attended: torch.Tensor) -> torch.Tensor:
+        """`Decoder.between`; the result is valid until the next call."""
 
 
 class Decoder:
@@ -59,26 +72,57 @@ class Decoder:
         self._norm = {"eps": config.rms_norm_eps, "weight_offset": config.norm_weight_offset}
         self._embedding_scale = float(torch.tensor(config.embedding_scale, dtype=dtype))
 
-    def forward(self, batch: StepBatch) -> torch.Tensor:
+    def forward(self, batch: StepBatch, pieces: Pieces | None = None) -> torch.Tensor:
         """Hidden states behind the final norm, [num_tokens, hidden]; writes the new tokens' KV.
 
         Legal within CUDA graph capture as far as `attention` is.
+
+        Args:
+            pieces: captured ones; launched kernel by kernel if None. Where they pad, so is the result.
         """
-        ops, norm = self.ops, self._norm
+        pieces = pieces or LaunchedPieces(self)
         self.attention.begin_step(batch)
-        residual = ops.embed(batch.token_ids, self.weights.embedding, self._embedding_scale)
-        out, stream = residual, None  # nothing is added to the stream before the first norm
+        out = pieces.start(batch.token_ids)
         for index, layer in enumerate(self.weights.layers):
-            qkv = ops.norm_linear(out, layer.input_norm, layer.qkv, residual=stream, **norm)
-            stream = residual
-            out = ops.linear(self._attend(index, layer, qkv, batch), layer.output)
-            if layer.attention_out_norm is not None:
-                out = ops.rms_norm(out, layer.attention_out_norm, **norm)
-            mlp = (layer.mlp_norm, layer.gate_up, layer.down)
-            out = ops.gated_mlp(out, *mlp, residual=stream, activation=self.config.activation, **norm)
-            if layer.mlp_out_norm is not None:
-                out = ops.rms_norm(out, layer.mlp_out_norm, **norm)
-        return ops.rms_norm(out, self.weights.final_norm, residual=stream, **norm)
+            attended = self._attend(index, layer, out[: batch.num_tokens], batch)
+            out = pieces.between(index, attended)
+        return out
+
+    def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """The residual stream at its beginning: [num_tokens, hidden]."""
+        return self.ops.embed(token_ids, self.weights.embedding, self._embedding_scale)
+
+    def start(self, stream: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Query, key and value of the first layer: [num_tokens, (num_q_heads + 2 · num_kv_heads) · head_dim]."""
+        layer = self.weights.layers[0]
+        return self.ops.norm_linear(stream, layer.input_norm, layer.qkv, out=out, **self._norm)
+
+    def between(
+        self, index: int, attended: torch.Tensor, stream: torch.Tensor, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """From the attention of layer `index` to that of the next: its query, key and value.
+
+        Args:
+            attended: [num_tokens, num_q_heads · head_dim].
+            stream: [num_tokens, hidden], the residual stream, brought up to date in place.
+            out: where to put the result, or None.
+
+        Returns:
+            As `start`; behind the last layer the normed hidden states [num_tokens, hidden].
+        """
+        ops, norm, layers = self.ops, self._norm, self.weights.layers
+        layer = layers[index]
+        x = ops.linear(attended, layer.output)
+        if layer.attention_out_norm is not None:
+            x = ops.rms_norm(x, layer.attention_out_norm, **norm)
+        mlp = (layer.mlp_norm, layer.gate_up, layer.down)
+        x = ops.gated_mlp(x, *mlp, residual=stream, activation=self.config.activation, **norm)
+        if layer.mlp_out_norm is not None:
+            x = ops.rms_norm(x, layer.mlp_out_norm, **norm)
+        if index + 1 == len(layers):
+            return ops.rms_norm(x, self.weights.final_norm, residual=stream, out=out, **norm)
+        behind = layers[index + 1]
+        return ops.norm_linear(x, behind.input_norm, behind.qkv, residual=stream, out=out, **norm)
 
     def _attend(self, index: int, layer: DecoderLayer, qkv: torch.Tensor, batch: StepBatch) -> torch.Tensor:
         """Attention of one layer: [num_tokens, num_q_heads · head_dim].
@@ -106,3 +150,17 @@ class Decoder:
         logits = self.ops.linear(hidden, self.weights.lm_head)
         cap = self.config.logit_soft_cap
         return logits if cap is None else self.ops.soft_cap(logits, cap)
+
+
+class LaunchedPieces:
+    """`Pieces` launched kernel by kernel."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self._decoder = decoder
+
+    def start(self, token_ids: torch.Tensor) -> torch.Tensor:
+        self._stream = self._decoder.embed(token_ids)
+        return self._decoder.start(self._stream)
+
+    def between(self, index: int, attended: torch.Tensor) -> torch.Tensor:
+        return self._decoder.between(index, attended, self._stream)

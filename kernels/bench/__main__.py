@@ -23,6 +23,8 @@ SUITES = (
     "low-bit",
     "verify",
     "elementwise",
+    "linear",
+    "fp8",
     "cache",
     "sampling",
     "memory",
@@ -41,6 +43,8 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             if options.output:
                 check_writable(options.output)
+            if options.plot:
+                plots.check(options.plot)
             record = _measure(options, "python -m kernels.bench " + shlex.join(_as_committed(arguments)))
         if options.plot:
             for path in plots.plot(record, options.plot):
@@ -67,7 +71,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = _Parser(prog="python -m kernels.bench", description=__doc__, allow_abbrev=False)
-    parser.add_argument("--suite", default=",".join(SUITES), help=f"comma-separated, of {', '.join(SUITES)}")
+    parser.add_argument("--suite", help=f"comma-separated, of {', '.join(SUITES)}; all by default")
     parser.add_argument("--quick", action="store_true", help="fewer shapes and repetitions: a look, not a record")
     parser.add_argument("--output", type=Path, metavar="PATH", help="write the record here, as JSON")
     parser.add_argument(
@@ -76,9 +80,12 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--plot-from", type=Path, metavar="RECORD", help="show this record instead of measuring")
     parser.add_argument("--commit", help="what the record calls the code, where it is no git checkout")
     options = parser.parse_args(arguments)
-    options.suites = suites(options.suite)
     if options.plot_from and options.output:
         raise BenchError("--plot-from measures nothing, so there is no record for --output")
+    for name in ("suite", "quick", "commit"):
+        if options.plot_from and getattr(options, name) not in (None, False):
+            raise BenchError(f"--plot-from shows a whole record and measures nothing, so --{name} cannot go with it")
+    options.suites = SUITES if options.suite is None else suites(options.suite)
     return options
 
 

@@ -7,8 +7,9 @@ from functools import partial
 from typing import Any
 
 from kernels.bench import works
-from kernels.bench.results import Row, Target
+from kernels.bench.results import OURS, Row, Target
 from kernels.bench.works import HEAD_DIM, KV_HEADS, Q_HEADS, Bench, Work
+from kernels.skinny import is_faster
 
 QUANTISED = ("fp8", "int8", "int4", "int2")
 
@@ -234,6 +235,75 @@ def _elementwise(quick: bool) -> list[Case]:
     ]
 
 
+# ---- linear and fp8 --------------------------------------------------------------------------------------------------
+
+# n, k of a weight: QKV, attention's output, gate and up, down, the vocabulary of Llama-3.1-8B.
+GATE_UP, DOWN = (2 * INTERMEDIATE, HIDDEN), (HIDDEN, INTERMEDIATE)
+LINEAR = ((6144, HIDDEN), (HIDDEN, HIDDEN), GATE_UP, DOWN, (128_256, HIDDEN))
+LINEAR_ROWS = (1, 2, 4, 8, 16)
+
+
+def _linear(quick: bool) -> list[Case]:
+    rows = (1, 16) if quick else LINEAR_ROWS
+    weights = (GATE_UP, DOWN) if quick else LINEAR
+    return [
+        *(_linear_case("linear", works.linear_work, "cublas", m, *weight) for weight in weights for m in rows),
+        *(_linear_case("gate and up", works.gate_up_work, "cublas + SiLU·mul", m, *GATE_UP) for m in rows),
+    ]
+
+
+def _linear_case(name: str, build: Callable[..., Work], peer: str, rows: int, n: int, k: int) -> Case:
+    """Where the engine takes ours for the faster one, that is a figure to reach."""
+    is_ours = is_faster(rows, n, k)
+    return Case(
+        "linear",
+        f"{name} {n:,} × {k:,}, {rows} row{'s' if rows > 1 else ''}",
+        {"rows": rows, "n": n, "k": k, "engine": OURS if is_ours else peer},
+        partial(build, rows=rows, n=n, k=k),
+        (Target("speedup", 1.0, peer),) if is_ours else (),
+        "the floor is the weight at the read limit; ours is launched while the call before it still runs, as in the "
+        "engine; `engine` names what the engine calls at such a size, and where that is ours it has to be the faster",
+    )
+
+
+FP8_FEW_ROWS, FP8_ROWS = (1, 16, 256), 8192
+
+
+def _fp8(quick: bool) -> list[Case]:
+    tokens = ELEMENTWISE_TOKENS
+    activations = (
+        ("quantise", HIDDEN, partial(works.quantise_work, hidden=HIDDEN)),
+        ("RMSNorm + residual, quantise", HIDDEN, partial(works.rms_norm_fp8_work, hidden=HIDDEN)),
+        ("SiLU·mul, quantise", INTERMEDIATE, partial(works.silu_mul_fp8_work, intermediate=INTERMEDIATE)),
+    )
+    note = (
+        "ours of a product is torch._scaled_mm with a scale per row and column, as the engine calls it, on activations "
+        "that are quantised already; few rows are counted by the weight's bytes, whose floor is the read limit"
+    )
+    return [
+        *(
+            Case(
+                "fp8",
+                f"{name}, {tokens:,} tokens",
+                {"tokens": tokens, "width": width},
+                partial(build, tokens=tokens),
+            )
+            for name, width, build in activations
+        ),
+        *(
+            Case(
+                "fp8",
+                f"fp8 product {n:,} × {k:,}, {rows:,} row{'s' if rows > 1 else ''}",
+                {"rows": rows, "n": n, "k": k},
+                partial(works.product_fp8_work, rows=rows, n=n, k=k, few=rows in FP8_FEW_ROWS),
+                note=note,
+            )
+            for n, k in ((GATE_UP,) if quick else (GATE_UP, DOWN))
+            for rows in (FP8_ROWS, *FP8_FEW_ROWS)
+        ),
+    ]
+
+
 # ---- sampling --------------------------------------------------------------------------------------------------------
 
 SAMPLING_BATCH, VERIFY_BATCH, VOCAB = 256, 64, 128_256
@@ -348,6 +418,8 @@ _SUITES: dict[str, Callable[[bool], list[Case]]] = {
     "verify": _verify,
     "cache": _cache,
     "elementwise": _elementwise,
+    "linear": _linear,
+    "fp8": _fp8,
     "sampling": _sampling,
     "memory": _memory,
     "accuracy": _accuracy,

@@ -59,6 +59,26 @@ def silu_mul(x: torch.Tensor) -> torch.Tensor:
     return functional.silu(gate) * up
 
 
+def quantise_tokens(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """x [tokens, width] as e4m3 with a float32 scale per token, [tokens, 1]."""
+    scale = x.abs().amax(dim=-1, keepdim=True).float() / 448
+    return (x.float() / scale).clamp(-448, 448).to(torch.float8_e4m3fn), scale
+
+
+def product_fp8(
+    codes: torch.Tensor, scale: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor
+) -> torch.Tensor:
+    """(codes · scale) · (weight · weight_scale)ᵀ in bfloat16: e4m3 [m, k] and [n, k], scales [m, 1] and [n, 1]."""
+    return torch._scaled_mm(
+        codes,
+        weight.t(),
+        scale_a=scale,
+        scale_b=weight_scale.view(1, -1),
+        out_dtype=torch.bfloat16,
+        use_fast_accum=True,
+    )
+
+
 def rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """x [tokens, heads, head_dim], cos and sin [tokens, head_dim / 2]: halves (c, c + head_dim / 2) are rotated."""
     low, high = x.float().chunk(2, dim=-1)

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from kernels.bench.results import BenchError, Record, Row
+from kernels.bench.results import BenchError, Record, Row, check_writable
 
 
 def plot(record: Record, folder: Path) -> list[Path]:
@@ -21,11 +21,17 @@ def plot(record: Record, folder: Path) -> list[Path]:
     return [folder / name for name in figures]
 
 
+def check(folder: Path) -> None:
+    """Raise BenchError now rather than after minutes of measuring, if figures cannot be drawn or written here."""
+    _plotly()
+    check_writable(folder / "roofline.html")
+
+
 def roofline(record: Record):
     """Every row with FLOPs and bytes under the copy and matmul limits of its run: a plotly figure."""
     go = _plotly()
     limits = record.limits
-    rows = [row for row in record.rows if row.flops and row.bytes and row.main]
+    rows = [row for row in record.rows if row.flops and row.bytes and row.share_of_floor(limits)]
     if not rows or not {"copy", "matmul"} <= limits.keys():
         raise BenchError("the record has no row with FLOPs, bytes and limits: there is no roofline to draw")
     low = min(_intensity(row) for row in rows) / 2

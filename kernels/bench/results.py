@@ -15,6 +15,8 @@ from typing import Any
 
 VERSION = 1
 OURS = "ours"
+# What bounds a row: limits of memory, by its bytes, and of arithmetic, by its FLOPs.
+FLOOR = ("copy", "matmul")
 
 
 class BenchError(Exception):
@@ -54,7 +56,7 @@ class Target:
 
     Attributes:
         quantity: speedup (time of the implementation `of` over ours), slowdown (ours over that of `of`), share (our
-            rate over the limit `of`: copy or matmul), seconds (our time) or value (the row's value `of`).
+            rate over the limit `of`: copy, read or matmul), seconds (our time) or value (the row's value `of`).
         reach: at least this much, or with `at_most` no more than this.
     """
 
@@ -96,6 +98,8 @@ class Row:
 
     Attributes:
         flops, bytes: work of one call that no implementation can avoid; None where it is not what matters.
+        floor: the limits below whose time no implementation can be; "read" in place of "copy" where hardly anything is
+            written.
         timings: by implementation; ours is called "ours".
         absent: why an implementation has no timing.
         values: what is no time: bytes of memory, errors, …
@@ -112,6 +116,7 @@ class Row:
     values: dict[str, float] = field(default_factory=dict)
     targets: tuple[Target, ...] = ()
     note: str = ""
+    floor: tuple[str, ...] = FLOOR
 
     @property
     def main(self) -> Timing | None:
@@ -124,10 +129,14 @@ class Row:
         return {name: t.median_s / ours.median_s for name, t in self.timings.items() if ours and name != OURS}
 
     def share_of_floor(self, limits: Mapping[str, float]) -> float | None:
-        """The time that the measured limits allow over ours: bytes at the copy rate or FLOPs at the matmul rate."""
-        work = ((self.bytes, limits.get("copy")), (self.flops, limits.get("matmul")))
+        """The time that the limits of the row's floor allow over ours: bytes at the copy rate, FLOPs at matmul's, …"""
+        work = ((self._work(limit), limits.get(limit)) for limit in self.floor)
         floor_s = max((amount / rate for amount, rate in work if amount and rate), default=None)
         return floor_s / self.main.median_s if floor_s and self.main else None
+
+    def _work(self, limit: str) -> float | None:
+        """What of the row a limit bounds."""
+        return self.flops if limit == "matmul" else self.bytes
 
     def figures(self, limits: Mapping[str, float]) -> list[Figure]:
         return [Figure(target, self._reached(target, limits)) for target in self.targets]
@@ -141,7 +150,7 @@ class Row:
         if target.quantity == "seconds":
             return ours.median_s
         if target.quantity == "share":
-            work = self.flops if target.of == "matmul" else self.bytes
+            work = self._work(target.of)
             return work / ours.median_s / limits[target.of] if work and target.of in limits else None
         if target.of not in self.timings:
             return None
@@ -223,6 +232,7 @@ def _row_to_json(row: Row, limits: Mapping[str, float]) -> dict[str, Any]:
         "shape": row.shape,
         "flops": row.flops,
         "bytes": row.bytes,
+        "floor": list(row.floor),
         "note": row.note,
         "implementations": timed | {name: {"absent": reason} for name, reason in row.absent.items()},
         "speedup_over": row.speedups(),
@@ -248,7 +258,11 @@ def _row_from_json(row: Mapping[str, Any]) -> Row:
         times = found.get("repetitions_s", [1.0])
         if not times or not all(isinstance(time, float) and 0 < time < math.inf for time in times):
             raise ValueError(f"the repetitions of {name} in {row['name']} are no times")
+    floor = tuple(row.get("floor", FLOOR))  # records from before it was written have the usual one
+    if not all(isinstance(limit, str) for limit in floor):
+        raise ValueError(f"the floor of {row['name']} is {floor}, which names no limits")
     return Row(
+        floor=floor,
         timings={
             name: Timing(tuple(found["repetitions_s"]), int(found["calls"]), found["method"])
             for name, found in implementations.items()

@@ -64,7 +64,7 @@ def measure(case: Case, bench: Bench, stopwatch: Stopwatch) -> Row:
     try:
         torch.manual_seed(0)
         work = case.build(bench)
-        row.flops, row.bytes, row.values = work.flops, work.bytes, work.values
+        row.flops, row.bytes, row.values, row.floor = work.flops, work.bytes, work.values, work.floor
         if work.implementations:
             wrong = differences(work)
             able = {name: call for name, call in work.implementations.items() if name not in wrong}
@@ -90,10 +90,10 @@ def differences(work: Work) -> dict[str, str]:
     """Why our kernel must not be timed: its result on the first set is not that of a peer with the same math."""
     if not work.same:
         return {}
-    ours = work.implementations[OURS](work.sets[0]).double().flatten()
+    ours = work.compared(work.implementations[OURS](work.sets[0])).double().flatten()
     for name in work.same:
         try:
-            peer = work.implementations[name](work.sets[0]).double().flatten()
+            peer = work.compared(work.implementations[name](work.sets[0])).double().flatten()
         except Exception:
             continue  # the stopwatch will find out why
         difference = float((ours - peer).norm() / peer.norm())

@@ -122,6 +122,7 @@ def _conditions(clocks: Mapping[str, object]) -> str:
 def _cells(row: Row, limits: Mapping[str, float]) -> list[str]:
     share = row.share_of_floor(limits)
     ratios = "  ".join(f"{name} {ratio:.2f}×" for name, ratio in row.speedups().items())
+    engine = f"engine: {row.shape['engine']}" if "engine" in row.shape else ""
     values = "  ".join(_value(name, value) for name, value in row.values.items())
     figures = [f"{f.target}: {amount(f)} {_MARKS[f.met]}" for f in row.figures(limits)]
     return [
@@ -130,6 +131,6 @@ def _cells(row: Row, limits: Mapping[str, float]) -> list[str]:
         f"{row.main.spread:.1%}" if row.main else "",
         rate(row, limits),
         f"{share:.0%}" if share else "",
-        "  ".join(part for part in (ratios, values) if part),
+        "  ".join(part for part in (ratios, engine, values) if part),
         "; ".join(figures),
     ]

@@ -8,11 +8,12 @@ from itertools import accumulate
 from typing import Any
 
 import torch
+from torch.nn import functional
 
 from kernels import prefill_hopper
 from kernels.bench import peers
 from kernels.bench.batches import Batch, kv_bytes, paged_batches
-from kernels.bench.results import OURS
+from kernels.bench.results import FLOOR, OURS
 from kernels.bench.timing import num_sets
 from kernels.cache import dequantise_pages, slot_mapping, write_kv
 from kernels.decode import decode_attention
@@ -20,9 +21,11 @@ from kernels.decode_plan import plan_decode
 from kernels.elementwise import qk_norm_rope, rms_norm, silu_mul
 from kernels.pages import PageLayout
 from kernels.prefill import portable_config, prefill_attention
+from kernels.quantise import quantise_tokens_fp8, rms_norm_fp8, silu_mul_fp8
 from kernels.reference.attention import attention, in_a_row
 from kernels.reference.pages import gather, quantisation_error
 from kernels.sampling import sample, verify
+from kernels.skinny import skinny_gate_up, skinny_linear
 
 Q_HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 EPS = 1e-6
@@ -52,7 +55,9 @@ class Work:
 
     Attributes:
         implementations: by name; each takes one of `sets` and returns its result.
+        floor: the limits that bound the row, as in `Row`.
         same: those that must return what ours returns, up to rounding.
+        compared: what is compared of what an implementation returns.
         values: what was measured while building.
     """
 
@@ -60,7 +65,9 @@ class Work:
     implementations: dict[str, Callable[[Any], torch.Tensor]] = field(default_factory=dict)
     flops: float | None = None
     bytes: float | None = None
+    floor: tuple[str, ...] = FLOOR
     same: tuple[str, ...] = ()
+    compared: Callable[[Any], torch.Tensor] = lambda result: result
     values: dict[str, float] = field(default_factory=dict)
 
 
@@ -396,6 +403,99 @@ def rope_work(bench: Bench, *, tokens: int, norm: bool) -> Work:
             peers.rope(x if weight is None else peers.rms_norm(x, weight, EPS), cos, sin)
 
     return Work(sets, {OURS: ours, "torch": torch_eager}, bytes=moved)
+
+
+# ---- linear ----------------------------------------------------------------------------------------------------------
+
+
+def linear_work(bench: Bench, *, rows: int, n: int, k: int) -> Work:
+    """Few rows by a weight that is in no cache, as the engine launches it: while the call before still runs."""
+    sets, work = _few_rows(bench, rows, n, k)
+    implementations = {
+        OURS: lambda s: skinny_linear(*s, pdl=True, check=False),
+        "cublas": lambda s: functional.linear(*s),
+    }
+    return Work(sets, implementations, same=("cublas",), **work)
+
+
+def gate_up_work(bench: Bench, *, rows: int, n: int, k: int) -> Work:
+    """The same with the activation in the kernel, n counting gate and up."""
+    sets, work = _few_rows(bench, rows, n, k)
+    implementations = {
+        OURS: lambda s: skinny_gate_up(*s, pdl=True, check=False),
+        "cublas + SiLU·mul": lambda s: silu_mul(functional.linear(*s), check=False),
+    }
+    return Work(sets, implementations, same=("cublas + SiLU·mul",), **work)
+
+
+def _few_rows(bench: Bench, rows: int, n: int, k: int) -> tuple[list[tuple[torch.Tensor, ...]], dict[str, Any]]:
+    """Sets of x and weight, and the work. Of the bytes only the weight's count: the others are in the L2."""
+    weight_bytes = 2.0 * n * k
+    sets = [(bench.randn(rows, k), bench.randn(n, k)) for _ in range(num_sets(weight_bytes))]
+    return sets, {"flops": 2.0 * rows * n * k, "bytes": weight_bytes, "floor": ("read", "matmul")}
+
+
+# ---- fp8 -------------------------------------------------------------------------------------------------------------
+
+
+def _dequantised(quantised: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    codes, scale = quantised
+    return codes.float() * scale
+
+
+def quantise_work(bench: Bench, *, tokens: int, hidden: int) -> Work:
+    moved = (2.0 + 1) * tokens * hidden + 4 * tokens
+    sets = [bench.randn(tokens, hidden) for _ in range(num_sets(moved))]
+    implementations = {OURS: partial(quantise_tokens_fp8, check=False), "torch": peers.quantise_tokens}
+    return Work(sets, implementations, bytes=moved, same=("torch",), compared=_dequantised)
+
+
+def rms_norm_fp8_work(bench: Bench, *, tokens: int, hidden: int) -> Work:
+    """With residual: each of the two adds to its own, so that both normalise the same sum."""
+    weight = bench.randn(hidden)
+    moved = (3 * 2.0 + 1) * tokens * hidden + 4 * tokens
+    sets = []
+    for _ in range(num_sets(moved)):
+        x, residual = bench.randn(tokens, hidden), bench.randn(tokens, hidden)
+        sets.append((x, residual, residual.clone()))
+
+    def ours(s):
+        return rms_norm_fp8(s[0], weight, EPS, residual=s[1], check=False)
+
+    def two_steps(s):
+        return quantise_tokens_fp8(rms_norm(s[0], weight, EPS, residual=s[2], check=False), check=False)
+
+    implementations = {OURS: ours, "two steps": two_steps}
+    return Work(sets, implementations, bytes=moved, same=("two steps",), compared=_dequantised)
+
+
+def silu_mul_fp8_work(bench: Bench, *, tokens: int, intermediate: int) -> Work:
+    moved = (2 * 2.0 + 1) * tokens * intermediate + 4 * tokens
+    sets = [bench.randn(tokens, 2 * intermediate) for _ in range(num_sets(moved))]
+    implementations = {
+        OURS: partial(silu_mul_fp8, check=False),
+        "two steps": lambda x: quantise_tokens_fp8(silu_mul(x, check=False), check=False),
+    }
+    return Work(sets, implementations, bytes=moved, same=("two steps",), compared=_dequantised)
+
+
+def product_fp8_work(bench: Bench, *, rows: int, n: int, k: int, few: bool) -> Work:
+    """The product that the engine runs on fp8 weights, torch's own, beside that of the same numbers in 16 bits.
+
+    `few` rows are counted by the bytes of the weight, others by FLOPs, for which fp8 has no measured limit.
+    """
+
+    def operand(*shape: int) -> tuple[torch.Tensor, ...]:
+        quantised = quantise_tokens_fp8(bench.randn(*shape), check=False)
+        return *quantised, _dequantised(quantised).to(bench.dtype)
+
+    sets = [(operand(rows, k), operand(n, k)) for _ in range(num_sets(float(n * k)))]
+    implementations = {
+        OURS: lambda s: peers.product_fp8(*s[0][:2], *s[1][:2]),
+        "bfloat16": lambda s: functional.linear(s[0][2], s[1][2]),
+    }
+    work = {"bytes": float(n * k)} if few else {"flops": 2.0 * rows * n * k}
+    return Work(sets, implementations, **work, floor=("read",), same=("bfloat16",))
 
 
 # ---- sampling --------------------------------------------------------------------------------------------------------

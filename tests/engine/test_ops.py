@@ -279,10 +279,11 @@ class SkinnyLog:
     def is_faster(self, num_rows, n, k):
         return num_rows <= 3
 
-    def skinny_linear(self, x, weight, *, bias=None, pdl, check):
+    def skinny_linear(self, x, weight, *, bias=None, out=None, pdl, check):
         assert pdl and not check
         self.calls.append(("linear", x.shape[0]))
-        return torch.nn.functional.linear(x, weight, bias)
+        result = torch.nn.functional.linear(x, weight, bias)
+        return result if out is None else out.copy_(result)
 
     def skinny_gate_up(self, x, weight, *, activation, pdl, check):
         assert pdl and not check
@@ -302,6 +303,16 @@ def triton_ops_on_cpu() -> TritonOps:
     ops.elementwise = SimpleNamespace(**unchecked)
     ops.skinny = SkinnyLog()
     return ops
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("fp8", [False, True])
+def test_products_into_given_memory(bias, fp8):
+    ops, linear, x = ops_for(CPU), dense_linear(48, 32, bias=bias), normal(5, 32)
+    linear = fp8_linear(linear) if fp8 else linear
+    out = torch.full((5, 48), torch.nan)
+    assert ops.norm_linear(x, torch.ones(32), linear, EPS, out=out).data_ptr() == out.data_ptr()
+    torch.testing.assert_close(out, ops.norm_linear(x, torch.ones(32), linear, EPS))
 
 
 def test_skinny_products(triton_ops_on_cpu):

@@ -1,5 +1,6 @@
 """What the runner does that whole texts would not show: packing, transfers, slots, and graphs without a GPU."""
 
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from models_for_tests import FAMILIES
 from running import LogitsLog, Models, engine, prompts, reference_logits, request, run
 
+from engine import pieces
 from engine.core import EngineCore
 from engine.runner import _pack, graph_sizes
 from engine.sampling_params import SamplingParams
@@ -261,3 +263,48 @@ def test_padded_decodes_are_those_without_padding(family, settings, models, monk
                 for each in requests:
                     assert float((log.rows(each) - reference_logits(model, each)).abs().max()) < 1e-4
     assert results[0] == results[1]
+
+
+class Rerun:
+    """Stands for a CUDA graph of one of the decoder's pieces: runs it again where a graph would be replayed."""
+
+    num_replays = 0
+
+    def __init__(self, run: Callable[[], None], pool: object) -> None:
+        self._run = run
+
+    def replay(self) -> None:
+        Rerun.num_replays += 1
+        self._run()
+
+
+@pytest.mark.parametrize("settings", [{}, {"kv_cache_dtype": "int4"}, {"quantization": "fp8"}], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_captured_pieces_are_those_launched(family, settings, models, monkeypatch):
+    """Padded, in buffers that were full of NaN: the same texts, of chunks alone and of chunks beside decodes."""
+    monkeypatch.setattr(pieces, "_captured", Rerun)
+    results = []
+    for sizes in ((), (16, 48)):
+        with engine(models(family)[0], max_num_seqs=4, max_num_batched_tokens=64, **settings) as core:
+            Rerun.num_replays = 0
+            if sizes:
+                captured = core._runner._pieces = pieces.capture_pieces(core._runner.decoder, sizes, None)
+                assert [each.size for each in captured] == list(sizes)
+                for buffer in (captured[-1]._qkv, captured[-1]._hidden, captured[-1]._attended):
+                    buffer.fill_(torch.nan)
+            requests = [
+                request(core, i, prompt, max_tokens=6, temperature=i % 2)
+                for i, prompt in enumerate(prompts((1, 15, 16, 17, 47, 90)))
+            ]
+            run(core, requests)
+            assert bool(Rerun.num_replays) == bool(sizes)
+            results.append([each.output_token_ids for each in requests])
+    assert results[0] == results[1]
+
+
+@given(st.integers(1, 9000))
+def test_piece_sizes(most):
+    sizes = pieces.piece_sizes(most)
+    assert sizes == sorted(set(sizes))
+    assert all(size <= min(most, 2048) for size in sizes)
+    assert all(after - before <= max(before, 16) for before, after in itertools.pairwise(sizes))

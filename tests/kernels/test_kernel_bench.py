@@ -18,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.attention import SDPBackend
 
+from kernels import skinny
 from kernels.bench import __main__ as command
 from kernels.bench import cases, peers, run, tables, timing, works
 from kernels.bench.batches import kv_bytes, random_cache
@@ -169,6 +170,17 @@ def test_share_of_floor_takes_what_bounds(record):
     assert rows["prefill hd 128"].share_of_floor(record.limits) == pytest.approx(0.8)  # FLOPs: 560 of 700
 
 
+def test_share_of_a_floor_that_the_row_names():
+    """800 MB in 250 µs are 64 % of reading at 5 TB/s; FLOPs count only where the floor has their limit."""
+    limits = {"copy": 4e12, "read": 5e12, "matmul": 1e12}
+    row = decode_row()
+    row.floor = ("read",)
+    assert row.share_of_floor(limits) == pytest.approx(0.64)
+    row.floor = ("read", "matmul")  # 1 GFLOP at 1 TFLOP/s
+    assert row.share_of_floor(limits) == pytest.approx(4.0)
+    assert row.share_of_floor({"copy": 4e12}) is None
+
+
 # ---- the record ----------------------------------------------------------------------------------------------------
 
 
@@ -192,6 +204,20 @@ def test_the_record_says_it_all(record):
     assert row["implementations"]["flex"] == {"absent": "TimeoutError: not ready after 90 s"}
     assert row["speedup_over"] == {"cudnn": pytest.approx(1.1)}
     assert [(f["reach"], f["met"]) for f in row["figures"]] == [(0.9, False), (1.0, True), (1.3, None)]
+
+
+def test_records_from_before_floors_were_named(record):
+    """Their rows have the usual one."""
+    document = json.loads(json.dumps(record.to_json()))
+    for row in document["results"]:
+        del row["floor"]
+    assert Record.from_json(document) == record
+
+
+def test_the_committed_record_is_readable():
+    committed = read_record(ROOT / "records" / "kernels_h200.json")
+    text = tables.render(committed)
+    assert all(row.name in text for row in committed.rows)
 
 
 def test_writing_leaves_the_old_record_if_it_fails(record, tmp_path, monkeypatch):
@@ -241,6 +267,21 @@ def test_table(record):
         "MISSED: decode bfloat16 16 × 8,192, ≥ 90% of copy (80.00%)",
     ):
         assert part in text
+
+
+def test_rows_of_linear_layers_say_what_the_engine_calls(record):
+    for engine in (OURS, "cublas"):
+        row = decode_row()
+        row.shape, row.floor, row.name = {"engine": engine}, ("read",), f"linear, {engine}"
+        record.rows.append(row)
+    limit = Row("limits", "sum", {"limit": "read"}, bytes=8e9, timings={"torch": Timing((1e-3,), 2)})
+    record.rows.append(limit)
+    lines = {line.split("  ")[0]: line for line in tables.render(record).splitlines()}
+    for engine in (OURS, "cublas"):
+        assert f"engine: {engine}" in lines[f"linear, {engine}"]
+        assert " 40% " in lines[f"linear, {engine}"]  # 3.2 TB/s of 8
+        assert f"engine: {engine}" in tables.progress(next(r for r in record.rows if engine in r.name), record.limits)
+    assert "engine" not in lines["decode bfloat16 16 × 8,192"]
 
 
 def test_table_of_an_empty_or_stopped_record(record):
@@ -317,6 +358,9 @@ def sentence(capsys) -> str:
         (["--output"], "--output: expected one argument"),
         (["--plot-from", "missing.json"], "cannot read missing.json: No such file or directory"),
         (["--plot-from", "a.json", "--output", "b.json"], "there is no record for --output"),
+        (["--plot-from", "a.json", "--suite", "decode"], "measures nothing, so --suite cannot go with it"),
+        (["--plot-from", "a.json", "--quick"], "measures nothing, so --quick cannot go with it"),
+        (["--plot-from", "a.json", "--commit", "abc"], "measures nothing, so --commit cannot go with it"),
         (["--output", "/dev/null/record.json"], "cannot write /dev/null/record.json"),
     ],
 )
@@ -336,6 +380,7 @@ def test_bad_input_is_one_sentence(arguments, words, capsys):
         ('{"version": 99}', "version 99"),
         ('{"version": 1, "results": [{"suite": "decode"}]}', "'implementations' is missing"),
         ('{"version": 1, "results": 7}', "it is no record"),
+        ('{"version": 1, "results": [{"implementations": {}, "name": "x", "floor": [[]]}]}', "which names no limits"),
     ],
 )
 def test_bad_records_are_one_sentence(text, words, tmp_path, capsys):
@@ -389,6 +434,22 @@ def test_figures_without_plotly_are_one_sentence(record, tmp_path, monkeypatch, 
     write_record(tmp_path / "record.json", record)
     assert command.main(["--plot-from", str(tmp_path / "record.json"), "--plot", str(tmp_path)]) == 2
     assert "figures need plotly, which is not installed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("folder", ["/dev/null/figures", "/dev/null"])
+def test_a_folder_for_figures_is_tried_before_measuring(folder, made_up, tmp_path, capsys):
+    pytest.importorskip("plotly")
+    made_up.setattr(run, "run", lambda *_, **__: pytest.fail("it was measured"))
+    assert command.main(["--suite", "decode", "--plot", folder]) == 2
+    assert f"cannot write {folder}/roofline.html" in sentence(capsys)
+
+
+def test_plotly_is_looked_for_before_measuring(made_up, tmp_path, capsys):
+    made_up.setattr(run, "run", lambda *_, **__: pytest.fail("it was measured"))
+    made_up.setitem(sys.modules, "plotly", None)
+    made_up.setitem(sys.modules, "plotly.graph_objects", None)
+    assert command.main(["--suite", "decode", "--plot", str(tmp_path)]) == 2
+    assert "figures need plotly, which is not installed" in sentence(capsys)
 
 
 def test_the_command_names_no_folder_of_this_machine():
@@ -543,6 +604,59 @@ def test_elementwise_cases(small, bench):
     run_all(works.silu_mul_work(bench, tokens=5, intermediate=96))
     for norm in (False, True):
         run_all(works.rope_work(bench, tokens=5, norm=norm))
+
+
+@pytest.mark.parametrize("rows", [1, 8])
+def test_linear_cases(rows, small, bench):
+    work = works.linear_work(bench, rows=rows, n=48, k=64)
+    run_all(work)
+    assert (work.bytes, work.flops) == (2 * 48 * 64, 2 * rows * 48 * 64)
+    work = works.gate_up_work(bench, rows=rows, n=48, k=64)
+    run_all(work)
+    assert work.implementations[OURS](work.sets[0]).shape == (rows, 24)
+
+
+def test_linear_suite_has_the_layers_and_the_engine_s_rule():
+    """Llama-3.1-8B: 32 layers of these and the vocabulary, with the input embedding and the norms, are 8.03 G."""
+    (qkv, out, gate_up, down, vocabulary) = (n * k for n, k in cases.LINEAR)
+    assert 32 * (qkv + out + gate_up + down + 2 * 4096) + 2 * vocabulary + 4096 == 8_030_261_248
+    found = cases.cases("linear")
+    assert len(found) == 5 * 5 + 5
+    for case in found:
+        shape = case.shape
+        is_ours = skinny.is_faster(shape["rows"], shape["n"], shape["k"])
+        assert (shape["engine"] == OURS) == is_ours == bool(case.targets)
+
+
+def test_fp8_activation_cases(small, bench):
+    """Codes and scales are compared as the numbers that they stand for."""
+    for work in (
+        works.quantise_work(bench, tokens=5, hidden=192),
+        works.silu_mul_fp8_work(bench, tokens=5, intermediate=96),
+    ):
+        run_all(work)
+        ours = work.implementations[OURS]
+        work.implementations[OURS] = lambda s, ours=ours: (ours(s)[0], 1.1 * ours(s)[1])
+        assert "its result differs" in run.differences(work)[OURS]
+
+
+def test_rms_norm_fp8_case(small, bench):
+    """Each of the two adds to a residual of its own, so that they agree as often as they are compared."""
+    work = works.rms_norm_fp8_work(bench, tokens=5, hidden=192)
+    for _ in range(3):
+        assert run.differences(work) == {}
+    x, ours, two_steps = work.sets[0]
+    torch.testing.assert_close(ours, two_steps, rtol=0, atol=0)
+    assert (ours - works.rms_norm_fp8_work(bench, tokens=5, hidden=192).sets[0][1]).abs().max() > x.abs().max()
+    for call in work.implementations.values():
+        call(work.sets[1])
+
+
+@pytest.mark.parametrize("few", [True, False])
+def test_fp8_product_case(few, small, bench):
+    work = works.product_fp8_work(bench, rows=3, n=48, k=64, few=few)
+    run_all(work)
+    assert (work.bytes, work.flops) == ((48 * 64, None) if few else (None, 2 * 3 * 48 * 64))
 
 
 @pytest.mark.parametrize("settings", cases.SAMPLING.values(), ids=cases.SAMPLING)

@@ -1,0 +1,96 @@
+"""What a decoder does outside of attention, as CUDA graphs: one for each stretch between two attentions and number of
+tokens.
+
+A step with prompt chunks has too many shapes to be captured whole. Launched kernel by kernel it costs the host some
+10 ms, which a step of a thousand tokens does not take on the GPU. Attention alone looks at lengths, so the rest is
+captured for a few numbers of tokens, and a step uses the next larger one:
+
+    graph | attend | graph | attend | ...        attend: 2 to 4 launches; graph: one launch of 7 or 8 kernels
+
+All graphs work on the same few buffers, of which a step uses the first rows. Rows behind its tokens hold what earlier
+steps left there; they are computed with the others, and nobody looks at them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from engine.models.decoder import Decoder
+
+
+def piece_sizes(max_num_tokens: int) -> list[int]:
+    """Padded numbers of tokens up to 2,048: above, the GPU takes longer than the host."""
+    sizes = [16, 32, *range(64, 512, 64), *range(512, 1024, 128), *range(1024, 2049, 256)]
+    return [size for size in sizes if size <= max_num_tokens]
+
+
+class _Buffers:
+    """What the graphs of all sizes share: [max_num_tokens, ...] each."""
+
+    def __init__(self, decoder: Decoder, num_tokens: int) -> None:
+        config, embedding = decoder.config, decoder.weights.embedding
+        heads = config.num_q_heads + 2 * config.num_kv_heads
+
+        def make(width: int) -> torch.Tensor:
+            return torch.zeros(num_tokens, width, dtype=embedding.dtype, device=embedding.device)
+
+        self.token_ids = torch.zeros(num_tokens, dtype=torch.int64, device=embedding.device)
+        self.stream, self.hidden = make(config.hidden_size), make(config.hidden_size)
+        self.qkv, self.attended = make(heads * config.head_dim), make(config.num_q_heads * config.head_dim)
+
+
+class CapturedPieces:
+    """`engine.models.decoder.Pieces` of one number of tokens.
+
+    Attributes:
+        size: tokens, padding included.
+        attended: [size, num_q_heads, head_dim], where attention should put its result.
+    """
+
+    def __init__(self, decoder: Decoder, size: int, buffers: _Buffers, pool: object) -> None:
+        self.size = size
+        self.attended = buffers.attended[:size].unflatten(1, (-1, decoder.config.head_dim))
+        self._token_ids, self._attended = buffers.token_ids[:size], buffers.attended[:size]
+        self._qkv, self._hidden = buffers.qkv[:size], buffers.hidden[:size]
+        stream, last = buffers.stream[:size], decoder.config.num_layers - 1
+
+        def start() -> None:
+            stream.copy_(decoder.embed(self._token_ids))
+            decoder.start(stream, self._qkv)
+
+        def between(index: int) -> None:
+            decoder.between(index, self._attended, stream, self._hidden if index == last else self._qkv)
+
+        start(), between(0), between(last)  # compiles kernels and chooses products, which a capture must not
+        self._last = last
+        self._start = _captured(start, pool)
+        self._between = [_captured(lambda index=index: between(index), pool) for index in range(last + 1)]
+
+    def start(self, token_ids: torch.Tensor) -> torch.Tensor:
+        self._token_ids[: token_ids.shape[0]].copy_(token_ids)
+        self._start.replay()
+        return self._qkv
+
+    def between(self, index: int, attended: torch.Tensor) -> torch.Tensor:
+        if attended.data_ptr() != self._attended.data_ptr():
+            self._attended[: attended.shape[0]].copy_(attended)
+        self._between[index].replay()
+        return self._hidden if index == self._last else self._qkv
+
+
+def _captured(run, pool: object) -> torch.cuda.CUDAGraph:
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        run()
+    return graph
+
+
+def capture_pieces(decoder: Decoder, sizes: Sequence[int], pool: object) -> list[CapturedPieces]:
+    """Pieces for these numbers of tokens, ascending; captured from the largest, whose memory the others use again."""
+    buffers = _Buffers(decoder, max(sizes))
+    captured = [CapturedPieces(decoder, size, buffers, pool) for size in sorted(sizes, reverse=True)]
+    return captured[::-1]
