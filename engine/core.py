@@ -103,7 +103,9 @@ class EngineCore:
         )
         self.step_log: list[StepRecord] | None = None
         self._in_flight: deque[_InFlight] = deque()
-        self._depth = 2 if config.async_scheduling else 1
+        # A CPU runs a step while it is launched: launching another before the first is completed would only delay that.
+        self._depth = 2 if config.async_scheduling and self.device.type == "cuda" else 1
+        self._is_broken = False
 
     # ---- requests --------------------------------------------------------------------------------------------------
 
@@ -159,6 +161,8 @@ class EngineCore:
         return []
 
     def _launch(self) -> bool:
+        if self._is_broken:
+            raise RuntimeError("a step of this engine failed; make a new one")
         started = time.perf_counter()
         step = self.scheduler.schedule()
         for sequence in step.preempted:
@@ -169,7 +173,11 @@ class EngineCore:
             self._runner.slots.assign(sequence)
             if sequence.first_scheduled_s is None:
                 sequence.first_scheduled_s = started
-        tokens, graph_size = self._runner.execute(step)
+        try:
+            tokens, graph_size = self._runner.execute(step)
+        except BaseException:
+            self._is_broken = True  # the scheduler counts on a step that never ran
+            raise
         host_s = time.perf_counter() - started
         self._in_flight.append(_InFlight(step, tokens, started, host_s, graph_size))
         return True

@@ -20,12 +20,25 @@ import torch
 
 if TYPE_CHECKING:
     from engine.models.decoder import Decoder
+    from engine.models.modules import DecoderWeights
 
 
-def piece_sizes(max_num_tokens: int) -> list[int]:
-    """Padded numbers of tokens up to 2,048: above, the GPU takes longer than the host."""
-    sizes = [16, 32, *range(64, 512, 64), *range(512, 1024, 128), *range(1024, 2049, 256)]
-    return [size for size in sizes if size <= max_num_tokens]
+# What launching a layer kernel by kernel costs the host, and matrix products per second of a Hopper GPU: enough to tell
+# from where on the GPU takes longer than the host. Products with fp8 weights are twice as fast, and dearer to launch.
+_LAUNCH_S, _FLOPS_PER_S = 0.4e-3, 7e14
+_LAUNCH_FP8_S, _FP8_FLOPS_PER_S = 1.0e-3, 12e14
+
+
+def piece_sizes(weights: DecoderWeights, max_num_tokens: int) -> list[int]:
+    """Padded numbers of tokens for which pieces are worth capturing: up to where the GPU takes longer than the host."""
+    layer = weights.layers[0]
+    matrices = (layer.qkv, layer.output, layer.gate_up, layer.down)
+    has_fp8 = layer.qkv.scale is not None
+    launch_s, rate = (_LAUNCH_FP8_S, _FP8_FLOPS_PER_S) if has_fp8 else (_LAUNCH_S, _FLOPS_PER_S)
+    most = launch_s * rate / (2 * sum(matrix.weight.numel() for matrix in matrices))
+    sizes = [16, 32, *range(64, 512, 64), *range(512, 1024, 128), *range(1024, 2048, 256), *range(2048, 4096, 512)]
+    sizes += range(4096, 8193, 1024)
+    return [size for size in sizes if size <= min(max_num_tokens, max(1.3 * most, 1024))]
 
 
 class _Buffers:
@@ -65,10 +78,19 @@ class CapturedPieces:
         def between(index: int) -> None:
             decoder.between(index, self._attended, stream, self._hidden if index == last else self._qkv)
 
-        start(), between(0), between(last)  # compiles kernels and chooses products, which a capture must not
+        # Compiles kernels and chooses products, which a capture must not.
+        start()
+        for index in range(last + 1):
+            between(index)
         self._last = last
         self._start = _captured(start, pool)
         self._between = [_captured(lambda index=index: between(index), pool) for index in range(last + 1)]
+
+    def replay_all(self) -> None:
+        """Launch every graph once, on whatever the buffers hold."""
+        self._start.replay()
+        for graph in self._between:
+            graph.replay()
 
     def start(self, token_ids: torch.Tensor) -> torch.Tensor:
         self._token_ids[: token_ids.shape[0]].copy_(token_ids)

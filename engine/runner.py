@@ -263,6 +263,8 @@ class ModelRunner:
         rows = torch.arange(num_samples, device=self.device) % batch.num_tokens
         logits = self.decoder.logits(hidden, rows)
         self._sample(logits, torch.full_like(rows, trash), rows, filtered=True)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # uploads take turns in few buffers, for at most two steps in flight
 
     def warm_up(self, max_num_batched_tokens: int, max_model_len: int) -> None:
         """Run one small step of each kind, so that no request waits for a kernel to be compiled.
@@ -295,6 +297,9 @@ class ModelRunner:
             num_tokens: of other steps, of which everything but attention is captured.
         """
         pool = torch.cuda.graph_pool_handle()
+        weight = self.decoder.weights.lm_head.weight
+        # All sizes share it: whoever reads logits does so before the next step.
+        self._logits = weight.new_empty(max(sizes), weight.shape[0])
         if num_tokens:
             self._pieces = capture_pieces(self.decoder, num_tokens, pool)
         for size in sorted(sizes, reverse=True):
@@ -308,6 +313,15 @@ class ModelRunner:
                 slots, seq_lens, logits, tokens = self._decode(inputs, size)
             self.graphs[size] = _Graph(size, graph, inputs, slots, seq_lens, logits, tokens)
         self._graph_for = [min(size for size in sizes if size >= n) for n in range(max(sizes) + 1)]
+        self._replay_all()
+
+    def _replay_all(self) -> None:
+        """A graph's first launch takes longer: have it now, on padding."""
+        for graph in self.graphs.values():
+            graph.graph.replay()
+        for pieces in self._pieces:
+            pieces.replay_all()
+        torch.cuda.synchronize()
 
     def _decode(self, inputs: torch.Tensor, size: int) -> tuple[torch.Tensor, ...]:
         """Every sequence decodes one token; what is captured."""
@@ -333,7 +347,7 @@ class ModelRunner:
             groups=tuple(groups),
         )
         self._set_residuals(batch, slots)
-        logits = self.decoder.logits(self.decoder.forward(batch))
+        logits = self.decoder.logits(self.decoder.forward(batch), out=self._logits[:size])
         tokens = self._sample(logits, slots, seq_lens.long(), filtered=False)
         return slots, seq_lens, logits, tokens
 

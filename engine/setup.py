@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 # KV cache of an engine on a CPU, where "all free memory" would be a bad neighbour.
 _CPU_KV_BYTES = 1 << 30
+# A CUDA graph of a handful of kernels, as the driver keeps it.
+_GRAPH_BYTES = 1 << 19
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,8 @@ def build(config: EngineConfig, weights: DecoderWeights | None = None) -> Engine
     groups = kv_groups(described.layer_windows)
     started = time.perf_counter()
     if weights is None:
+        if device.type == "cpu":
+            _check_fits_host(num_parameters(described) * dtype.itemsize, "the weights")
         with _sentence_for_lack_of_memory(device, "the weights", "--quantization fp8 halves them"):
             weights = load_weights(
                 Path(config.model),
@@ -89,10 +93,30 @@ def _sentence_for_lack_of_memory(device: torch.device, what: str, remedy: str) -
     try:
         yield
     except torch.OutOfMemoryError:
-        free, total = (size / GIB for size in torch.cuda.mem_get_info(device))
+        free, total = (_shown(size) for size in torch.cuda.mem_get_info(device))
+        raise UserError(f"{what} do not fit: of the GPU's {total} only {free} are left; {remedy}") from None
+    except RuntimeError as error:
+        if "DefaultCPUAllocator" not in str(error):
+            raise
+        raise UserError(f"{what} do not fit into this machine's memory; {remedy}") from None
+
+
+def _check_fits_host(needed: int, what: str) -> None:
+    """Where Linux would end the process rather than refuse memory.
+
+    Raises:
+        UserError: more bytes than the machine has left.
+    """
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration, ValueError, IndexError):
+        return
+    if needed > available:
         raise UserError(
-            f"{what} do not fit: of the GPU's {total:.1f} GiB only {free:.1f} GiB are left; {remedy}"
-        ) from None
+            f"{what} take {_shown(needed)} and this machine has {_shown(available)} of memory left; use a GPU, a "
+            "smaller model or, for half the bytes, --dtype bfloat16"
+        )
 
 
 def describe_model(config: EngineConfig) -> ModelConfig:
@@ -175,9 +199,12 @@ class _Builder:
             runner.warm_up(config.max_num_batched_tokens, self.max_model_len)
         if self.device.type == "cuda" and not config.enforce_eager:
             started, free = time.perf_counter(), torch.cuda.mem_get_info(self.device)[0]
-            runner.capture(graph_sizes(config.max_num_seqs), piece_sizes(config.max_num_batched_tokens))
+            runner.capture(graph_sizes(config.max_num_seqs), piece_sizes(self.weights, config.max_num_batched_tokens))
             graph_bytes = max(free - torch.cuda.mem_get_info(self.device)[0], 0)
             memory = replace(memory, graph_bytes=graph_bytes, graph_s=time.perf_counter() - started)
+        if self.device.type == "cuda":
+            # Graphs emptied the allocator's pool. The largest step takes its memory now, not when a request waits.
+            runner.run_dummy(self._largest_step(), num_samples=config.max_num_seqs)
         return Engine(self.model_config, self.weights, memory, self.device, self.dtype, cache, runner)
 
     def _runner(self, num_blocks: int, num_slots: int) -> tuple[ModelRunner, KVCache]:
@@ -212,6 +239,7 @@ class _Builder:
         total = activation = other = None
         if self.device.type == "cuda":
             fixed += scratch_bytes(self.model_config, self.layouts, self.max_model_len, self.dtype)
+            fixed += self._tables_and_graphs_bytes()
             activation = self._peak_of_largest_step()
             free, total = torch.cuda.mem_get_info(self.device)
             other = max(total - free - torch.cuda.memory_reserved(self.device), 0)
@@ -241,13 +269,33 @@ class _Builder:
             raise UserError(self._does_not_fit(report))
         return report
 
-    def _peak_of_largest_step(self) -> int:
-        """Bytes that the largest step needs beyond weights and cache: run it on a small cache, and look."""
-        config = self.config
-        left, chunks = config.max_num_batched_tokens, []
+    def _tables_and_graphs_bytes(self) -> int:
+        """What is allocated behind the KV cache: RoPE and block tables, and, roughly, CUDA graphs and their buffers."""
+        config, model = self.config, self.model_config
+        pages = -(-self.max_model_len // config.block_size)
+        tables = 4 * (config.max_num_seqs + 1) * pages * len(self.groups.windows)
+        tables += sum(4 * self.max_model_len * rope.rotary_dim for rope in model.ropes)
+        if config.enforce_eager:
+            return tables
+        tokens = piece_sizes(self.weights, config.max_num_batched_tokens)
+        num_graphs = len(tokens) * (model.num_layers + 1) + len(graph_sizes(config.max_num_seqs))
+        heads = (2 * model.num_q_heads + 2 * model.num_kv_heads) * model.head_dim
+        widths = heads + 4 * model.hidden_size + 3 * model.intermediate_size  # buffers, and what a piece works with
+        elements = config.max_num_seqs * model.vocab_size + max(tokens, default=0) * widths
+        return tables + elements * self.dtype.itemsize + num_graphs * _GRAPH_BYTES
+
+    def _largest_step(self) -> list[tuple[int, int]]:
+        """Prompt chunks, without context, that fill the token budget of a step."""
+        left, chunks = self.config.max_num_batched_tokens, []
         while left > 0:
             chunks.append((min(self.max_model_len, left), 0))
             left -= chunks[-1][0]
+        return chunks
+
+    def _peak_of_largest_step(self) -> int:
+        """Bytes that the largest step needs beyond weights and cache: run it on a small cache, and look."""
+        config = self.config
+        chunks = self._largest_step()
         pages = sum(-(-length // config.block_size) for length, _ in chunks)
         runner, cache = self._runner(pages * len(self.groups.windows) + 1, config.max_num_seqs)
         runner.run_dummy(chunks, num_samples=config.max_num_seqs)  # compiles, and has libraries take what they keep
@@ -274,14 +322,18 @@ class _Builder:
         if config.num_gpu_blocks_override:
             remedies.append("a larger --num-gpu-blocks-override, or none")
         elif all(layout.is_float for layout in self.layouts):
-            remedies.append("--kv-cache-dtype fp8 (half the bytes of bfloat16) or int4 (a quarter)")
+            share = "half" if self.dtype.itemsize == 2 else "a quarter of"
+            remedies.append(f"--kv-cache-dtype fp8 ({share} the bytes) or int4 (half of fp8's)")
         if not config.num_gpu_blocks_override and self.device.type == "cuda" and config.gpu_memory_utilization < 0.95:
             remedies.append("--gpu-memory-utilization 0.95")
         if config.quantization is None and self.device.type == "cuda":
             remedies.append("--quantization fp8 (half the bytes of the weights)")
         if len(self.groups.windows) > 1 or self.groups.windows[0] is not None:
             remedies.append("a smaller --max-num-batched-tokens")
-        remedies.append("a GPU with more memory")
+        if self.device.type == "cuda":
+            remedies.append("a GPU with more memory")
+        elif not config.num_gpu_blocks_override:
+            remedies.append(f"--num-gpu-blocks-override {report.blocks_per_sequence} (of this machine's memory)")
         longest = f"the longest context that fits is {fits} tokens" if fits else "no context fits"
         return (
             f"one sequence of max_model_len {report.max_model_len} tokens needs {needed} of KV cache and "
@@ -299,6 +351,14 @@ class _Builder:
             else:
                 high = middle - 1
         return low
+
+
+def num_parameters(config: ModelConfig) -> int:
+    """Numbers in the matrices of a model, a tied embedding counted once."""
+    heads = 2 * config.num_q_heads + 2 * config.num_kv_heads
+    layer = config.hidden_size * (heads * config.head_dim + 3 * config.intermediate_size)
+    tables = 1 if config.tie_word_embeddings else 2
+    return config.num_layers * layer + tables * config.vocab_size * config.hidden_size
 
 
 def _shown(num_bytes: int) -> str:

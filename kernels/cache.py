@@ -1194,7 +1194,16 @@ def _numbers(words, plane: tl.constexpr, KV_DTYPE: tl.constexpr, BITS: tl.conste
     return low, high
 
 
-@triton.jit(do_not_specialize=["block_tables_stride", "out_block_tables_stride", "max_pages"])
+@triton.jit(
+    do_not_specialize=["block_tables_stride", "out_block_tables_stride", "max_pages"],
+    do_not_specialize_on_alignment=[
+        "block_tables_ptr",
+        "context_lens_ptr",
+        "residual_slots_ptr",
+        "flushed_lens_ptr",
+        "out_block_tables_ptr",
+    ],
+)
 def _dequantise_kernel(
     words_ptr,
     scales_ptr,

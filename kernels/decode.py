@@ -592,14 +592,8 @@ def decode_attention(
 
 def _merge(plan: DecodePlan, out: torch.Tensor, lse: torch.Tensor | None) -> None:
     """Launch the merge of all units in pieces."""
-    needed_rows = min(plan.rows, triton.next_power_of_2(plan.group * plan.max_query_len))
-    pieces = triton.next_power_of_2(1 + plan.num_programs // max(plan.num_units, 1))
-    programs, block_rows = plan.num_programs - 1, min(needed_rows, 4)
-    block_channels = triton.next_power_of_2(plan.layout.head_dim)
-    if plan.has_few_units:
-        programs, block_rows, block_channels = plan.num_units, 1, max(block_channels // 4, 16)
-    channel_blocks = triton.cdiv(plan.layout.head_dim, block_channels)
-    _merge_kernel[(programs, needed_rows // block_rows, channel_blocks)](
+    grid, block_rows, block_channels, pieces = plan.merging_tiles
+    _merge_kernel[grid](
         plan.table,
         plan.merging,
         out,
@@ -616,7 +610,7 @@ def _merge(plan: DecodePlan, out: torch.Tensor, lse: torch.Tensor | None) -> Non
         HAS_LSE=lse is not None,
         BLOCK_ROWS=block_rows,
         BLOCK_CHANNELS=block_channels,
-        PIECES=min(max(pieces, 2), 128),
+        PIECES=pieces,
         FEW_UNITS=plan.has_few_units,
         num_warps=4,
         **({} if INTERPRETING else {"launch_pdl": True}),

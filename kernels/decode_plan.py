@@ -240,6 +240,18 @@ class DecodePlan:
         """Whether units are so few that most are in very many pieces."""
         return 0 < 16 * self.num_units <= self.num_programs
 
+    @cached_property
+    def merging_tiles(self) -> tuple[tuple[int, int, int], int, int, int]:
+        """Grid of the merge kernel, and rows, channels and pieces that a program of it takes at a time."""
+        needed_rows = min(self.rows, triton.next_power_of_2(self.group * self.max_query_len))
+        pieces = triton.next_power_of_2(1 + self.num_programs // max(self.num_units, 1))
+        programs, block_rows = self.num_programs - 1, min(needed_rows, 4)
+        block_channels = triton.next_power_of_2(self.layout.head_dim)
+        if self.has_few_units:
+            programs, block_rows, block_channels = self.num_units, 1, max(block_channels // 4, 16)
+        grid = (programs, needed_rows // block_rows, triton.cdiv(self.layout.head_dim, block_channels))
+        return grid, block_rows, block_channels, min(max(pieces, 2), 128)
+
     def update(
         self,
         seq_lens: torch.Tensor,

@@ -7,6 +7,8 @@ loads, four or more, before it uses the first, and no kernel waits with loads be
 Meaning and shapes: `kernels.reference.elementwise`.
 """
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -69,6 +71,7 @@ def rms_norm_kernel(
         tl.store(out_ptr + rows * out_stride + cols, normalised.to(out_ptr.dtype.element_ty), mask=mask)
 
 
+@cache
 def rms_norm_tile(hidden: int) -> tuple[int, int, int, int]:
     """(chunk, number of chunks, rows per program, warps) for a hidden size.
 
@@ -241,6 +244,7 @@ def qk_norm_rope_kernel(
             tl.store(heads[i] + rest_cols, new_rests[i], mask=(head < NUM_HEADS) & (rest_cols < HEAD_DIM))
 
 
+@cache
 def rope_tile(num_heads: int, half: int) -> tuple[int, int, int, int]:
     """(heads per tile, tiles per program, programs per token, warps) for this many heads, query and key together.
 

@@ -190,6 +190,7 @@ def _attend(
         "columns_per_section",
         "window",
     ],
+    do_not_specialize_on_alignment=["query_start_ptr", "seq_lens_ptr", "block_tables_ptr"],
 )
 def _prefill_kernel(
     query_desc,  # [num_q_heads / PACK, num_tokens, PACK, head_dim], without PACK where it is 1

@@ -576,6 +576,8 @@ def _consume(rings, staging, outputs, numbers, c: gl.constexpr, WHICH: gl.conste
         "num_ranks",
         "window",
     ],
+    # Slices of a step's lengths and tables begin anywhere; each load of them is of one number.
+    do_not_specialize_on_alignment=["query_start_ptr", "seq_lens_ptr", "block_tables_ptr"],
 )
 def _prefill_hopper_kernel(
     query_desc,  # [num_q_heads / PACK, num_tokens, PACK, head_dim], without PACK where it is 1

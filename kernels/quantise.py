@@ -9,6 +9,8 @@ Meaning and rounding: `kernels.reference.quantise`, which these kernels meet to 
 comes first.
 """
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -61,7 +63,7 @@ def _store_quantised(
     tl.store(scale_ptr + rows, scale, mask=rows < num_tokens)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def quantise_tokens_kernel(
     x_ptr,
     out_ptr,
@@ -83,7 +85,7 @@ def quantise_tokens_kernel(
     _store_quantised(parts, out_ptr, scale_ptr, rows, num_tokens, out_stride, WIDTH, CHUNK, NUM_CHUNKS, ROWS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def rms_norm_fp8_kernel(
     x_ptr,
     weight_ptr,
@@ -132,7 +134,7 @@ def rms_norm_fp8_kernel(
     _store_quantised(normalised, out_ptr, scale_ptr, rows, num_tokens, out_stride, WIDTH, CHUNK, NUM_CHUNKS, ROWS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def silu_mul_fp8_kernel(
     gate_up_ptr,
     out_ptr,
@@ -161,6 +163,7 @@ def silu_mul_fp8_kernel(
     _store_quantised(parts, out_ptr, scale_ptr, rows, num_tokens, out_stride, WIDTH, CHUNK, NUM_CHUNKS, ROWS)
 
 
+@cache
 def row_tile(width: int) -> tuple[int, int, int, int]:
     """(chunk, number of chunks, rows per program, warps): `rms_norm_tile`, but the widest rows take twice the warps.
 

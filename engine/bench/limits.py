@@ -93,7 +93,7 @@ def _fp8_work(n: int, bench: Any) -> Any:
     rows, columns = (torch.ones(shape, device=bench.device) for shape in ((n, 1), (1, n)))
 
     def multiply(pair: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        return torch._scaled_mm(pair[0], pair[1].t(), rows, columns, out_dtype=torch.bfloat16)
+        return torch._scaled_mm(pair[0], pair[1].t(), rows, columns, out_dtype=torch.bfloat16, use_fast_accum=True)
 
     sets = [(operand(), operand()) for _ in range(works.num_sets(2 * n * n))]
     return works.Work(sets, {"torch": multiply}, flops=2 * n**3)

@@ -138,18 +138,21 @@ class Decoder:
             rope = None
         return self.attention.forward(index, query, key, value, batch, rope).flatten(1)
 
-    def logits(self, hidden: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
+    def logits(
+        self, hidden: torch.Tensor, rows: torch.Tensor | None = None, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Logits of hidden states, soft-capped where the model does: [num_rows, vocab] in the model's dtype.
 
         Args:
             hidden: [num_tokens, hidden], from `forward`.
             rows: int64 [num_rows], the rows that are wanted (`StepBatch.sampled_rows`), or None for all.
+            out: [num_rows, vocab] in the model's dtype to put them in, or None.
         """
         if rows is not None:
             hidden = hidden.index_select(0, rows)
-        logits = self.ops.linear(hidden, self.weights.lm_head)
+        logits = self.ops.product(hidden, self.weights.lm_head, out)
         cap = self.config.logit_soft_cap
-        return logits if cap is None else self.ops.soft_cap(logits, cap)
+        return logits if cap is None else logits.copy_(self.ops.soft_cap(logits, cap))
 
 
 class LaunchedPieces:

@@ -50,8 +50,12 @@ def prompts(lengths: Iterable[int] = LENGTHS, *, seed: int = 1, vocab_size: int 
 
 @contextmanager
 def engine(folder: Path | str, *, weights: DecoderWeights | None = None, **settings: object) -> Iterator[EngineCore]:
-    """An engine that must be empty when it is no longer needed."""
+    """An engine that must be empty when it is no longer needed.
+
+    With async_scheduling two steps are in flight here too, as on a GPU.
+    """
     core = EngineCore(EngineConfig(model=str(folder), **{**SMALL, **settings}), weights=weights)
+    core._depth = 2 if core.config.async_scheduling else 1
     yield core
     assert_idle(core)
 
@@ -122,8 +126,8 @@ class LogitsLog:
         self._rows: torch.Tensor | None = None
         runner.execute, runner.decoder.logits = self._recording_execute, self._recording_logits
 
-    def _recording_logits(self, hidden, rows=None):
-        self._rows = self._compute(hidden, rows)
+    def _recording_logits(self, hidden, rows=None, out=None):
+        self._rows = self._compute(hidden, rows, out)
         return self._rows
 
     def _recording_execute(self, step):

@@ -15,6 +15,7 @@ from running import LogitsLog, Models, engine, prompts, reference_logits, reques
 
 from engine import pieces
 from engine.core import EngineCore
+from engine.models.modules import Linear
 from engine.runner import _pack, graph_sizes
 from engine.sampling_params import SamplingParams
 from engine.scheduling import Step
@@ -228,6 +229,8 @@ def capture_on_cpu(core: EngineCore, monkeypatch: pytest.MonkeyPatch) -> dict[in
         patch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
         patch.setattr(torch.cuda, "synchronize", lambda *_: None)
         runner.capture(graph_sizes(core.config.max_num_seqs))
+    for graph in runner.graphs.values():
+        graph.graph.num_replays = 0  # each was replayed once on padding
     # A GPU copies a graph's tokens to the host before the graph runs again.
     replay = runner._replay
     runner._replay = lambda *step: replay(*step).clone()
@@ -302,9 +305,27 @@ def test_captured_pieces_are_those_launched(family, settings, models, monkeypatc
     assert results[0] == results[1]
 
 
-@given(st.integers(1, 9000))
-def test_piece_sizes(most):
-    sizes = pieces.piece_sizes(most)
+@given(st.integers(1, 9000), st.integers(1, 14), st.booleans())
+def test_piece_sizes(most, log_size, fp8):
+    side = 2**log_size
+    scale = torch.ones(1) if fp8 else None
+    matrix = Linear(torch.empty(side, side, device="meta"), scale)
+    layer = SimpleNamespace(qkv=matrix, output=matrix, gate_up=matrix, down=matrix)
+    sizes = pieces.piece_sizes(SimpleNamespace(layers=[layer]), most)
     assert sizes == sorted(set(sizes))
-    assert all(size <= min(most, 2048) for size in sizes)
+    assert all(size <= most for size in sizes)
+    assert most < 1024 or sizes[-1] >= 1024
     assert all(after - before <= max(before, 16) for before, after in itertools.pairwise(sizes))
+
+
+def test_large_models_need_pieces_for_small_steps_only():
+    """Llama-3.1-8B computes 1,024 tokens for longer than the host launches; Qwen3-0.6B does not even 8,192."""
+
+    def weights(hidden, qkv, intermediate):
+        shapes = {"qkv": (qkv, hidden), "output": (hidden, hidden), "gate_up": (2 * intermediate, hidden)}
+        shapes["down"] = (hidden, intermediate)
+        layer = {name: Linear(torch.empty(shape, device="meta")) for name, shape in shapes.items()}
+        return SimpleNamespace(layers=[SimpleNamespace(**layer)])
+
+    assert pieces.piece_sizes(weights(4096, 6144, 14336), 8192)[-1] == 1024
+    assert pieces.piece_sizes(weights(1024, 4096, 3072), 8192)[-1] == 8192
