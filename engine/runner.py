@@ -13,6 +13,7 @@ The host therefore never needs step n's tokens to launch step n + 1.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -296,6 +297,8 @@ class ModelRunner:
             sizes: of decode steps.
             num_tokens: of other steps, of which everything but attention is captured.
         """
+        gc.collect()
+        gc.freeze()  # each capture collects garbage: have it look at little
         pool = torch.cuda.graph_pool_handle()
         weight = self.decoder.weights.lm_head.weight
         # All sizes share it: whoever reads logits does so before the next step.
@@ -313,6 +316,7 @@ class ModelRunner:
                 slots, seq_lens, logits, tokens = self._decode(inputs, size)
             self.graphs[size] = _Graph(size, graph, inputs, slots, seq_lens, logits, tokens)
         self._graph_for = [min(size for size in sizes if size >= n) for n in range(max(sizes) + 1)]
+        gc.unfreeze()
         self._replay_all()
 
     def _replay_all(self) -> None:

@@ -1,6 +1,8 @@
 """The engine on a GPU: Triton kernels, CUDA graphs and 16-bit models against transformers in float32."""
 
 import gc
+import json
+import re
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,9 @@ from running import (
     run,
 )
 
+from engine.bench.step_log import read_step_log
+from engine.commands.bench import bench
+from engine.commands.generate import generate
 from engine.errors import UserError
 from kernels.reference.sampling import sample
 
@@ -246,7 +251,47 @@ def test_a_context_that_does_not_fit_on_the_gpu(models):
     settings = {**GPU, "num_gpu_blocks_override": None, "gpu_memory_utilization": 1e-4}
     remedies = "--kv-cache-dtype fp8.*--gpu-memory-utilization 0.95"
     with (
-        pytest.raises(UserError, match=f"0.00 GiB are available: no context fits.*{remedies}"),
+        pytest.raises(UserError, match=f"are available: no context fits.*{remedies}"),
         engine(folder, **settings),
     ):
         pass
+
+
+def test_generate_reports_bandwidth(capsys):
+    """The built-in tiny model: text on stdout, and on stderr the bytes read beside those of a copy."""
+    arguments = ["tiny", "--load-format", "dummy", "--prompt", "Hello", "--max-tokens", "24", "--ignore-eos"]
+    assert generate([*arguments, "--num-gpu-blocks-override", "200"]) == 0
+    report = capsys.readouterr().err
+    assert re.search(r"decoding read [\d,.]+ GB/s of weights and KV cache, \d+% of the [\d,]+ GB/s of a copy", report)
+
+
+SUITES = {
+    "decode": ["--shapes", "1x64,4x100", "--kv-cache-dtype", "bfloat16,int4", "--output-tokens", "12"],
+    "prefill": ["--prompt-tokens", "64,300", "--repetitions", "2"],
+    "offline": ["--num-prompts", "8", "--input-len", "10:100", "--output-len", "4:20", "--repeat", "1"],
+    "kv-cache": ["--context", "64,128", "--output-tokens", "8", "--recomputed-tokens", "3"],
+}
+
+
+@pytest.mark.parametrize("suite", SUITES)
+def test_benchmarks_run_and_record(suite, tmp_path):
+    record = tmp_path / "record.json"
+    arguments = [suite, "tiny", "--load-format", "dummy", *SUITES[suite], "--commit", "x", "--output", str(record)]
+    assert bench([*arguments, "--gpu-memory-utilization", "0.2", "--max-num-seqs", "8"]) == 0
+    written = json.loads(record.read_text())
+    assert written["commit"] == "x"
+    assert "H200" in str(written) or torch.cuda.get_device_name() in str(written)
+
+
+def test_serve_benchmark_with_a_step_log(tmp_path):
+    workload, record, log = tmp_path / "w.jsonl", tmp_path / "serve.json", tmp_path / "steps.jsonl.gz"
+    lengths = ["--input-len", "20:200", "--output-len", "4:20"]
+    made = ["make-workload", "--num-prompts", "20", "--request-rate", "50", "--seed", "0", *lengths]
+    assert bench([*made, "--output", str(workload)]) == 0
+    served = ["serve", "tiny", "--load-format", "dummy", "--workload", str(workload), "--repeat", "2"]
+    paths = ["--step-log", str(log), "--output", str(record), "--commit", "x"]
+    assert bench([*served, *paths, "--gpu-memory-utilization", "0.2"]) == 0
+    for run_number in (1, 2):
+        steps = read_step_log(tmp_path / f"steps.{run_number}.jsonl.gz")
+        assert sum(step.shape.num_sampled for step in steps) > 20
+        assert all(step.end_s >= step.start_s for step in steps)
