@@ -2,10 +2,11 @@
 
     llm                LLM: generate, stream, abort, in vLLM's shape
     sampling_params    SamplingParams: how a request is sampled, and when it ends
+    prompts            what a prompt may be: text, token ids, a mapping; what is wrong with one
     outputs            RequestOutput, CompletionOutput, RequestMetrics: what comes back
     tokenizer          text to token ids and back, as it comes
     config             EngineConfig: the flags of `vllm serve`, with underscores
-    errors             UserError: bad input, in one sentence
+    errors, values     UserError: bad input, in one sentence; numbers and switches checked
 
     core               EngineCore: schedule, execute, update, one step ahead of itself
     scheduling         requests, block pool, prefix cache, scheduler; standard library only, shared with the simulator

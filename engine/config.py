@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import difflib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 
 from engine.errors import UserError
+from engine.values import MAX_INT32, MAX_SEED, flag, integer, real_number, shown, whole_number, whole_numbers
 
 KV_CACHE_DTYPES = ("auto", "bfloat16", "float16", "float32", "fp8", "int8", "int4", "int2")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 LOAD_FORMATS = ("auto", "safetensors", "dummy")
 QUANTIZATIONS = (None, "fp8")
 BLOCK_SIZES = (32, 64, 128)
+
+# Least and most of each. The scheduler counts running requests in 20 bits, and pages and positions are int32.
+_BOUNDS = {
+    "max_model_len": (2, MAX_INT32),
+    "max_num_seqs": (1, 2**20 - 2),
+    "max_num_batched_tokens": (1, 2**24),
+    "num_gpu_blocks_override": (2, MAX_INT32),
+    "seed": (0, MAX_SEED),
+}
+_MAY_BE_NONE = ("max_model_len", "num_gpu_blocks_override")
 
 
 @dataclass(frozen=True)
@@ -59,37 +73,67 @@ class EngineConfig:
     device: str = "auto"
 
     def __post_init__(self) -> None:
+        self._set("model", _model(self.model))
         for name, choices in (
             ("load_format", LOAD_FORMATS),
             ("dtype", DTYPES),
             ("quantization", QUANTIZATIONS),
             ("kv_cache_dtype", KV_CACHE_DTYPES),
-            ("block_size", BLOCK_SIZES),
             ("device", ("auto", "cuda", "cpu")),
         ):
             value = getattr(self, name)
-            if value not in choices:
-                wanted = ", ".join(str(choice) for choice in choices if choice is not None)
-                raise UserError(f"{name} is {value!r}; it must be one of {wanted}")
-        for name, least in (("max_num_seqs", 1), ("max_num_batched_tokens", 1), ("seed", 0)):
-            self._check_integer(name, least)
-        for name, least in (("max_model_len", 2), ("num_gpu_blocks_override", 2)):
-            if getattr(self, name) is not None:
-                self._check_integer(name, least)
-        for layer in self.kv_cache_dtype_skip_layers:
-            if isinstance(layer, bool) or not isinstance(layer, int) or layer < 0:
-                raise UserError(f"kv_cache_dtype_skip_layers has {layer!r}; layers are whole numbers from 0")
-        if not 0 < self.gpu_memory_utilization <= 1:
-            raise UserError(
-                f"gpu_memory_utilization is {self.gpu_memory_utilization}; it must be above 0 and at most 1"
-            )
+            if not (value is None or isinstance(value, str)) or value not in choices:
+                raise UserError(f"{name} is {shown(value)}; it must be one of {_listed(choices)}")
+        for name, (least, most) in _BOUNDS.items():
+            value = getattr(self, name)
+            if value is not None or name not in _MAY_BE_NONE:
+                self._set(name, whole_number(name, value, least, most))
+        size = integer(self.block_size)
+        if size not in BLOCK_SIZES:
+            kind = " as a whole number" if size is None else ""
+            raise UserError(f"block_size is {shown(self.block_size)}; it must be one of {_listed(BLOCK_SIZES)}{kind}")
+        self._set("block_size", size)
+        for field in fields(self):
+            if isinstance(field.default, bool):
+                flag(field.name, getattr(self, field.name))
+        layers = whole_numbers("kv_cache_dtype_skip_layers", self.kv_cache_dtype_skip_layers, "layers")
+        self._set("kv_cache_dtype_skip_layers", layers)
+        share = real_number(
+            "gpu_memory_utilization", self.gpu_memory_utilization, lambda x: 0 < x <= 1, "above 0 and at most 1"
+        )
+        self._set("gpu_memory_utilization", share)
         if self.max_num_seqs > self.max_num_batched_tokens:
             raise UserError(
                 f"max_num_seqs ({self.max_num_seqs}) must not exceed max_num_batched_tokens "
                 f"({self.max_num_batched_tokens}): every running request needs a token of each step's budget"
             )
 
-    def _check_integer(self, name: str, least: int) -> None:
-        value = getattr(self, name)
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise UserError(f"{name} is {value!r}; it must be a whole number of at least {least}")
+    @classmethod
+    def from_options(cls, model: str, options: Mapping[str, object]) -> EngineConfig:
+        """The configuration with these fields.
+
+        Raises:
+            UserError: there is no such field, or a value is out of its range.
+        """
+        names = [field.name for field in fields(cls) if field.name != "model"]
+        for name in options:
+            if name not in names:
+                nearest = difflib.get_close_matches(name.replace("-", "_"), names, n=1)
+                hint = f"did you mean {nearest[0]}?" if nearest else f"there are {', '.join(names)}"
+                raise UserError(f"the engine has no option {name}; {hint}")
+        return cls(model=model, **options)
+
+    def _set(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
+
+
+def _model(given: object) -> str:
+    """Its folder or name; a path object is as good."""
+    model = os.fspath(given) if isinstance(given, os.PathLike) else given
+    if not isinstance(model, str) or not model.strip() or "\0" in model:
+        raise UserError(f"model is {shown(given)}; it must be a folder or the name of a built-in model")
+    return model
+
+
+def _listed(choices: tuple[object, ...]) -> str:
+    return ", ".join(str(choice) for choice in choices if choice is not None)

@@ -8,12 +8,11 @@ for output in llm.generate(["Hello", "The memory wall is"], SamplingParams(tempe
 from __future__ import annotations
 
 import contextlib
-import operator
 import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -21,15 +20,13 @@ from typing import TYPE_CHECKING
 from engine.config import EngineConfig
 from engine.errors import UserError
 from engine.outputs import CompletionOutput, RequestOutput, metrics_of
+from engine.prompts import Prompt, PromptError, prompt_list, read_prompt
 from engine.sampling_params import SamplingParams
 from engine.sequence import Sequence
 from engine.tokenizer import Detokenizer, Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
     from engine.core import EngineCore, SequenceUpdate
-
-# Text, token ids, or a mapping with one of the keys "prompt" and "prompt_token_ids".
-Prompt = str | Many[int] | Mapping[str, object]
 
 
 class LLM:
@@ -49,9 +46,10 @@ class LLM:
             options: the other fields of `EngineConfig`.
 
         Raises:
-            UserError: an option out of its range, or a model that cannot be loaded or does not fit.
+            UserError: an option that there is not or that is out of its range, or a model that cannot be loaded or
+                does not fit.
         """
-        self._attach(_core(EngineConfig(model=model, **options)))
+        self._attach(_core(EngineConfig.from_options(model, options)))
 
     @classmethod
     def from_config(cls, config: EngineConfig) -> LLM:
@@ -83,7 +81,7 @@ class LLM:
         """Continue all prompts, batched as memory allows.
 
         Args:
-            prompts: one prompt or a list. A list of integers is one prompt of token ids.
+            prompts: one prompt or a list. A list, array or tensor of integers is one prompt of token ids.
             sampling_params: for all prompts, or one for each; None for the defaults.
             use_tqdm: show a progress bar on stderr.
 
@@ -91,7 +89,8 @@ class LLM:
             One output per prompt, in their order.
 
         Raises:
-            UserError: a prompt that is empty, too long or no prompt. It names the prompt's index, and none has run.
+            UserError: a prompt that is empty, too long or no prompt. It names the prompt's index, and none has run:
+                a call that is refused changes nothing, the text of later calls included.
         """
         call = self._prepare(prompts, sampling_params, only_finished=True)
         with progress_bar(len(call.lives), use_tqdm) as update:
@@ -146,17 +145,26 @@ class LLM:
         only_finished: bool,
     ) -> _Call:
         """Check every prompt; none is queued yet."""
-        prompts = _as_list(prompts)
+        prompts = prompt_list(prompts)
         call = _Call([], deque(), only_finished)
         for index, (prompt, params) in enumerate(zip(prompts, _params_for(len(prompts), sampling_params), strict=True)):
             with _naming(index):
-                call.lives.append(self._live_request(call, prompt, params))
+                call.lives.append(self._live_request(str(self._num_requests + index), call, prompt, params))
+        self._num_requests += len(prompts)  # seeds come from it, so that what is refused must not count
         return call
 
-    def _live_request(self, call: _Call, prompt: object, params: SamplingParams) -> _Live:
-        text, token_ids = self._tokens(prompt)
+    def _live_request(self, request_id: str, call: _Call, prompt: object, params: SamplingParams) -> _Live:
+        text, token_ids = read_prompt(prompt)
+        if text is not None:
+            token_ids = self.tokenizer.encode(text)
+        budget = self.config.max_num_batched_tokens
+        if not self.config.enable_chunked_prefill and len(token_ids) > budget:
+            raise UserError(
+                f"the prompt has {len(token_ids)} tokens, more than max_num_batched_tokens {budget}, and chunked "
+                "prefill is off"
+            )
         sequence = Sequence(
-            str(self._num_requests),
+            request_id,
             token_ids,
             params,
             max_model_len=self.core.max_model_len,
@@ -166,7 +174,6 @@ class LLM:
             default_seed=self.config.seed,
             vocab_size=self.core.model_config.vocab_size,
         )
-        self._num_requests += 1
         detokenizer = Detokenizer(self.tokenizer, token_ids) if params.detokenize else None
         return _Live(sequence, call, text, token_ids, detokenizer)
 
@@ -177,30 +184,11 @@ class LLM:
                 self.core.add(live.sequence)
             self._live[live.request_id] = live
 
-    def _tokens(self, prompt: object) -> tuple[str | None, list[int]]:
-        """Text, if there is one, and token ids of a prompt in any of its forms."""
-        if isinstance(prompt, Mapping):
-            found = [prompt[key] for key in ("prompt_token_ids", "prompt") if prompt.get(key) is not None]
-            if not found:
-                raise UserError('it has neither "prompt" nor "prompt_token_ids"')
-            prompt = found[0]
-        if isinstance(prompt, str):
-            if not prompt:
-                raise UserError("the prompt is empty; it needs at least 1 token")
-            if any("\ud800" <= character <= "\udfff" for character in prompt):
-                raise UserError("it has half of a surrogate pair, which is no character; text must be valid Unicode")
-            return prompt, self.tokenizer.encode(prompt)
-        if not isinstance(prompt, Many) or isinstance(prompt, bytes):
-            raise UserError(f"it is {type(prompt).__name__}; a prompt is text or a list of token ids")
-        try:
-            return None, [operator.index(token) for token in prompt]
-        except TypeError as error:
-            raise UserError(f"its token ids must be whole numbers ({error})") from None
-
     # ---- tokens out ------------------------------------------------------------------------------------------------
 
     def _outputs(self, call: _Call) -> Iterator[RequestOutput]:
         """What a call's requests give, stepping the engine for as long as one of them is unfinished."""
+        able = True
         try:
             self._queue(call)
             while True:
@@ -209,8 +197,13 @@ class LLM:
                 if call.num_finished == len(call.lives):
                     return
                 self._step()
+        except Exception:
+            able = False  # to take another step
+            raise
         finally:
             self._abandon(call)
+            if able:
+                self._drain()
 
     def _step(self) -> None:
         """One step of the engine, for whichever calls its requests belong to."""
@@ -236,12 +229,16 @@ class LLM:
         live.call.ready.append(live.output(reason))
 
     def _abandon(self, call: _Call) -> None:
-        """Abort what is left of a call, and let its steps in flight end so that its pages are free again."""
-        left = [live for live in call.lives if self._live.pop(live.request_id, None) is not None]
-        for live in left:
-            self.core.abort(live.sequence)
-        while left and not self._live and self.core.has_work:
-            self.core.step()
+        """Abort what is left of a call."""
+        for live in call.lives:
+            if self._live.pop(live.request_id, None) is not None:
+                self.core.abort(live.sequence)
+
+    def _drain(self) -> None:
+        """Let steps in flight end if no call waits for them: until then they hold the pages of what has finished."""
+        with _uninterrupted():
+            while not self._live and self.core.has_work:
+                self.core.step()
 
 
 @dataclass(eq=False)
@@ -306,20 +303,19 @@ def _core(config: EngineConfig) -> EngineCore:
     return EngineCore(config)
 
 
-def _as_list(prompts: object) -> list[object]:
-    if isinstance(prompts, (str, Mapping)):
-        return [prompts]
-    if not isinstance(prompts, Many):
-        raise UserError(f"prompts is {type(prompts).__name__}; it must be a prompt or a list of prompts")
-    return [prompts] if prompts and isinstance(prompts[0], int) else list(prompts)
-
-
 def _params_for(count: int, given: SamplingParams | Many[SamplingParams] | None) -> list[SamplingParams]:
     if given is None or isinstance(given, SamplingParams):
         return [given or SamplingParams()] * count
+    if isinstance(given, (str, bytes, Mapping)) or not isinstance(given, Iterable):
+        raise UserError(
+            f"sampling_params is {type(given).__name__}; it must be SamplingParams, or a list with one for each prompt"
+        )
     given = list(given)
     if len(given) != count:
         raise UserError(f"there are {len(given)} sampling_params for {count} prompts; give one for all or one for each")
+    for index, each in enumerate(given):
+        if not isinstance(each, SamplingParams):
+            raise PromptError(index, f"its sampling_params is {type(each).__name__}; it must be SamplingParams")
     return given
 
 
@@ -329,7 +325,7 @@ def _naming(index: int) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        raise UserError(f"prompt {index}: {error}") from None
+        raise PromptError(index, str(error)) from None
 
 
 @contextlib.contextmanager

@@ -111,7 +111,7 @@ def _capture_stream() -> torch.cuda.Stream:
 
 
 def _captured(run: Callable[[], None], pool: object) -> torch.cuda.CUDAGraph:
-    """As `torch.cuda.graph` does, but without its wait for the GPU and its collections of garbage: there are hundreds."""
+    """As `torch.cuda.graph` does, without its wait for the GPU and its collections of garbage: there are hundreds."""
     graph, stream, current = torch.cuda.CUDAGraph(), _capture_stream(), torch.cuda.current_stream()
     stream.wait_stream(current)
     with torch.cuda.stream(stream):

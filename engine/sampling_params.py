@@ -2,16 +2,9 @@
 
 from __future__ import annotations
 
-import math
-import operator
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from engine.errors import UserError
-
-# Seeds travel as int64, token ids as int32.
-_MAX_SEED = 2**63 - 1
-_MAX_TOKEN_ID = 2**31 - 1
+from engine.values import MAX_INT32, MAX_SEED, flag, real_number, whole_number, whole_numbers
 
 
 @dataclass(frozen=True)
@@ -45,18 +38,17 @@ class SamplingParams:
     detokenize: bool = True
 
     def __post_init__(self) -> None:
-        self._check_real("temperature", lambda value: value >= 0, "at least 0")
-        self._check_real("top_p", lambda value: 0 < value <= 1, "above 0 and at most 1")
-        self._check_real("min_p", lambda value: 0 <= value <= 1, "from 0 to 1")
-        self._check_integer("top_k", -1, _MAX_TOKEN_ID)
+        self._set("temperature", real_number("temperature", self.temperature, lambda x: x >= 0, "at least 0"))
+        self._set("top_p", real_number("top_p", self.top_p, lambda x: 0 < x <= 1, "above 0 and at most 1"))
+        self._set("min_p", real_number("min_p", self.min_p, lambda x: 0 <= x <= 1, "from 0 to 1"))
+        self._set("top_k", whole_number("top_k", self.top_k, -1, MAX_INT32))
         if self.max_tokens is not None:
-            self._check_integer("max_tokens", 1)
+            self._set("max_tokens", whole_number("max_tokens", self.max_tokens, 1))
         if self.seed is not None:
-            self._check_integer("seed", 0, _MAX_SEED)
-        if isinstance(self.stop_token_ids, (str, bytes)) or not isinstance(self.stop_token_ids, Iterable):
-            raise UserError(f"stop_token_ids is {self.stop_token_ids!r}; it must be a list of token ids")
-        ids = tuple(_integer("each of stop_token_ids", each, 0, _MAX_TOKEN_ID) for each in self.stop_token_ids)
-        object.__setattr__(self, "stop_token_ids", ids)
+            self._set("seed", whole_number("seed", self.seed, 0, MAX_SEED))
+        self._set("stop_token_ids", whole_numbers("stop_token_ids", self.stop_token_ids, "token ids"))
+        for name in ("ignore_eos", "detokenize"):
+            flag(name, getattr(self, name))
 
     @property
     def is_greedy(self) -> bool:
@@ -67,27 +59,5 @@ class SamplingParams:
         """Whether some tokens are excluded before one is drawn."""
         return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
 
-    def _check_real(self, name: str, fits: Callable[[float], bool], wanted: str) -> None:
-        value = getattr(self, name)
-        try:
-            number = float(value)
-        except (TypeError, ValueError):
-            number = math.nan
-        if isinstance(value, (bool, str)) or not math.isfinite(number) or not fits(number):
-            raise UserError(f"{name} is {value!r}; it must be a number {wanted}")
-        object.__setattr__(self, name, number)
-
-    def _check_integer(self, name: str, least: int, most: int | None = None) -> None:
-        object.__setattr__(self, name, _integer(name, getattr(self, name), least, most))
-
-
-def _integer(name: str, value: object, least: int, most: int | None = None) -> int:
-    """A whole number of any integer type, NumPy's included, within its bounds."""
-    wanted = f"of at least {least}" if most is None else f"from {least} to {most}"
-    try:
-        number = operator.index(value)
-    except TypeError:
-        number = None
-    if isinstance(value, bool) or number is None or number < least or (most is not None and number > most):
-        raise UserError(f"{name} is {value!r}; it must be a whole number {wanted}")
-    return number
+    def _set(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)

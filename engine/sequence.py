@@ -10,6 +10,7 @@ from collections.abc import Sequence as Many
 from engine.errors import UserError
 from engine.sampling_params import SamplingParams
 from engine.scheduling import Request
+from engine.values import shown
 
 _DIGEST_BYTES = 16
 
@@ -140,7 +141,7 @@ def check_prompt(token_ids: Many[int], max_model_len: int, vocab_size: int | Non
         )
     if vocab_size is not None and not (min(token_ids) >= 0 and max(token_ids) < vocab_size):
         wrong = next(token for token in token_ids if not 0 <= token < vocab_size)
-        raise UserError(f"the prompt has token id {wrong}; the model's are 0 to {vocab_size - 1}")
+        raise UserError(f"the prompt has token id {shown(wrong)}; the model's are 0 to {vocab_size - 1}")
 
 
 def _derived_seed(default_seed: int, request_id: Hashable) -> int:

@@ -22,7 +22,7 @@ from pydantic import ValidationError
 from typer.core import TyperCommand, TyperGroup
 from typer.exceptions import TyperException
 
-from planner.commands.tables import discard_stdout
+from engine.commands.streams import discard_stdout, prepare_streams
 from planner.errors import UserError
 
 GROUP = "memwall.commands"
@@ -39,14 +39,14 @@ _ORDER = ("plan", "simulate", "memory", "catalog", "export", "generate", "bench"
 _ABOUT = "Plan LLM serving before renting a GPU: how many, which, at which precision, and what latency to expect."
 _EXIT_CODES = (
     "Exit codes: 0 the question was answered; 1 it was answered, and the answer is no (it does not fit, misses its "
-    "SLO, or no plan is feasible); 2 the input was bad, and one sentence on stderr says how."
+    "SLO, or no plan is feasible); 2 the input was bad, and one sentence on stderr says how; 70 a defect of memwall; "
+    "130 Ctrl-C."
 )
 
 
 def main() -> int:
     """Run `memwall` with the arguments of this process; returns the exit code."""
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # a terminal that lacks "×" shows "?"
+    prepare_streams()
     code = run(sys.argv[1:], metadata.entry_points(group=GROUP))
     try:
         sys.stdout.flush()
@@ -79,6 +79,11 @@ def run(arguments: Sequence[str], entry_points: Sequence[metadata.EntryPoint]) -
             return _defect()
         return _complain(_missing_extra(name, error, _EXTRAS.get(name)))
     except BrokenPipeError:
+        return ANSWERED
+    except SystemExit as error:
+        if not isinstance(error.__context__, BrokenPipeError):
+            raise
+        discard_stdout()  # Typer and Rich exit with 1 where a reader has left, which here would be an answer
         return ANSWERED
     except OSError as error:
         where = f"{error.filename}: " if error.filename is not None else ""

@@ -9,9 +9,11 @@ from pathlib import Path
 from types import ModuleType
 
 from engine.bench.options import add_common_options, at_least, lengths, rate
-from engine.bench.record import MAX_BYTES, Record, as_committed, commit, ensure_writable
-from engine.bench.workload import Lengths, save_workload, synthesise
+from engine.bench.record import MAX_BYTES, Record, as_committed, commit, ensure_distinct, ensure_writable
+from engine.bench.serve import step_log_paths
+from engine.bench.workload import Lengths, ensure_replayable, save_workload, synthesise
 from engine.commands.arguments import EXIT_CODES, ArgumentParser, engine_config
+from engine.commands.streams import discard_stdout
 from engine.errors import UserError
 
 # By name on the command line, the module behind it.
@@ -23,6 +25,7 @@ SUITES = {
     "kv-cache": "engine.bench.kv_cache",
 }
 _MAKE_WORKLOAD = "make-workload"
+_MODEL_FILES = ("*config.json", "*.safetensors*", "tokenizer*")
 
 
 def run(arguments: list[str]) -> int:
@@ -32,7 +35,7 @@ def run(arguments: list[str]) -> int:
         UserError: bad input, or nothing could be measured.
     """
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(_overview())
+        _print(_overview())
         return 0
     name, *rest = arguments
     if name == _MAKE_WORKLOAD:
@@ -48,15 +51,22 @@ def _run_suite(name: str, suite: ModuleType, options: argparse.Namespace, argume
     from engine.bench.session import Session
 
     config = engine_config(options)
+    _check_files(options)
     if options.output is not None:
         ensure_writable(options.output)
     command = "memwall bench " + shlex.join(map(as_committed, arguments))
     record = Record(name, command, options.commit or commit())
     session = Session(record, options.output)
-    suite.run(session, options, config)
+    try:
+        suite.run(session, options, config)
+    except KeyboardInterrupt:
+        if any("absent" not in result for result in record.results):
+            _print(suite.table(record.results))
+            session.say("interrupted: this is what had been measured until then")
+        raise
     if all("absent" in result for result in record.results):
         raise UserError(record.results[0]["absent"])
-    print(suite.table(record.results))
+    _print(suite.table(record.results))
     if options.output is not None:
         session.say(f"record written to {options.output}")
         if (size := options.output.stat().st_size) > MAX_BYTES:
@@ -64,6 +74,34 @@ def _run_suite(name: str, suite: ModuleType, options: argparse.Namespace, argume
                 f"it has {size:,} bytes, more than the {MAX_BYTES:,} that are committed as one file: name it .gz"
             )
     return 0
+
+
+def _check_files(options: argparse.Namespace) -> None:
+    """Raise UserError if a file that is to be written is one that is read, or is to be written twice."""
+    model = Path(options.model)
+    of_model = [path for pattern in _MODEL_FILES for path in model.glob(pattern)] if model.is_dir() else [model]
+    inputs = [("the model's", path) for path in of_model if path.is_file()]
+    inputs += [(f"--{name}", path) for name in ("workload", "dataset") if (path := getattr(options, name, None))]
+    outputs = [("--output", options.output)] if options.output is not None else []
+    if path := getattr(options, "step_log", None):
+        outputs += [("--step-log", log) for log in step_log_paths(path, options.repeat)]
+    ensure_distinct(inputs, outputs)
+
+
+def _print(text: str) -> None:
+    """Print, and find out now whether it arrived.
+
+    Raises:
+        UserError: it did not. A reader that has gone away (`| head`) is the caller's business.
+    """
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        # What is left in the buffer would fail once more when the process ends.
+        discard_stdout()
+        raise UserError(f"cannot write to standard output: {error.strerror or error}") from error
 
 
 def _parser(name: str, suite: ModuleType) -> ArgumentParser:
@@ -88,7 +126,9 @@ def _make_workload(arguments: list[str]) -> int:
     parser.add_argument("--request-rate", type=rate, required=True, metavar="R", help="per second; inf: all at once")
     for flag in ("--input-len", "--output-len"):
         parser.add_argument(flag, type=lengths, default=Lengths(100, 1024), metavar="LOW:HIGH", help="[100:1024]")
-    parser.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="same seed, same workload [0]")
+    parser.add_argument(
+        "--seed", type=at_least(0, 2**64 - 1), default=0, metavar="N", help="same seed, same workload [0]"
+    )
     parser.add_argument("--output", type=Path, required=True, metavar="PATH", help="JSON lines (.gz: compressed)")
     options = parser.read(arguments)
     if options is None:
@@ -96,6 +136,9 @@ def _make_workload(arguments: list[str]) -> int:
     workload = synthesise(
         options.num_prompts, options.request_rate, options.input_len, options.output_len, options.seed
     )
+    ensure_replayable(workload, "make them fewer with --num-prompts, or raise --request-rate")
     save_workload(workload, options.output)
-    print(f"{workload.name}, over {workload.entries[-1].arrival_s:,.1f} s, written to {options.output}")
+    realised = workload.request_rate
+    rates = f"{options.request_rate:g}/s asked, {realised:g}/s realised" if realised else "all at once"
+    _print(f"{len(workload)} requests, {rates}, over {workload.entries[-1].arrival_s:,.1f} s; in {options.output}")
     return 0

@@ -10,11 +10,12 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from engine.bench import tables
-from engine.bench.options import at_least, comma_separated
+from engine.bench.options import MAX_COUNT, at_least, comma_separated
 from engine.bench.record import rounded
 from engine.bench.replay import make_sequence, quiet_collector
 from engine.bench.workload import Prompts
 from engine.errors import UserError
+from engine.scheduling import KVCacheConfig
 
 if TYPE_CHECKING:
     from engine.bench.session import Session
@@ -46,6 +47,8 @@ class Shape:
             raise ValueError(f"{text!r} is no batch × context such as 256x1024") from None
         if min(batch, context) < 1:
             raise ValueError(f"{text!r} must have at least 1 request of at least 1 token")
+        if max(batch, context) > MAX_COUNT:
+            raise ValueError(f"{text[:40]!r} must have at most {MAX_COUNT} requests of as many tokens")
         return cls(batch, context)
 
 
@@ -132,6 +135,9 @@ def steady_steps(core: EngineCore, shape: Shape, output_tokens: int, temperature
     prompts, lead = Prompts(core.model_config.vocab_size, core.config.seed), _prefill_steps(core, shape)
     max_tokens = lead + SETTLING_STEPS + output_tokens + 1
     _check_fits(core, shape, max_tokens)
+    least, most = _pages(core, shape, max_tokens)
+    if least > core.memory.num_blocks:
+        raise _pool_too_small(core, shape, most)
     sequences = [
         make_sequence(
             core, f"{shape.batch}x{shape.context}-{i}", prompts.own(i, shape.context).tolist(), max_tokens, temperature
@@ -151,10 +157,7 @@ def steady_steps(core: EngineCore, shape: Shape, output_tokens: int, temperature
     steps = [step for step in log if len(step.shape.decode_contexts) == shape.batch and not step.shape.prefills]
     steps = steps[SETTLING_STEPS : SETTLING_STEPS + output_tokens + 1]
     if len(steps) < 2:
-        raise UserError(
-            f"the batch never decodes together: {core.memory.num_blocks} KV blocks, or max_num_batched_tokens "
-            f"{core.config.max_num_batched_tokens}, are too few for all of it"
-        )
+        raise _pool_too_small(core, shape, most)
     return steps
 
 
@@ -176,6 +179,28 @@ def _check_fits(core: EngineCore, shape: Shape, max_tokens: int) -> None:
             f"a context of {shape.context} tokens and {max_tokens} of output, prefill of the others included, are more "
             f"than max_model_len {core.max_model_len}"
         )
+    budget, last = core.config.max_num_batched_tokens, shape.batch - 1 + shape.context
+    if not core.config.enable_chunked_prefill and last > budget:
+        raise UserError(
+            f"without chunked prefill the last of {shape.batch} prompts of {shape.context} tokens finds room beside "
+            f"the others' decodes only if max_num_batched_tokens is {last}; it is {budget}"
+        )
+
+
+def _pages(core: EngineCore, shape: Shape, max_tokens: int) -> tuple[int, int]:
+    """KV blocks that a batch needs for certain to decode together, and those that it takes at most."""
+    windows, size = core.scheduler.kv.windows, core.config.block_size
+    least = sum(-(-(shape.context + 1) // size) for window in windows if window is None)
+    config = KVCacheConfig(num_blocks=2, block_size=size, windows=windows)
+    most = config.max_pages(shape.context + max_tokens, core.config.max_num_batched_tokens)
+    return shape.batch * least, shape.batch * most
+
+
+def _pool_too_small(core: EngineCore, shape: Shape, pages: int) -> UserError:
+    return UserError(
+        f"to decode together, {shape.batch} requests of {shape.context} tokens need up to {pages} KV blocks of "
+        f"{core.config.block_size} tokens; there are {core.memory.num_blocks} KV blocks"
+    )
 
 
 def summary(core: EngineCore, steps: Many[StepRecord]) -> dict[str, Any]:
@@ -220,13 +245,13 @@ def table(results: list[dict[str, Any]]) -> str:
         "batch",
         "context",
         "TPOT ms",
-        "mean",
+        "mean ms",
         "tok/s",
         "GB/s",
         "floor ms",
-        "of floor",
+        "floor/TPOT",
         "host ms",
-        "exposed",
+        "exposed ms",
     ]
     rows = []
     for result in results:
@@ -241,8 +266,8 @@ def table(results: list[dict[str, Any]]) -> str:
                 tables.number(result["tpot_mean_ms"]),
                 tables.number(result["output_tokens_per_s"], 0),
                 tables.number(result["bytes_per_s"] / 1e9, 0),
-                tables.number(result["floor_ms"]),
-                tables.percent(result["share_of_floor"]),
+                tables.number(result.get("floor_ms")),  # not known yet if Ctrl-C came first
+                tables.percent(result.get("share_of_floor")),
                 tables.number(result["host_ms"]),
                 tables.number(result["exposed_host_ms"]),
             ]

@@ -16,8 +16,8 @@ from engine.bench.decode import Shape, steady_steps, summary
 from engine.bench.options import at_least, comma_separated
 from engine.bench.prefill import first_token_s
 from engine.bench.record import rounded
-from engine.bench.replay import Clock
-from engine.bench.workload import Prompts
+from engine.bench.replay import Clock, why_not
+from engine.bench.workload import Entry, Prompts
 from engine.errors import UserError
 
 if TYPE_CHECKING:
@@ -58,6 +58,9 @@ def run(session: Session, options: argparse.Namespace, config: EngineConfig) -> 
 
 
 def _measured(core: EngineCore, context: int, options: argparse.Namespace, clock: Clock) -> dict[str, Any]:
+    # The last prompt that is recomputed, and its token.
+    if reason := why_not(core, Entry(0.0, context + options.recomputed_tokens - 1, 1)):
+        return {"context": context, "absent": f"a prefix that grows by {options.recomputed_tokens} tokens: {reason}"}
     try:
         steps = steady_steps(core, Shape(1, context), options.output_tokens, options.temperature)
         recomputed_s = _recomputed_s(core, context, options, clock)

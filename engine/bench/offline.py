@@ -12,6 +12,7 @@ from engine.bench import serve
 from engine.bench.options import at_least
 from engine.bench.options import lengths as lengths_option
 from engine.bench.workload import Lengths, Workload, read_workload, synthesise
+from engine.errors import UserError
 
 if TYPE_CHECKING:
     from engine.bench.replay import Replay
@@ -27,11 +28,11 @@ def add_arguments(parser: argparse._ArgumentGroup) -> None:
     """The suite's own options."""
     parser.add_argument("--num-prompts", type=at_least(1), metavar="N", help="requests [256, or those of --dataset]")
     for name in ("--input-len", "--output-len"):
-        parser.add_argument(
-            name, type=lengths_option, default=Lengths(100, 1024), metavar="LOW:HIGH", help="uniform [100:1024]"
-        )
+        parser.add_argument(name, type=lengths_option, metavar="LOW:HIGH", help="uniform [100:1024]")
     parser.add_argument("--dataset", type=Path, metavar="PATH", help="a JSONL workload whose lengths to take instead")
-    parser.add_argument("--repeat", type=at_least(1), default=3, metavar="N", help="runs on the same engine [3]")
+    parser.add_argument(
+        "--repeat", type=at_least(1, serve.MAX_REPEAT), default=3, metavar="N", help="runs on the same engine [3]"
+    )
     parser.add_argument("--strict", action="store_true", help="refuse a dataset with requests that are too long")
     parser.add_argument(
         "--num-warmups", type=at_least(0), metavar="N", help="requests of a run before, of 16 tokens [all]"
@@ -39,10 +40,19 @@ def add_arguments(parser: argparse._ArgumentGroup) -> None:
 
 
 def workload_of(options: argparse.Namespace, seed: int) -> Workload:
-    """The requests of the options, all at 0 s."""
+    """The requests of the options, all at 0 s.
+
+    Raises:
+        UserError: the dataset cannot be read, or lengths are given beside it.
+    """
+    lengths = {"--input-len": options.input_len, "--output-len": options.output_len}
     if options.dataset is None:
-        count = options.num_prompts or 256
-        return synthesise(count, math.inf, options.input_len, options.output_len, seed)
+        return synthesise(
+            options.num_prompts or 256, math.inf, *(given or Lengths(100, 1024) for given in lengths.values()), seed
+        )
+    for flag, given in lengths.items():
+        if given is not None:
+            raise UserError(f"{flag} and --dataset exclude each other: the lengths are the dataset's")
     workload = read_workload(options.dataset).at_once()
     return workload.head(options.num_prompts) if options.num_prompts else workload
 
@@ -58,9 +68,10 @@ def run(session: Session, options: argparse.Namespace, config: EngineConfig) -> 
         fitting, reasons = serve.fit(core, workload, options.strict)
         about = serve.describe(fitting, len(reasons), 1.0)
 
-        def keep(run: dict[str, Any], _: Replay) -> None:
-            runs.append(run)
-            session.keep([about | {"median": serve.medians(runs), "runs": runs}])
+        def keep(run: dict[str, Any] | None, _: Replay) -> None:
+            if run is not None:
+                runs.append(run)
+                session.keep([about | {"median": serve.medians(runs), "runs": runs}])
 
         serve.replay_runs(session, core, fitting, options, keep)
 

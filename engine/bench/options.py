@@ -12,6 +12,8 @@ from engine.bench.workload import Lengths
 from engine.commands.arguments import add_engine_options, integer, number
 
 _Value = TypeVar("_Value")
+MAX_COUNT = 2**24 - 1  # of anything that is counted on a command line; more is a typing error
+MIN_RATE, MAX_RATE = 1e-6, 1e6
 
 
 def add_common_options(parser: argparse.ArgumentParser) -> None:
@@ -27,23 +29,27 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
     add_engine_options(parser)
 
 
-def at_least(least: int) -> Callable[[str], int]:
-    """Whole numbers from `least` on, for `type=` of an option."""
+def at_least(least: int, most: int = MAX_COUNT) -> Callable[[str], int]:
+    """Whole numbers from `least` to `most`, for `type=` of an option."""
 
     def read(text: str) -> int:
         value = integer(text)
         if value < least:
             raise argparse.ArgumentTypeError(f"is {text!r}; it must be at least {least}")
+        if value > most:
+            raise argparse.ArgumentTypeError(f"is {text[:40]!r}; it must be at most {most}")
         return value
 
     return read
 
 
-def positive(text: str) -> float:
-    """A finite number above 0, for `type=` of an option."""
+def factor(text: str) -> float:
+    """A number above 0 that is neither tiny nor huge, for `type=` of an option."""
     value = number(text)
     if value <= 0:
         raise argparse.ArgumentTypeError(f"is {text!r}; it must be above 0")
+    if not MIN_RATE <= value <= MAX_RATE:
+        raise argparse.ArgumentTypeError(f"is {text!r}; it must be from {MIN_RATE:f} to {MAX_RATE:,.0f}")
     return value
 
 
@@ -56,8 +62,8 @@ def not_negative(text: str) -> float:
 
 
 def rate(text: str) -> float:
-    """A positive number or inf, for `type=` of an option."""
-    return math.inf if text.strip().lower() == "inf" else positive(text)
+    """Requests per second, or inf, for `type=` of an option."""
+    return math.inf if text.strip().lower() == "inf" else factor(text)
 
 
 def lengths(text: str) -> Lengths:
@@ -66,8 +72,9 @@ def lengths(text: str) -> Lengths:
 
 
 def comma_separated(read: Callable[[str], _Value]) -> Callable[[str], tuple[_Value, ...]]:
-    """Values with commas between them, each read by `read`, for `type=` of an option."""
-    return lambda text: tuple(_read(read, word.strip()) for word in text.split(","))
+    """Values with commas between them, each read by `read`, for `type=` of an option. One that is there twice counts
+    once."""
+    return lambda text: tuple(dict.fromkeys(_read(read, word.strip()) for word in text.split(",")))
 
 
 def _read(read: Callable[[str], _Value], text: str) -> _Value:

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 from engine.bench import tables
 from engine.bench.options import at_least, comma_separated
 from engine.bench.record import rounded
-from engine.bench.replay import Clock, finish, make_sequence, quiet_collector
+from engine.bench.replay import Clock, finish, make_sequence, quiet_collector, why_not
 from engine.bench.work import prompt_flops
-from engine.bench.workload import Prompts
+from engine.bench.workload import Entry, Prompts
 from engine.errors import UserError
 
 if TYPE_CHECKING:
@@ -62,6 +62,8 @@ def _measured(
     core: EngineCore, num_tokens: int, options: argparse.Namespace, prompts: Prompts, clock: Clock
 ) -> dict[str, Any]:
     """A result, or why there is none."""
+    if reason := why_not(core, Entry(0.0, num_tokens, 1)):
+        return {"prompt_tokens": num_tokens, "absent": reason}
     try:
         # One more, whose time is not counted: kernels are compiled in it.
         ttft_s = [

@@ -8,6 +8,8 @@ import math
 import os
 import platform
 import subprocess
+import zlib
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
@@ -80,7 +82,7 @@ def read_record(path: Path) -> dict[str, Any]:
             raise UserError(f"{path.name} has version {document['version']!r}; only {VERSION} can be read")
     except OSError as error:
         raise UserError(f"cannot read record {path}: {error.strerror or error}") from error
-    except (EOFError, KeyError, TypeError, ValueError) as error:
+    except (EOFError, KeyError, RecursionError, TypeError, ValueError, zlib.error) as error:
         raise (
             error if isinstance(error, UserError) else UserError(f"{path.name} is no record of memwall bench")
         ) from error
@@ -99,10 +101,7 @@ def write_text(path: Path, text: str) -> int:
     try:
         if path.name.endswith(".gz"):
             data = gzip.compress(text.encode("utf-8"), mtime=0)
-            temporary = path.with_name(path.name + ".part")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_bytes(data)
-            temporary.replace(path)
+            _write_bytes(path, data)
             return len(data)
         write_whole(path, text)
     except BenchError as error:
@@ -110,6 +109,48 @@ def write_text(path: Path, text: str) -> int:
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
     return len(text.encode("utf-8"))
+
+
+def _write_bytes(path: Path, data: bytes) -> None:
+    """As `write_whole` does it, for what is no text."""
+    path = path.resolve()  # a link stays a link
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() and not path.is_file():  # a pipe or device
+        path.write_bytes(data)
+        return
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        temporary.write_bytes(data)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def ensure_distinct(inputs: Iterable[tuple[str, Path]], outputs: Iterable[tuple[str, Path]]) -> None:
+    """Raise UserError, before anything runs, if an output would overwrite an input or another output.
+
+    Args:
+        inputs, outputs: (option, file); links are followed. Pipes and devices may take several outputs.
+    """
+    kept = list(inputs)
+    num_inputs = len(kept)
+    for option, path in outputs:
+        if path.exists() and not path.is_file():
+            continue
+        for index, (other, taken) in enumerate(kept):
+            if not _is_same(path, taken):
+                continue
+            if index < num_inputs:
+                raise UserError(f"{option} {path} would overwrite {other} {taken}; give it another name")
+            raise UserError(f"{option} {path} and {other} {taken} are the same file; give each a name of its own")
+        kept.append((option, path))
+
+
+def _is_same(one: Path, other: Path) -> bool:
+    try:
+        return one.resolve() == other.resolve() or one.samefile(other)
+    except (OSError, RuntimeError):  # one of them does not exist yet
+        return False
 
 
 def ensure_writable(path: Path) -> None:

@@ -78,15 +78,29 @@ class Replay:
         }
 
 
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C during a replay.
+
+    Attributes:
+        found: what there was until then; not all of its requests have run.
+    """
+
+    def __init__(self, found: Replay) -> None:
+        super().__init__()
+        self.found = found
+
+
 def why_not(core: EngineCore, entry: Entry) -> str:
-    """Why this engine cannot run a request to its end; empty if it can."""
-    needed = entry.input_tokens + entry.output_tokens
+    """Why this engine cannot run a request to its end, and what would let it; empty if it can."""
+    needed, limit = entry.input_tokens + entry.output_tokens, core.model_config.max_position_embeddings
     if needed > core.max_model_len:
-        return f"{needed} tokens of input and output are more than max_model_len {core.max_model_len}"
+        more = "raise --max-model-len" if needed <= limit else f"the model takes {limit} at most"
+        return f"{needed} tokens of input and output are more than max_model_len {core.max_model_len}; {more}"
     budget = core.config.max_num_batched_tokens
     if not core.config.enable_chunked_prefill and entry.input_tokens > budget:
         return (
-            f"{entry.input_tokens} input tokens are more than max_num_batched_tokens {budget}, without chunked prefill"
+            f"{entry.input_tokens} input tokens are more than max_num_batched_tokens {budget}, without chunked "
+            "prefill; raise --max-num-batched-tokens, or enable chunked prefill"
         )
     return ""
 
@@ -123,33 +137,45 @@ def replay(core: EngineCore, sequences: list[Sequence], arrivals_s: Many[float],
 
     Args:
         arrivals_s: seconds from now, ascending.
+
+    Raises:
+        Interrupted: Ctrl-C.
+        UserError: a request ended before its forced length.
     """
-    log, gaps_s = StepLog(), []
-    last_event_s: dict[Hashable, float] = {}
-    core.step_log = []
     with quiet_collector():
-        start_s = clock.now()
-        for sequence, arrival_s in zip(sequences, arrivals_s, strict=True):
-            sequence.arrival_s = start_s + arrival_s
-        num_added, total = 0, len(sequences)
-        while num_added < total or core.has_work:
-            now = clock.now()
-            while num_added < total and sequences[num_added].arrival_s <= now:
-                core.add(sequences[num_added])
-                num_added += 1
-            if not core.has_work:
-                clock.sleep(sequences[num_added].arrival_s - now)
-                continue
-            for update in core.step():
-                name, event_s = update.sequence.request_id, update.sequence.last_token_s
-                before_s = last_event_s.get(name)
-                if before_s is not None:
-                    gaps_s.append(event_s - before_s)
-                last_event_s[name] = event_s
-            log.take(core.step_log)
-    core.step_log = None
+        found = Replay(clock.now(), sequences, [], StepLog())
+        core.step_log = []
+        try:
+            _run(core, found, arrivals_s, clock)
+        except KeyboardInterrupt:
+            raise Interrupted(found) from None
+        finally:
+            core.step_log = None
     _check_lengths(sequences)
-    return Replay(start_s, sequences, gaps_s, log)
+    return found
+
+
+def _run(core: EngineCore, found: Replay, arrivals_s: Many[float], clock: Clock) -> None:
+    sequences = found.sequences
+    for sequence, arrival_s in zip(sequences, arrivals_s, strict=True):
+        sequence.arrival_s = found.start_s + arrival_s
+    last_event_s: dict[Hashable, float] = {}
+    num_added, total = 0, len(sequences)
+    while num_added < total or core.has_work:
+        now = clock.now()
+        while num_added < total and sequences[num_added].arrival_s <= now:
+            core.add(sequences[num_added])
+            num_added += 1
+        if not core.has_work:
+            clock.sleep(sequences[num_added].arrival_s - now)
+            continue
+        for update in core.step():
+            name, event_s = update.sequence.request_id, update.sequence.last_token_s
+            before_s = last_event_s.get(name)
+            if before_s is not None:
+                found.gaps_s.append(event_s - before_s)
+            last_event_s[name] = event_s
+        found.log.take(core.step_log)
 
 
 def finish(core: EngineCore) -> None:

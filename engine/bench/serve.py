@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from engine.bench import tables
 from engine.bench.metrics import latencies
-from engine.bench.options import at_least, positive
+from engine.bench.options import at_least, factor
 from engine.bench.record import MAX_BYTES, ensure_writable, rounded, write_text
-from engine.bench.replay import Replay, replay, sequences_of, why_not
+from engine.bench.replay import Interrupted, Replay, replay, sequences_of, why_not
 from engine.bench.step_log import encode
-from engine.bench.workload import Prompts, Workload, read_workload, split
+from engine.bench.workload import Prompts, Workload, ensure_replayable, read_workload, split
 from engine.errors import UserError
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from engine.core import EngineCore
 
 HELP = "replay a workload in real time: requests arrive whatever the engine does"
+MAX_REPEAT = 1000
 # The warm-up's requests end early: it is there to compile kernels, not to be measured.
 _WARMUP_OUTPUT_TOKENS = 16
 _LATENCIES = (("TTFT", "ttft_ms"), ("  queue", "queue_ms"), ("TPOT", "tpot_ms"), ("ITL", "itl_ms"), ("E2EL", "e2el_ms"))
@@ -40,30 +41,36 @@ def add_arguments(parser: argparse._ArgumentGroup) -> None:
     """The suite's own options."""
     parser.add_argument("--workload", type=Path, required=True, metavar="PATH", help="JSONL; see `make-workload`")
     parser.add_argument(
-        "--request-rate-scale", type=positive, default=1.0, metavar="X", help="requests arrive X times as fast [1]"
+        "--request-rate-scale", type=factor, default=1.0, metavar="X", help="requests arrive X times as fast [1]"
     )
     parser.add_argument("--num-prompts", type=at_least(1), metavar="N", help="only the first N requests")
-    parser.add_argument("--repeat", type=at_least(1), default=1, metavar="N", help="runs on the same engine [1]")
+    parser.add_argument(
+        "--repeat", type=at_least(1, MAX_REPEAT), default=1, metavar="N", help="runs on the same engine [1]"
+    )
     parser.add_argument("--strict", action="store_true", help="refuse a workload with requests that are too long")
     parser.add_argument("--num-warmups", type=at_least(0), default=16, metavar="N", help="requests before it [16]")
     parser.add_argument(
         "--step-log",
         type=Path,
         metavar="PATH",
-        help="shape and times of every step, JSON lines, compressed if it ends in .gz; NAME.2.… for the second run",
+        help="shape and times of every step, JSON lines (.gz: compressed); with --repeat NAME.1.…, NAME.2.… and so on",
     )
 
 
 def run(session: Session, options: argparse.Namespace, config: EngineConfig) -> None:
-    """Replay the workload `--repeat` times."""
+    """Replay the workload `--repeat` times. After Ctrl-C what the finished runs gave is kept.
+
+    Raises:
+        UserError: the workload cannot be read or replayed, or a file cannot be written.
+    """
     workload = read_workload(options.workload)
     if options.num_prompts:
         workload = workload.head(options.num_prompts)
     workload = workload.scaled(options.request_rate_scale)
-    logs = [step_log_path(options.step_log, run, options.repeat) for run in range(1, options.repeat + 1)]
+    ensure_replayable(workload, "take fewer with --num-prompts, or have them arrive faster with --request-rate-scale")
+    logs = step_log_paths(options.step_log, options.repeat)
     for path in logs:
-        if path is not None:
-            ensure_writable(path)
+        ensure_writable(path)
     runs: list[dict[str, Any]] = []
 
     def measure_all(core: EngineCore) -> None:
@@ -72,11 +79,12 @@ def run(session: Session, options: argparse.Namespace, config: EngineConfig) -> 
             session.say(f"  {len(reasons)} of {len(workload)} requests are left out: {line}")
         about = describe(fitting, len(reasons), options.request_rate_scale)
 
-        def keep(run: dict[str, Any], found: Replay) -> None:
-            if logs[len(runs)] is not None:
+        def keep(run: dict[str, Any] | None, found: Replay) -> None:
+            if logs and len(found.log):
                 _write_step_log(session, logs[len(runs)], found)
-            runs.append(run)
-            session.keep([about | {"median": medians(runs), "runs": runs}])
+            if run is not None:
+                runs.append(run)
+                session.keep([about | {"median": medians(runs), "runs": runs}])
 
         replay_runs(session, core, fitting, options, keep)
 
@@ -94,8 +102,8 @@ def fit(core: EngineCore, workload: Workload, strict: bool) -> tuple[Workload, l
     fitting, reasons = split(workload, lambda entry: why_not(core, entry))
     if reasons and (strict or not len(fitting)):
         raise UserError(
-            f"{workload.name} has {len(reasons)} requests of {len(workload)} that cannot run: {reasons[0]}; raise "
-            f"--max-model-len{', or leave them out without --strict' if strict and len(fitting) else ''}"
+            f"{workload.name} has {len(reasons)} requests of {len(workload)} that cannot run: {reasons[0]}"
+            f"{'; without --strict they are left out' if strict and len(fitting) else ''}"
         )
     return fitting, reasons
 
@@ -120,14 +128,22 @@ def replay_runs(
     core: EngineCore,
     workload: Workload,
     options: argparse.Namespace,
-    keep: Callable[[dict[str, Any], Replay], None],
+    keep: Callable[[dict[str, Any] | None, Replay], None],
 ) -> None:
-    """Warm up, then replay `options.repeat` times, with new prompts each time, so that the cache has none of them."""
+    """Warm up, then replay `options.repeat` times, with new prompts each time, so that the cache has none of them.
+
+    Args:
+        keep: takes the figures of each run, None for one that Ctrl-C ended, and what it left behind.
+    """
     warmup = workload.head(options.num_warmups).at_once().capped(_WARMUP_OUTPUT_TOKENS)
     for _ in range(2 if len(warmup) else 0):  # the second finds the first's prompts in the cache, if there is one
         _replayed(session, core, warmup, options, run=0)
     for run in range(1, options.repeat + 1):
-        found = _replayed(session, core, workload, options, run)
+        try:
+            found = _replayed(session, core, workload, options, run)
+        except Interrupted as stopped:
+            keep(None, stopped.found)
+            raise
         columns = found.columns()
         result = latencies(columns, found.gaps_s) | {
             "peak_running": found.log.peak_running,
@@ -137,7 +153,7 @@ def replay_runs(
             "mean_step_tokens": rounded(found.log.num_tokens / len(found.log)),
             "requests": columns,
         }
-        session.say(f"  run {run}: {result['output_throughput_tokens_per_s']:,.0f} output tokens/s")
+        session.say(f"  run {run}: {tables.number(result['output_throughput_tokens_per_s'], 0)} output tokens/s")
         keep(result, found)
 
 
@@ -159,12 +175,12 @@ def medians(runs: list[dict[str, Any]]) -> dict[str, Any]:
 # ---- the step log ----------------------------------------------------------------------------------------------------
 
 
-def step_log_path(path: Path | None, run: int, repeat: int) -> Path | None:
-    """log.jsonl.gz for one run; log.1.jsonl.gz, log.2.jsonl.gz for several."""
+def step_log_paths(path: Path | None, repeat: int) -> list[Path]:
+    """log.jsonl.gz for one run; log.1.jsonl.gz, log.2.jsonl.gz for several; none if none is asked for."""
     if path is None or repeat == 1:
-        return path
+        return [] if path is None else [path]
     name, dot, endings = path.name.partition(".")
-    return path.with_name(f"{name}.{run}{dot}{endings}")
+    return [path.with_name(f"{name}.{run}{dot}{endings}") for run in range(1, repeat + 1)]
 
 
 def _write_step_log(session: Session, path: Path, found: Replay) -> None:
@@ -187,15 +203,15 @@ def table(results: list[dict[str, Any]]) -> str:
         if median[name] is not None
     ]
     rate = result["request_rate_per_s"]
-    arriving = f"{rate:g} requests/s" if rate else "all at once"
+    arriving = f"{rate:g} requests/s realised" if rate else "all at once"
     lines = [
         f"{result['workload']}: {result['num_requests']} requests, {arriving}, {result['num_skipped']} left out",
         tables.columns(["ms, median of runs" if len(runs) > 1 else "ms", "mean", "p50", "p90", "p99"], rows),
-        f"{median['output_throughput_tokens_per_s']:,.0f} output tokens/s, "
-        f"{median['request_throughput_per_s']:,.2f} requests/s, at most {median['peak_running']:,.0f} running, "
-        f"{median['num_preemptions']:,.0f} preemptions",
+        f"{tables.number(median['output_throughput_tokens_per_s'], 0)} output tokens/s, "
+        f"{tables.number(median['request_throughput_per_s'])} requests/s, "
+        f"at most {median['peak_running']:,.0f} running, {median['num_preemptions']:,.0f} preemptions",
     ]
     if len(runs) > 1:
-        each = ", ".join(f"{run['output_throughput_tokens_per_s']:,.0f}" for run in runs)
+        each = ", ".join(tables.number(run["output_throughput_tokens_per_s"], 0) for run in runs)
         lines.append(f"output tokens/s of each run: {each}")
     return "\n".join(lines)

@@ -6,13 +6,14 @@
 `prefills` and `verifies` hold (query tokens, context tokens), `decodes` context tokens. Times count from the start of
 the run. start_s is the launch and end_s the tokens' arrival on the host; of two steps in flight the second is launched
 before the first ends. A key is left out where it is 0, empty or unknown; `decodes` also where it is that of the line
-before with one more token each, which is what most steps are: then the key "same_decodes" stands in its place.
+before with one more token each, which is what most steps are: then "same_decodes": 1 stands in its place.
 """
 
 from __future__ import annotations
 
 import gzip
 import json
+import zlib
 from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -152,5 +153,5 @@ def read_step_log(path: Path) -> list[LoggedStep]:
             return list(decode(lines))
     except OSError as error:
         raise UserError(f"cannot read step log {path}: {error.strerror or error}") from error
-    except (EOFError, KeyError, TypeError, ValueError, AttributeError) as error:
+    except (EOFError, KeyError, RecursionError, TypeError, ValueError, AttributeError, zlib.error) as error:
         raise UserError(f"{path.name} is no step log of `memwall bench serve`: {error}") from error

@@ -14,6 +14,7 @@ import gzip
 import json
 import math
 import random
+import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,8 +23,13 @@ from typing import Any
 import numpy as np
 
 from engine.errors import UserError
+from engine.values import shown
 
 MAX_TOKENS = 2**24 - 1  # as the planner has it
+MAX_DURATION_S = 1e9  # likewise
+MAX_REPLAY_S = 7 * 86_400  # longer than anybody waits for requests that arrive by the clock
+# Epoch seconds lie within it, and a float still tells microseconds apart.
+_MAX_ARRIVAL_S = 1e10
 # What a stream of random tokens is for, so that no two purposes share one.
 _SHARED, _OWN = 0, 1
 
@@ -103,6 +109,11 @@ def read_workload(path: Path) -> Workload:
                 f"{where}: arrival_s {entry.arrival_s:g} is earlier than on the line before; sort the file by arrival_s"
             )
     first_s = entries[0].arrival_s
+    if entries[-1].arrival_s - first_s > MAX_DURATION_S:
+        raise UserError(
+            f"{path.name} lasts {entries[-1].arrival_s - first_s:.3g} s; at most {MAX_DURATION_S:g} s are read, so "
+            "check that arrival_s is in seconds"
+        )
     entries = [replace(entry, arrival_s=entry.arrival_s - first_s) for entry in entries]
     return Workload(path.name, tuple(entries), block_tokens)
 
@@ -134,7 +145,7 @@ def _read_text(path: Path) -> str:
         return (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode("utf-8")
     except OSError as error:
         raise UserError(f"cannot read workload {path}: {error.strerror or error}") from error
-    except (EOFError, ValueError) as error:
+    except (EOFError, ValueError, zlib.error) as error:
         raise UserError(f"{path.name} is not a text file of JSON lines: {error}") from error
 
 
@@ -173,11 +184,13 @@ def _entry(where: str, row: dict[str, Any], block_tokens: int | None) -> Entry:
                 "--trace FILE --save-workload PATH` converts other formats)"
             )
     arrival_s = row["arrival_s"]
-    if type(arrival_s) not in (int, float) or not math.isfinite(arrival_s):
-        raise UserError(f"{where}: arrival_s is {arrival_s!r}, which is not a number of seconds")
+    if type(arrival_s) not in (int, float) or not abs(arrival_s) <= _MAX_ARRIVAL_S:  # NaN compares false
+        raise UserError(
+            f"{where}: arrival_s is {shown(arrival_s)}, which is not a number of seconds up to {_MAX_ARRIVAL_S:g}"
+        )
     ids = row.get("hash_ids", [])
     if not isinstance(ids, list) or not all(type(name) is int and name >= 0 for name in ids):
-        raise UserError(f"{where}: hash_ids is {str(ids)[:60]}, which is not a list of whole numbers from 0")
+        raise UserError(f"{where}: hash_ids is {shown(ids)}, which is not a list of whole numbers from 0")
     input_tokens = _tokens(where, row, "input_tokens")
     if ids and (len(ids) - 1) * (block_tokens or 0) >= input_tokens:
         raise UserError(
@@ -189,8 +202,18 @@ def _entry(where: str, row: dict[str, Any], block_tokens: int | None) -> Entry:
 def _tokens(where: str, row: dict[str, Any], name: str) -> int:
     value = row[name]
     if type(value) is not int or not 1 <= value <= MAX_TOKENS:
-        raise UserError(f"{where}: {name} is {value!r}, which is not a number of tokens from 1 to {MAX_TOKENS}")
+        raise UserError(f"{where}: {name} is {shown(value)}, which is not a number of tokens from 1 to {MAX_TOKENS}")
     return value
+
+
+def ensure_replayable(workload: Workload, remedy: str) -> None:
+    """Raise UserError if nobody can have meant to wait for the last request to arrive."""
+    duration_s = workload.entries[-1].arrival_s
+    if not duration_s <= MAX_REPLAY_S:
+        raise UserError(
+            f"the last request of {workload.name} arrives after {duration_s:.3g} s; at most {MAX_REPLAY_S:,} s "
+            f"(7 days) are replayed: {remedy}"
+        )
 
 
 # ---- from a seed -----------------------------------------------------------------------------------------------------
@@ -230,8 +253,7 @@ def synthesise(num_prompts: int, request_rate: float, input_len: Lengths, output
     for _ in range(num_prompts):
         entries.append(Entry(round(arrival_s, 6), input_len.draw(inputs), output_len.draw(outputs)))
         arrival_s += arrivals.expovariate(request_rate) if math.isfinite(request_rate) else 0.0
-    rate = f"{request_rate:g}/s" if math.isfinite(request_rate) else "all at once"
-    return Workload(f"{num_prompts} requests, {rate}, seed {seed}", tuple(entries))
+    return Workload(f"synthetic workload, seed {seed}", tuple(entries))
 
 
 # ---- prompts ---------------------------------------------------------------------------------------------------------

@@ -16,7 +16,10 @@ from typing import NoReturn
 from engine.config import BLOCK_SIZES, DTYPES, KV_CACHE_DTYPES, LOAD_FORMATS, QUANTIZATIONS, EngineConfig
 from engine.errors import UserError
 
-EXIT_CODES = "Exit codes: 0 it ran; 2 the input was bad, and one sentence on stderr says how; 130 Ctrl-C."
+EXIT_CODES = (
+    "Exit codes: 0 it ran; 2 the input was bad, and one sentence on stderr says how; "
+    "70 a defect of memwall; 130 Ctrl-C."
+)
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -24,6 +27,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def __init__(self, prog: str, description: str) -> None:
         super().__init__(prog=prog, description=description, epilog=EXIT_CODES, allow_abbrev=False)
+        self._given: list[str] = []
 
     def read(self, arguments: list[str]) -> argparse.Namespace | None:
         """The options, or None where the help was asked for and has been printed.
@@ -31,6 +35,7 @@ class ArgumentParser(argparse.ArgumentParser):
         Raises:
             UserError: an unknown option, a missing argument or a value of the wrong kind.
         """
+        self._given = arguments
         try:
             options, surplus = self.parse_known_args(arguments)
         except SystemExit:
@@ -43,12 +48,27 @@ class ArgumentParser(argparse.ArgumentParser):
         """What argparse found, in our words."""
         found = re.match(r"argument (\S+): (.*)", message, re.DOTALL)
         if found:
-            flag, problem = found[1].split("/")[-1], found[2]
-            raise UserError(f"{flag} {problem}" if problem.startswith("is ") else f"{flag}: {problem}")
+            self._reject_value(found[1].split("/"), found[2])
         missing = message.removeprefix("the following arguments are required: ")
         if missing != message:
             raise UserError(f"{self.prog} needs {missing}; see `{self.prog} --help`")
         raise UserError(f"{message}; see `{self.prog} --help`")
+
+    def _reject_value(self, flags: list[str], problem: str) -> NoReturn:
+        """
+        Args:
+            flags: all names of one option.
+        """
+        written = (flag for flag in flags for argument in self._given if argument.partition("=")[0] == flag)
+        flag = next(written, flags[-1])
+        if problem.startswith("is "):
+            raise UserError(f"{flag} {problem}")
+        other = problem.removeprefix("not allowed with argument ")
+        if other != problem:
+            raise UserError(f"{other} and {flag} exclude each other; give one of them")
+        if problem.startswith("ignored explicit argument "):
+            raise UserError(f"{flag} takes no value; write it alone, without '='")
+        raise UserError(f"{flag}: {problem}")
 
     def _reject(self, argument: str) -> NoReturn:
         if not argument.startswith("-"):

@@ -6,23 +6,27 @@ import argparse
 import contextlib
 import inspect
 import json
+import os
 import sys
 import time
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from engine.commands.arguments import ArgumentParser, add_engine_options, engine_config, integer, integers, number
+from engine.commands.files import ensure_different, ensure_writable
+from engine.commands.streams import discard_stdout, read_stdin, utf8
 from engine.errors import UserError
+from engine.prompts import Prompt, PromptError, read_prompt
 from engine.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     import torch
 
     from engine.core import EngineCore, StepRecord
-    from engine.llm import LLM, Prompt
+    from engine.llm import LLM
     from engine.outputs import RequestOutput
 
 _DEFAULT_MAX_TOKENS = 128
@@ -43,8 +47,9 @@ def generate(arguments: list[str]) -> int:
     if options is None:
         return 0
     config, params = engine_config(options), _sampling_params(options)
-    _check_output(options.output)
-    prompts = _prompts(options)
+    if options.output is not None:
+        _check_output(options)
+    prompts, places = _prompts(options)
 
     from engine.llm import LLM
 
@@ -53,13 +58,16 @@ def generate(arguments: list[str]) -> int:
         print(line, file=sys.stderr)
     llm.core.step_log = []
     started = time.perf_counter()
+    outputs: list[RequestOutput] = []
+    run = _run_file if options.prompts_file else _run_one
     try:
-        run = _run_file if options.prompts_file else _run_one
-        outputs = run(llm, prompts, params, options.output)
-    except UserError as error:
-        raise UserError(f"{options.prompts_file}: {error}" if options.prompts_file else str(error)) from None
-    for line in _report(outputs, time.perf_counter() - started, llm.core):
-        print(line, file=sys.stderr)
+        run(llm, prompts, params, options.output, outputs)
+    except PromptError as error:
+        raise UserError(f"{places[error.index]}: {error.reason}") from None
+    except KeyboardInterrupt:
+        _tell(outputs, time.perf_counter() - started, llm.core)
+        raise
+    _tell(outputs, time.perf_counter() - started, llm.core)
     return 0
 
 
@@ -113,44 +121,61 @@ def _sampling_params(options: argparse.Namespace) -> SamplingParams:
     return SamplingParams(**{name: getattr(options, name) for name in names if hasattr(options, name)})
 
 
-def _check_output(path: Path | None) -> None:
-    if path is not None and path.is_dir():
-        raise UserError(f"--output: {path} is a folder; it must be a file")
-    if path is not None and not path.parent.is_dir():
-        raise UserError(f"--output: there is no folder {path.parent}")
-
-
-def _prompts(options: argparse.Namespace) -> list[Prompt]:
-    """The prompts of the command line, a file or stdin."""
+def _check_output(options: argparse.Namespace) -> None:
+    path = options.output
+    ensure_different(path, "--output", Path(options.model), "MODEL")
     if options.prompts_file is not None:
-        return _read_prompts(options.prompts_file)
-    if options.prompt is not None:
+        ensure_different(path, "--output", options.prompts_file, "--prompts-file")
+    ensure_writable(path, "--output")
+
+
+def _prompts(options: argparse.Namespace) -> tuple[list[Prompt], list[str]]:
+    """The prompts of the command line, a file or stdin, and where each of them stands."""
+    found = list(_found_prompts(options))
+    for place, prompt in found:
+        try:
+            read_prompt(prompt)
+        except UserError as error:
+            raise UserError(f"{place}: {error}") from None
+    return [prompt for _, prompt in found], [place for place, _ in found]
+
+
+def _found_prompts(options: argparse.Namespace) -> Iterator[tuple[str, Prompt]]:
+    if options.prompts_file is not None:
+        yield from _read_prompts(options.prompts_file)
+    elif options.prompt is not None:
         if not options.prompt:
             raise UserError("--prompt is empty; it needs at least one character")
-        return [options.prompt]
-    if sys.stdin.isatty():
-        print("type the prompt, then Ctrl-D", file=sys.stderr)
-    text = sys.stdin.read().removesuffix("\n")
-    if not text:
-        raise UserError("there is no prompt: stdin is empty, and neither --prompt nor --prompts-file is given")
-    return [text]
+        yield (
+            "--prompt",
+            utf8(os.fsencode(options.prompt), "--prompt") if _has_bytes(options.prompt) else options.prompt,
+        )
+    else:
+        if sys.stdin is not None and sys.stdin.isatty():
+            print("type the prompt, then Ctrl-D", file=sys.stderr)
+        text = read_stdin().removesuffix("\n")
+        if not text:
+            raise UserError("there is no prompt: stdin is empty, and neither --prompt nor --prompts-file is given")
+        yield "stdin", text
 
 
-def _read_prompts(path: Path) -> list[Prompt]:
-    """The prompts of a file; empty lines are none."""
+def _has_bytes(argument: str) -> bool:
+    """Whether Python could not decode all of an argument, and keeps bytes of it as halves of surrogate pairs."""
+    return any("\udc80" <= character <= "\udcff" for character in argument)
+
+
+def _read_prompts(path: Path) -> Iterator[tuple[str, Prompt]]:
+    """The prompts of a file, each with its place; empty lines are none."""
     try:
-        text = path.read_text(encoding="utf-8")
+        data = path.read_bytes()
     except OSError as error:
         raise UserError(f"--prompts-file: {path} cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"--prompts-file: {path} is not UTF-8 (byte {error.start})") from None
-    lines = [(number, line.removesuffix("\r")) for number, line in enumerate(text.split("\n"), 1)]
-    lines = [(number, line) for number, line in lines if line.strip()]
+    lines = enumerate(utf8(data, f"--prompts-file: {path}").split("\n"), 1)
+    lines = [(f"{path}, line {number}", line.removesuffix("\r")) for number, line in lines if line.strip()]
     if not lines:
         raise UserError(f"--prompts-file: {path} has no prompt")
-    if path.suffix != ".jsonl":
-        return [line for _, line in lines]
-    return [_json_prompt(line, f"{path}, line {number}") for number, line in lines]
+    for place, line in lines:
+        yield place, _json_prompt(line, place) if path.suffix == ".jsonl" else line
 
 
 def _json_prompt(line: str, place: str) -> dict[str, object]:
@@ -158,6 +183,8 @@ def _json_prompt(line: str, place: str) -> dict[str, object]:
         entry = json.loads(line)
     except ValueError as error:
         raise UserError(f"{place}: this is not JSON ({error})") from None
+    except RecursionError:
+        raise UserError(f"{place}: this is not JSON that can be read (it is nested too deeply)") from None
     if not isinstance(entry, dict) or not {"prompt", "prompt_token_ids"} & entry.keys():
         raise UserError(f'{place}: a line must be an object with "prompt" or "prompt_token_ids"')
     return entry
@@ -174,22 +201,69 @@ def _notices(llm: LLM) -> Iterator[str]:
         yield f"note: {'; '.join(said)}"
 
 
-def _run_one(llm: LLM, prompts: list[Prompt], params: SamplingParams, path: Path | None) -> list[RequestOutput]:
-    """Print the text of one prompt as it comes."""
-    shown, output = "", None
-    to_terminal = sys.stdout.isatty()
-    with contextlib.closing(llm.stream(prompts, params)) as stream:
-        for output in stream:
-            text = output.outputs[0].text
-            piece = text[len(shown) :]
-            print(_without_controls(piece) if to_terminal else piece, end="", flush=True)
-            shown = text
-    if not shown.endswith("\n"):
-        print(flush=True)
-    if path is not None:
-        with path.open("w", encoding="utf-8") as sink:
-            _write(output, sink)
-    return [output]
+def _run_one(
+    llm: LLM, prompts: list[Prompt], params: SamplingParams, path: Path | None, outputs: list[RequestOutput]
+) -> None:
+    """Print the text of one prompt as it comes. After an interruption there is what had come until then."""
+    screen = _Screen(is_all=path is None)
+
+    def end(output: RequestOutput) -> None:
+        screen.end()
+        outputs.append(output)
+        if path is not None:
+            with path.open("w", encoding="utf-8") as sink:
+                _write(output, sink)
+
+    output = None
+    try:
+        with contextlib.closing(llm.stream(prompts, params)) as stream:
+            for output in stream:
+                screen.show(output.outputs[0].text)
+    except KeyboardInterrupt:
+        if output is not None:
+            end(output if output.finished else _aborted(output))
+        raise
+    end(output)
+
+
+def _aborted(output: RequestOutput) -> RequestOutput:
+    """The output of a request that was ended behind it."""
+    return replace(output, outputs=[replace(output.outputs[0], finish_reason="abort")], finished=True)
+
+
+class _Screen:
+    """A growing text on stdout."""
+
+    def __init__(self, is_all: bool) -> None:
+        """
+        Args:
+            is_all: nobody but the reader of stdout waits for the text, so that it need not go on without one.
+        """
+        self._is_all = is_all
+        self._is_terminal = sys.stdout.isatty()
+        self._shown = ""
+
+    def show(self, text: str) -> None:
+        """
+        Args:
+            text: all of it so far.
+        """
+        piece = text[len(self._shown) :]
+        self._print(_without_controls(piece) if self._is_terminal else piece)
+        self._shown = text
+
+    def end(self) -> None:
+        """Let what comes next begin on a line of its own."""
+        if not self._shown.endswith("\n"):
+            self._print("\n")
+
+    def _print(self, piece: str) -> None:
+        try:
+            print(piece, end="", flush=True)
+        except BrokenPipeError:
+            if self._is_all:
+                raise
+            discard_stdout()
 
 
 def _without_controls(text: str) -> str:
@@ -202,12 +276,13 @@ def _without_controls(text: str) -> str:
     )
 
 
-def _run_file(llm: LLM, prompts: list[Prompt], params: SamplingParams, path: Path | None) -> list[RequestOutput]:
+def _run_file(
+    llm: LLM, prompts: list[Prompt], params: SamplingParams, path: Path | None, outputs: list[RequestOutput]
+) -> None:
     """Write the results of many prompts, each as soon as those before it are written."""
     from engine.llm import progress_bar
 
     stream = llm.stream(prompts, params, only_finished=True)  # refuses bad prompts before the file is opened
-    outputs: list[RequestOutput] = []
     with (
         contextlib.closing(stream),
         path.open("w", encoding="utf-8") if path else contextlib.nullcontext(sys.stdout) as sink,
@@ -216,7 +291,6 @@ def _run_file(llm: LLM, prompts: list[Prompt], params: SamplingParams, path: Pat
         for output in _in_order(stream, sink):
             outputs.append(output)
             update(output)
-    return outputs
 
 
 def _in_order(stream: Iterable[RequestOutput], sink: TextIO) -> Iterator[RequestOutput]:
@@ -256,6 +330,12 @@ def _milliseconds(seconds: float | None) -> float | None:
 
 
 # ---- figures -------------------------------------------------------------------------------------------------------
+
+
+def _tell(outputs: Sequence[RequestOutput], seconds: float, core: EngineCore) -> None:
+    if outputs:
+        for line in _report(outputs, seconds, core):
+            print(line, file=sys.stderr)
 
 
 def _report(outputs: Sequence[RequestOutput], seconds: float, core: EngineCore) -> Iterator[str]:

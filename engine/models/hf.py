@@ -50,6 +50,7 @@ _ROPE_KEYS: dict[str, dict[str, bool]] = {
 _LIMITS = {"num_hidden_layers": 10_000}
 _DEFAULT_LIMIT = 2**31 - 1
 _LOCAL_THETA = 10_000.0
+_BETA_FAST, _BETA_SLOW = 32.0, 1.0  # what YaRN takes where they are not stated
 
 
 @dataclass(frozen=True)
@@ -197,7 +198,9 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} holds {_shown(content)}; it must be a JSON object")
@@ -290,8 +293,9 @@ class _Reader:
 
     def number(self, key: str) -> float:
         value = self.value(key)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e18:  # NaN compares false
-            raise self.error(f"{self._prefix}{key} is {_shown(value)}; it must be a positive number")
+        # NaN compares false. What is smaller or larger is a typing error, and would overflow in a formula elsewhere.
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 1e-18 <= value <= 1e18:
+            raise self.error(f"{self._prefix}{key} is {_shown(value)}; it must be a positive number (1e-18 to 1e18)")
         return float(value)
 
     def optional_number(self, key: str) -> float | None:
@@ -437,7 +441,7 @@ def _ropes(
 def _rope_parameters(reader: _Reader, family: _Family) -> dict[str, tuple[str, Mapping[str, Any]]]:
     """By layer type: the key that its parameters stand under, and they themselves."""
     old, new = reader.mapping("rope_scaling"), reader.mapping("rope_parameters")
-    nested = {kind: new.get(kind) or {} for kind in (_FULL, _SLIDING)}
+    nested = {kind: {} if new.get(kind) is None else new[kind] for kind in (_FULL, _SLIDING)}
     for kind, values in nested.items():
         if not isinstance(values, Mapping):
             raise reader.error(f"rope_parameters.{kind} is {_shown(values)}; it must be an object")
@@ -457,25 +461,20 @@ def _rope(
     reader: _Reader, family: _Family, layer_type: str, key: str, values: Mapping[str, Any], head_dim: int
 ) -> RopeConfig:
     """The rotary embedding of the layers of one type; what its own object leaves out stands beside it."""
-    kind = values.get("rope_type") or values.get("type") or "default"
+    kind = _rope_type(values)
     if not isinstance(kind, str) or kind not in _ROPE_KEYS:
         raise reader.error(f"{key}.rope_type is {_shown(kind)}; supported are {', '.join(_ROPE_KEYS)}")
     partial = values.get("partial_rotary_factor", reader.value("partial_rotary_factor"))
-    if partial not in (None, 1):
+    if isinstance(partial, bool) or partial not in (None, 1):
         raise reader.error(f"partial_rotary_factor is {_shown(partial)}; these models rotate whole heads, so it is 1")
-    local = layer_type == _SLIDING and family.local_rope
-    theta_key = "rope_local_base_freq" if local else "rope_theta"
-    outer = {
-        "rope_theta": reader.value(theta_key) or (_LOCAL_THETA if local else family.theta),
-        "original_max_position_embeddings": reader.value("max_position_embeddings"),
-    }
+    outer = {"original_max_position_embeddings": reader.value("max_position_embeddings")}
     stated = {name: value for name, value in values.items() if value is not None}
     if reader.value("original_max_position_embeddings") is not None:  # transformers prefers it to the inner one
         stated["original_max_position_embeddings"] = reader.value("original_max_position_embeddings")
     inner = reader.nested({**outer, **stated}, key)
     rope = RopeConfig(
         kind=kind,
-        theta=inner.number("rope_theta"),
+        theta=_theta(reader, family, layer_type, inner),
         rotary_dim=head_dim,
         parameters=tuple(
             (name, float(inner.boolean(name)) if name == "truncate" else inner.number(name))
@@ -483,16 +482,46 @@ def _rope(
             if needed or name in stated
         ),
     )
-    parameters = dict(rope.parameters)
+    _check_rope(reader, key, kind, dict(rope.parameters))
+    return rope
+
+
+def _rope_type(values: Mapping[str, Any]) -> Any:
+    """The kind that an object of rotary parameters states; transformers once called the key "type"."""
+    stated = (values.get(name) for name in ("rope_type", "type"))
+    return next((value for value in stated if value is not None), "default")
+
+
+def _theta(reader: _Reader, family: _Family, layer_type: str, inner: _Reader) -> float:
+    """The rotary base: of the object itself, else stated beside it, else the family's."""
+    local = layer_type == _SLIDING and family.local_rope
+    outer = "rope_local_base_freq" if local else "rope_theta"
+    if inner.value("rope_theta") is None and reader.value(outer) is None:
+        return _LOCAL_THETA if local else family.theta
+    holder, name = (reader, outer) if inner.value("rope_theta") is None else (inner, "rope_theta")
+    theta = holder.number(name)
+    if theta <= 1:
+        raise holder.error(f"{name} is {theta:g}; it must be above 1 (usually 10,000 or more)")
+    return theta
+
+
+def _check_rope(reader: _Reader, key: str, kind: str, parameters: Mapping[str, float]) -> None:
+    """Raise UserError for numbers that are each in order but make no sense together, or for this kind."""
+    if parameters.get("factor", 1.0) < 1:
+        raise reader.error(
+            f"{key}.factor is {parameters['factor']:g}; it must be at least 1, as it stretches a context"
+        )
     if kind == "llama3" and parameters["high_freq_factor"] <= parameters["low_freq_factor"]:
         raise reader.error(f"{key}.high_freq_factor must be greater than low_freq_factor")
-    return rope
+    fast, slow = parameters.get("beta_fast", _BETA_FAST), parameters.get("beta_slow", _BETA_SLOW)
+    if kind == "yarn" and fast < slow:
+        raise reader.error(f"{key}.beta_fast is {fast:g}; it must not be below beta_slow, which is {slow:g}")
 
 
 def _stretched_positions(reader: _Reader, positions: int) -> int:
     """The context length: YaRN stretches the one the model was trained on, which configs state beside it."""
     rope = reader.mapping("rope_scaling") or reader.mapping("rope_parameters")
-    if rope.get("rope_type", rope.get("type")) != "yarn" or rope.get("original_max_position_embeddings") is None:
+    if _rope_type(rope) != "yarn" or rope.get("original_max_position_embeddings") is None:
         return positions
     inner = reader.nested(rope, "rope_scaling")
     stretched = inner.number("factor") * inner.integer("original_max_position_embeddings")

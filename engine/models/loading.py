@@ -266,6 +266,11 @@ def _read(slots: Iterator[_Slot], sources: dict[str, _Source]) -> None:
 
 def _open(path: Path) -> safe_open:
     try:
+        with path.open("rb"):  # says in its own words why a whole file may not be read
+            pass
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    try:
         return safe_open(path, framework="pt", device="cpu")
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise UserError(

@@ -35,7 +35,7 @@ def rope_tables(rope: RopeConfig, num_positions: int, device: torch.device | str
         cos, sin, float32 [num_positions, rotary_dim / 2], attention scaling multiplied in.
 
     Raises:
-        UserError: a kind of embedding that is not supported.
+        UserError: a kind of embedding that is not supported, or a theta that makes all planes turn alike.
     """
     frequencies, scaling = _frequencies(rope)
     positions = torch.arange(num_positions, dtype=torch.float32, device=device)
@@ -45,6 +45,8 @@ def rope_tables(rope: RopeConfig, num_positions: int, device: torch.device | str
 
 def _frequencies(rope: RopeConfig) -> tuple[torch.Tensor, float]:
     """Radians per position, float32 [rotary_dim / 2] on the CPU, and the factor on cos and sin."""
+    if not rope.theta > 1:
+        raise UserError(f"rope_theta is {rope.theta:g}; it must be above 1, or no plane turns slower than the first")
     planes = torch.arange(0, rope.rotary_dim, 2, dtype=torch.float32) / rope.rotary_dim
     frequencies = 1.0 / rope.theta**planes
     parameters = dict(rope.parameters)
@@ -77,7 +79,8 @@ def _yarn(frequencies: torch.Tensor, rope: RopeConfig, parameters: Mapping[str, 
     first, last = plane_of(parameters.get("beta_fast", 32.0)), plane_of(parameters.get("beta_slow", 1.0))
     if parameters.get("truncate", 1.0):
         first, last = math.floor(first), math.ceil(last)
-    first, last = max(first, 0), min(last, dim - 1)
+    # Floats: where theta is close to 1, planes are numbers beyond int64.
+    first, last = float(max(first, 0)), float(min(last, dim - 1))
     width = last - first or 0.001
     ramp = ((torch.arange(dim // 2, dtype=torch.float32) - first) / width).clamp(0, 1)
     return frequencies * (ramp / parameters["factor"] + 1 - ramp)

@@ -1,6 +1,7 @@
 """An engine core without a model: the real scheduler, and tokens that are a function of those before them."""
 
 import hashlib
+from collections import deque
 from types import SimpleNamespace
 
 from engine.config import EngineConfig
@@ -19,7 +20,13 @@ def next_token(token_ids: list[int]) -> int:
 class FakeCore:
     """As much of `engine.core.EngineCore` as its users see."""
 
-    def __init__(self, config: EngineConfig | None = None, *, max_model_len: int = 64, num_blocks: int = 33) -> None:
+    def __init__(
+        self, config: EngineConfig | None = None, *, max_model_len: int = 64, num_blocks: int = 33, depth: int = 1
+    ) -> None:
+        """
+        Args:
+            depth: steps in flight before the oldest is completed; 2 is what a GPU has.
+        """
         self.config = config or EngineConfig(model="no such folder", max_num_seqs=4, max_num_batched_tokens=16)
         self.model_config = SimpleNamespace(vocab_size=VOCAB_SIZE, eos_token_ids=(EOS,))
         self.memory = SimpleNamespace(lines=lambda: ["memory: a little"])
@@ -32,10 +39,12 @@ class FakeCore:
             KVCacheConfig(num_blocks, 8, enable_prefix_caching=False),
         )
         self.clock = 0.0
+        self._depth = depth
+        self._in_flight = deque()
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.num_outstanding > 0
+        return bool(self.scheduler.num_outstanding or self._in_flight)
 
     def add(self, sequence) -> None:
         self.scheduler.add(sequence)
@@ -49,13 +58,20 @@ class FakeCore:
     def step(self) -> list[SequenceUpdate]:
         self.on_step()
         step = self.scheduler.schedule()
-        if step.is_empty:
-            return []
+        if not step.is_empty:
+            self._in_flight.append(step)
+        if self._in_flight and (len(self._in_flight) >= self._depth or step.is_empty):
+            return self._complete(self._in_flight.popleft())
+        return []
+
+    def _complete(self, step) -> list[SequenceUpdate]:
         start, self.clock = self.clock, self.clock + 1.0
         chunks = zip(step.prefill_requests, step.shape.prefills, strict=True)
         sampling = step.decode_requests + [r for r, (q, c) in chunks if q + c >= r.num_prefill_tokens]
         updates = []
         for sequence in sampling:
+            if sequence in step.detached:
+                continue
             token = next_token(sequence.token_ids)
             sequence.append([token])
             sequence.first_token_s = sequence.first_token_s or sequence.arrival_s + self.clock

@@ -6,8 +6,12 @@ Times are those of a clock that the tests move; nothing about the speed of this 
 import dataclasses
 import gzip
 import json
+import os
 import random
+import re
 import statistics
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +20,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.bench import cli, decode, kv_cache, offline, prefill, serve
+from engine.bench import cli, decode, kv_cache, offline, prefill, serve, tables
 from engine.bench.limits import Limits
 from engine.bench.metrics import distribution_ms, latencies
 from engine.bench.record import MAX_BYTES, Record, as_committed, dumps, read_record
@@ -67,7 +71,7 @@ class FakeCore:
 
     def __init__(self, clock: FakeClock, step_s: float, *, max_model_len: int = 512, num_blocks: int = 400, **engine):
         self.config = EngineConfig("fake", **{"max_num_seqs": 8, "max_num_batched_tokens": 64} | engine)
-        self.model_config = SimpleNamespace(vocab_size=VOCAB)
+        self.model_config = SimpleNamespace(vocab_size=VOCAB, max_position_embeddings=1024)
         self.memory = SimpleNamespace(num_blocks=num_blocks)
         self.weights = SimpleNamespace(num_bytes_per_step=4000)
         self.max_model_len = max_model_len
@@ -75,7 +79,7 @@ class FakeCore:
         self.added_s: dict[str, float] = {}
         self._clock, self._step_s = clock, step_s
         caching = self.config.enable_prefix_caching
-        self._scheduler = Scheduler(
+        self.scheduler = Scheduler(
             SchedulerConfig(
                 self.config.max_num_batched_tokens, self.config.max_num_seqs, max_model_len,
                 self.config.enable_chunked_prefill,
@@ -85,17 +89,17 @@ class FakeCore:
 
     @property
     def has_work(self) -> bool:
-        return self._scheduler.num_outstanding > 0
+        return self.scheduler.num_outstanding > 0
 
     def add(self, sequence) -> None:
         self.added_s[sequence.request_id] = self._clock.now()
-        self._scheduler.add(sequence)
+        self.scheduler.add(sequence)
 
     def abort(self, sequence) -> bool:
-        return self._scheduler.abort(sequence)
+        return self.scheduler.abort(sequence)
 
     def step(self):
-        start_s, step = self._clock.now(), self._scheduler.schedule()
+        start_s, step = self._clock.now(), self.scheduler.schedule()
         for sequence in step.admitted:
             sequence.first_scheduled_s = sequence.first_scheduled_s or start_s
         self._clock.time_s += self._step_s
@@ -107,7 +111,7 @@ class FakeCore:
             sequence.last_token_s = end_s
             sequence.append([1])
             updates.append(SimpleNamespace(sequence=sequence, new_token_ids=[1], finish_reason=None))
-        self._scheduler.update(step)
+        self.scheduler.update(step)
         if self.step_log is not None:
             self.step_log.append(step_record(step.step_id, start_s, end_s, step.shape, len(step.preempted)))
         return updates
@@ -229,6 +233,11 @@ def line(**changes) -> str:
         (line(output_tokens=2**24), ("output_tokens is",)),
         (line(arrival_s="now"), ("arrival_s is 'now'",)),
         (line(arrival_s=float("nan")), ("arrival_s is nan",)),
+        (line(arrival_s=10**400), ("line 1", "arrival_s is 1000", "...", "number of seconds")),
+        (line(arrival_s=-(10**400)), ("line 1", "arrival_s is -1000")),
+        (line(arrival_s=0) + line(arrival_s=1e300), ("line 2", "arrival_s is 1e+300")),
+        (line(arrival_s=0) + line(arrival_s=2e9), ("lasts 2e+09 s", "in seconds")),
+        (line(input_tokens=10**400), ("input_tokens is 1000", "...")),
         (line(arrival_s=2.0) + line(), ("line 2", "earlier", "sort")),
         (line(hash_ids=[1]), ("line 1", "no prefix_block_tokens")),
         (line(hash_ids=["a"], prefix_block_tokens=8), ("hash_ids", "whole numbers")),
@@ -261,6 +270,23 @@ def test_unreadable_workloads(tmp_path):
         read_workload(tmp_path / "cut.gz")
 
 
+def damaged_gzips():
+    """Compressed text with one byte changed, so that inflating fails (zlib.error) or the checksum does (OSError)."""
+    whole = gzip.compress("".join(line(arrival_s=i / 7) for i in range(200)).encode(), mtime=0)
+    for place in (10, 30, len(whole) // 2, len(whole) - 6):
+        yield whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :]
+    yield whole[:-20]
+
+
+def test_damaged_gzip_files(tmp_path):
+    for index, data in enumerate(damaged_gzips()):
+        path = tmp_path / f"f{index}.gz"
+        path.write_bytes(data)
+        for read in (read_workload, read_record, read_step_log):
+            with pytest.raises(UserError, match=path.name):
+                read(path)
+
+
 def test_synthetic_workloads():
     workload = synthesise(4000, 5.0, Lengths(100, 1024), Lengths(7, 7), seed=3)
     assert workload == synthesise(4000, 5.0, Lengths(100, 1024), Lengths(7, 7), seed=3)
@@ -274,6 +300,7 @@ def test_synthetic_workloads():
     assert (min(inputs), max(inputs)) == (100, 1024)
     assert statistics.fmean(inputs) == pytest.approx(562, rel=0.05)
     assert {entry.output_tokens for entry in workload.entries} == {7}
+    assert "seed 3" in workload.name
     at_once = synthesise(10, float("inf"), Lengths(1, 1), Lengths(1, 1), seed=0)
     assert {entry.arrival_s for entry in at_once.entries} == {0.0}
     assert at_once.request_rate is None
@@ -393,9 +420,15 @@ def test_why_a_request_cannot_run():
     core = FakeCore(FakeClock(), 1.0, max_model_len=100)
     assert why_not(core, Entry(0.0, 90, 10)) == ""
     assert "101 tokens" in why_not(core, Entry(0.0, 90, 11))
+    assert "raise --max-model-len" in why_not(core, Entry(0.0, 1000, 24))
+    # The model's own limit cannot be raised.
+    assert why_not(core, Entry(0.0, 1000, 25)).endswith("the model takes 1024 at most")
     core = FakeCore(FakeClock(), 1.0, enable_chunked_prefill=False)
     assert why_not(core, Entry(0.0, 64, 1)) == ""
-    assert "max_num_batched_tokens 64" in why_not(core, Entry(0.0, 65, 1))
+    reason = why_not(core, Entry(0.0, 65, 1))
+    assert "max_num_batched_tokens 64" in reason
+    assert "raise --max-num-batched-tokens" in reason
+    assert "max-model-len" not in reason
 
 
 def test_requests_that_are_too_long_are_left_out_or_refused():
@@ -404,10 +437,15 @@ def test_requests_that_are_too_long_are_left_out_or_refused():
     fitting, reasons = serve.fit(core, workload, strict=False)
     assert [entry.input_tokens for entry in fitting.entries] == [90, 9]
     assert len(reasons) == 2
-    with pytest.raises(UserError, match=r"2 requests of 4 that cannot run: 201 tokens .* --max-model-len"):
+    with pytest.raises(UserError, match=r"2 requests of 4 that cannot run: 201 tokens .* --max-model-len; .*--strict"):
         serve.fit(core, workload, strict=True)
     with pytest.raises(UserError, match="1 requests of 1"):
         serve.fit(core, workload_of((0.0, 200, 1)), strict=False)
+    core = FakeCore(FakeClock(), 1.0, enable_chunked_prefill=False)
+    with pytest.raises(UserError) as caught:
+        serve.fit(core, workload_of((0.0, 65, 1)), strict=False)
+    assert "--max-num-batched-tokens" in str(caught.value)
+    assert "--max-model-len" not in str(caught.value)
 
 
 def test_a_shortened_output_is_noticed():
@@ -532,9 +570,9 @@ def test_a_step_log_that_is_none(tmp_path):
 
 
 def test_one_log_file_per_run():
-    assert serve.step_log_path(None, 1, 3) is None
-    assert serve.step_log_path(Path("a/log.jsonl.gz"), 1, 1) == Path("a/log.jsonl.gz")
-    assert serve.step_log_path(Path("a/log.jsonl.gz"), 2, 3) == Path("a/log.2.jsonl.gz")
+    assert serve.step_log_paths(None, 3) == []
+    assert serve.step_log_paths(Path("a/log.jsonl.gz"), 1) == [Path("a/log.jsonl.gz")]
+    assert serve.step_log_paths(Path("a/log.jsonl.gz"), 2) == [Path("a/log.1.jsonl.gz"), Path("a/log.2.jsonl.gz")]
 
 
 # ---- decode, prefill and what they are compared with -----------------------------------------------------------------
@@ -570,7 +608,11 @@ def test_the_gpu_time_is_taken_off_the_interval():
     [
         ((9, 10), {}, "max_num_seqs 8"),
         ((1, 500), {}, "max_model_len 512"),
-        ((8, 60), {"num_blocks": 8}, "8 KV blocks"),  # preempts, or never holds all
+        # 60 tokens and what follows them are 2 pages; the pool has one of each, and preempts before all decode.
+        ((8, 60), {"num_blocks": 8}, "8 requests of 60 tokens need up to 16 KV blocks of 64 tokens; there are 8"),
+        # 2 pages each from the start: seen before the first prompt is computed.
+        ((5, 64), {"num_blocks": 8}, "5 requests of 64 tokens need up to 10 KV blocks of 64 tokens; there are 8"),
+        ((6, 60), {"enable_chunked_prefill": False}, "only if max_num_batched_tokens is 65; it is 64"),
     ],
 )
 def test_batches_that_do_not_fit(shape, engine, words):
@@ -591,6 +633,11 @@ def test_shapes_of_the_decode_suite():
     assert shapes(shapes=(decode.Shape.parse("16x16384"),)) == [decode.Shape(16, 16_384)]
     with pytest.raises(UserError, match="--shapes"):
         shapes(shapes=(decode.Shape(1, 1),), batch=(1,))
+    with pytest.raises(ValueError, match="at most 16777215"):
+        decode.Shape.parse(f"1x{2**24}")
+    given = options(decode, "--shapes", "1x64,2x64,1x64", "--kv-cache-dtype", "auto,auto,int8")
+    assert decode.shapes(given) == [decode.Shape(1, 64), decode.Shape(2, 64)]
+    assert [config.kv_cache_dtype for config in decode.configs(EngineConfig("model"), given)] == ["auto", "int8"]
 
 
 @given(tokens=st.integers(1, 60), window=st.none() | st.integers(1, 70))
@@ -679,6 +726,19 @@ def test_decode_suite(tmp_path):
     text = decode.table(results)
     assert "auto 9 × 20: 9 requests" in text
     assert text.splitlines()[1].split()[:4] == ["auto", "1", "20", "500.00"]
+    # 4 kB in half a second, of 1 GB/s that are possible.
+    assert float(text.splitlines()[1].split()[6]) == pytest.approx(results[0]["bytes_per_s"] / 1e9, rel=0.01)
+    assert {"mean ms", "floor/TPOT", "exposed ms"} <= set(re.split("  +", text.splitlines()[0]))
+    # Before the limits are measured once more, there is no floor.
+    assert decode.table([{k: v for k, v in results[0].items() if k not in ("floor_ms", "share_of_floor")}])
+
+
+def test_figures_keep_three_digits():
+    assert [tables.number(x, 0) for x in (12345.6, 123.4, 12.34, 0.01234, 0.0)] == [
+        "12,346", "123", "12.3", "0.0123", "0",
+    ]  # fmt: skip
+    assert [tables.number(x) for x in (18.204, 0.5, 0.0012345, None)] == ["18.20", "0.500", "0.00123", "-"]
+    assert [tables.percent(x) for x in (1.0, 0.57, 0.0034, 0.0, None)] == ["100%", "57%", "0.34%", "0%", "-"]
 
 
 def test_serve_suite(tmp_path):
@@ -701,7 +761,66 @@ def test_serve_suite(tmp_path):
     assert result["median"]["peak_running"] == 1
     for run in (1, 2):
         assert len(read_step_log(tmp_path / f"log.{run}.jsonl.gz")) == first["num_steps"] == 6
-    assert "1 left out" in serve.table([result])
+    # 3 requests were asked for, 2 run: one interval of 10 s.
+    assert "2 requests, 0.1 requests/s realised, 1 left out" in serve.table([result])
+
+
+class InterruptedCore(FakeCore):
+    """Ctrl-C comes in the step at this time of the clock."""
+
+    def __init__(self, *arguments, at_s: float, **options) -> None:
+        super().__init__(*arguments, **options)
+        self._at_s = at_s
+
+    def step(self):
+        if self._clock.now() >= self._at_s:
+            raise KeyboardInterrupt
+        return super().step()
+
+
+def interrupted_session(at_s: float, output: Path | None = None) -> FakeSession:
+    session = FakeSession(output)
+    start_s = session.clock.now()
+    session.on_engine = lambda config, measure: measure(InterruptedCore(session.clock, 0.5, at_s=start_s + at_s))
+    return session
+
+
+def test_serve_keeps_what_was_finished_when_it_is_interrupted(tmp_path):
+    """A run takes 4 s: one step for the prompt and 7 for the other tokens. Ctrl-C comes 1.5 s into the second."""
+    path, output, log = (tmp_path / name for name in ("w.jsonl", "serve.json", "log.jsonl"))
+    path.write_text(line(output_tokens=8))
+    session = interrupted_session(5.5, output)
+    arguments = ("--workload", str(path), "--repeat", "3", "--num-warmups", "0", "--step-log", str(log))
+    with pytest.raises(KeyboardInterrupt):
+        serve.run(session, options(serve, *arguments), EngineConfig("model"))
+    (result,) = read_record(output)["results"]
+    assert [run["output_tokens"] for run in result["runs"]] == [8]
+    assert [len(read_step_log(tmp_path / f"log.{run}.jsonl")) for run in (1, 2)] == [8, 3]
+    assert not (tmp_path / "log.3.jsonl").exists()
+
+
+def test_an_interrupted_warm_up_leaves_nothing(tmp_path):
+    path, log = tmp_path / "w.jsonl", tmp_path / "log.jsonl"
+    path.write_text(line(output_tokens=8))
+    session = interrupted_session(1.0)
+    with pytest.raises(KeyboardInterrupt):
+        arguments = ("--workload", str(path), "--step-log", str(log))
+        serve.run(session, options(serve, *arguments), EngineConfig("model"))
+    assert not log.exists()
+    assert session.record.results == []
+
+
+def test_an_interrupted_suite_prints_what_it_has(monkeypatch, capsys):
+    def run(session, options, config):
+        session.keep([{"context": 1, "cached_tokens_per_s": 2.0, "recomputed_tokens_per_s": 1.0, "speedup": 2.0}])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(kv_cache, "run", run)
+    with pytest.raises(KeyboardInterrupt):
+        bench(["kv-cache", "tiny", "--load-format", "dummy"])
+    printed = capsys.readouterr()
+    assert "2.0 ×" in printed.out
+    assert "interrupted" in printed.err
 
 
 def test_offline_suite(tmp_path):
@@ -716,7 +835,8 @@ def test_offline_suite(tmp_path):
         assert run["requests"]["arrival_s"] == [0.0] * 10
         assert run["output_throughput_tokens_per_s"] == pytest.approx(40 / run["duration_s"], rel=1e-3)
         assert run["peak_running"] == 8
-    assert "all at once" in offline.table([result])
+    (heading, *_) = offline.table([result]).splitlines()
+    assert heading.count("10 requests") == heading.count("all at once") == 1
 
 
 def test_offline_takes_the_lengths_of_a_dataset(tmp_path):
@@ -726,6 +846,9 @@ def test_offline_takes_the_lengths_of_a_dataset(tmp_path):
     (run,) = session.record.results[0]["runs"]
     assert run["requests"]["input_tokens"] == [7, 9]
     assert run["requests"]["arrival_s"] == [0.0, 0.0]
+    for flag in ("--input-len", "--output-len"):
+        with pytest.raises(UserError, match=f"{flag} and --dataset exclude each other"):
+            run_suite(offline, "--dataset", str(path), flag, "5:9")
 
 
 def test_kv_cache_suite():
@@ -736,7 +859,12 @@ def test_kv_cache_suite():
     assert (far["recomputed_tokens_per_s"], far["speedup"]) == (0.5, 4)
     assert far["recomputed_us"] == [2_000_000] * 3
     assert "max_model_len" in absent["absent"]
-    assert "2.0 ×" in kv_cache.table(session.record.results)
+    assert "2.0" in kv_cache.table(session.record.results)
+    # 400 tokens and those that are recomputed do not fit 512; nothing is measured before that is said.
+    session = run_suite(kv_cache, "--context", "400", "--output-tokens", "8", "--recomputed-tokens", "200")
+    (absent,) = session.record.results
+    assert "grows by 200 tokens: 600 tokens" in absent["absent"]
+    assert session.clock.now() == FakeClock().now()
 
 
 # ---- records ---------------------------------------------------------------------------------------------------------
@@ -800,11 +928,20 @@ def test_commands_are_recorded_without_this_machines_folders():
         ("serve tiny", ("--workload",)),
         ("serve tiny --workload nowhere.jsonl", ("nowhere.jsonl",)),
         ("serve tiny --workload w --request-rate-scale 0", ("--request-rate-scale", "above 0")),
+        ("serve tiny --workload w --request-rate-scale 1e-320", ("--request-rate-scale", "from 0.000001")),
+        ("serve tiny --workload w --request-rate-scale 1e300", ("--request-rate-scale", "to 1,000,000")),
+        ("serve tiny --workload w --repeat 1001", ("--repeat", "at most 1000")),
+        ("decode tiny --shapes 1x99999999999999999999", ("--shapes", "at most")),
+        ("decode tiny --batch 99999999999999999999", ("--batch", "at most")),
+        ("prefill tiny --prompt-tokens 99999999999999999999", ("--prompt-tokens", "at most")),
+        ("offline tiny --num-prompts 99999999999999999999", ("--num-prompts", "at most")),
         ("serve tiny --workload w --temperature -1", ("--temperature", "at least 0")),
         ("serve tiny --workload w --max-num-seqs 0", ("max_num_seqs",)),
         ("make-workload --output w.jsonl", ("--request-rate",)),
         ("make-workload --request-rate 0 --output w.jsonl", ("--request-rate", "above 0")),
         ("make-workload --request-rate nan --output w.jsonl", ("--request-rate",)),
+        ("make-workload --request-rate 1e-310 --output w.jsonl", ("--request-rate", "from 0.000001")),
+        ("make-workload --request-rate 1e-5 --output w.jsonl", ("7 days", "raise --request-rate")),
     ],
 )
 def test_bad_command_lines(arguments, words, tmp_path, monkeypatch):
@@ -814,6 +951,94 @@ def test_bad_command_lines(arguments, words, tmp_path, monkeypatch):
     for word in words:
         assert word in str(caught.value)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["w.jsonl", "sub/../w.jsonl", "link.jsonl", "hard.jsonl"])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "serve tiny --load-format dummy --workload w.jsonl --output {name}",
+        "serve tiny --load-format dummy --workload w.jsonl --step-log {name}",
+        "offline tiny --load-format dummy --dataset w.jsonl --output {name}",
+        "decode w.jsonl --load-format dummy --output {name}",
+    ],
+)
+def test_inputs_are_not_overwritten(name, arguments, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("w.jsonl").write_text(line())
+    Path("sub").mkdir()
+    Path("link.jsonl").symlink_to("w.jsonl")
+    os.link("w.jsonl", "hard.jsonl")
+    with pytest.raises(UserError, match="would overwrite"):
+        bench(arguments.format(name=name).split())
+    assert Path("w.jsonl").read_text() == line()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("--workload w.jsonl --step-log x.gz --output x.gz", "the same file"),
+        ("--workload w.jsonl --step-log ./x.gz --output sub/../x.gz", "the same file"),
+        ("--workload w.jsonl --repeat 2 --step-log x.gz --output x.2.gz", "the same file"),
+        ("--workload x.2.gz --repeat 3 --step-log x.gz", "would overwrite --workload"),
+    ],
+)
+def test_outputs_do_not_overwrite_each_other(arguments, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("sub").mkdir()
+    for name in ("w.jsonl", "x.2.gz"):
+        Path(name).write_text(line())
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(UserError, match=words):
+        bench(["serve", "tiny", "--load-format", "dummy", *arguments.split()])
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_models_files_are_not_overwritten(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="would overwrite the model's"):
+        bench(["decode", str(tmp_path), "--load-format", "dummy", "--output", str(tmp_path / "config.json")])
+
+
+def test_what_nobody_would_wait_for_is_refused_before_an_engine_is_built(tmp_path):
+    path = tmp_path / "w.jsonl"
+    path.write_text(line(arrival_s=0) + line(arrival_s=400_000))
+    for scale in ("0.5", "1e-6"):
+        with pytest.raises(UserError, match=r"7 days.*--request-rate-scale"):
+            bench(["serve", "no such model", "--workload", str(path), "--request-rate-scale", scale])
+    # At its own speed the workload could be replayed, and it is the model that is missing.
+    with pytest.raises(UserError, match="no such model"):
+        bench(["serve", "no such model", "--workload", str(path), "--device", "cpu"])
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+def test_a_full_disk_is_named(tmp_path):
+    for name in ("out.json", "out.json.gz"):
+        (tmp_path / name).symlink_to("/dev/full")
+        with pytest.raises(UserError, match=r"cannot write .*No space left"):
+            Record("decode", "c", "abc").write(tmp_path / name)
+    command = [sys.executable, "-m", "engine.bench", "make-workload", "--request-rate", "5", "--output", "w.jsonl"]
+    with Path("/dev/full").open("w") as full:
+        root = Path(__file__).parents[2]
+        done = subprocess.run(
+            command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(root)}, stdout=full, stderr=subprocess.PIPE
+        )
+    assert done.returncode == 2
+    assert done.stderr.decode() == "error: cannot write to standard output: No space left on device\n"
+
+
+def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
+    path = tmp_path / "out.json.gz"
+    path.write_bytes(b"before")
+
+    def full(self, data):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(UserError, match=r"out\.json\.gz: No space"):
+        Record("decode", "c", "abc").write(path)
+    assert list(tmp_path.iterdir()) == [path]
+    assert path.read_bytes() == b"before"
 
 
 @pytest.mark.parametrize("arguments", [[], ["--help"], *([name, "--help"] for name in (*cli.SUITES, "make-workload"))])

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import subprocess
 import sys
 from dataclasses import fields
@@ -61,6 +62,29 @@ def texts(prompts, **settings) -> list[str]:
     return [output.outputs[0].text for output in outputs(prompts, **settings)]
 
 
+def give_stdin(monkeypatch, data: bytes) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(data), encoding="ascii"))
+
+
+def interrupting(cores, monkeypatch, at_step: int) -> None:
+    """Press Ctrl-C in this step of every core that is made."""
+
+    def make(config):
+        core = FakeCore(config, num_blocks=1000)
+        steps = []
+
+        def on_step():
+            steps.append(1)
+            if len(steps) == at_step:
+                raise KeyboardInterrupt
+
+        core.on_step = on_step
+        cores.append(core)
+        return core
+
+    monkeypatch.setattr("engine.llm._core", make)
+
+
 # ---- one prompt ----------------------------------------------------------------------------------------------------
 
 
@@ -77,9 +101,43 @@ def test_one_prompt_prints_its_text_and_what_was_measured(run, cores):
 
 
 def test_prompt_from_stdin(run, cores, monkeypatch):
-    monkeypatch.setattr("sys.stdin", io.StringIO("two\nlines\n"))
-    code, out, _ = run("tiny", "--max-tokens", 5)
-    assert (code, out.removesuffix("\n")) == (0, texts("two\nlines", max_tokens=5)[0].removesuffix("\n"))
+    expected = texts("zwölf\nlines", max_tokens=5)[0].removesuffix("\n")
+    for data in (b"zw\xc3\xb6lf\nlines\n", b"\xef\xbb\xbfzw\xc3\xb6lf\r\nlines"):  # whatever the locale is
+        give_stdin(monkeypatch, data)
+        code, out, _ = run("tiny", "--max-tokens", 5)
+        assert (code, out.removesuffix("\n")) == (0, expected)
+
+
+def test_the_output_of_one_prompt_goes_to_a_file_too(run, cores, tmp_path):
+    answer = tmp_path / "new" / "folder" / "one.jsonl"
+    code, out, _ = run("tiny", "--prompt", "Hello", "--max-tokens", 9, "--ignore-eos", "--output", answer)
+    line = json.loads(answer.read_text(encoding="utf-8"))
+    assert code == 0
+    assert out.removesuffix("\n") == line["text"].removesuffix("\n")
+    assert (len(line["token_ids"]), line["finish_reason"]) == (9, "length")
+
+
+def test_interruption_keeps_the_text_so_far(run, cores, tmp_path, monkeypatch):
+    answer = tmp_path / "one.jsonl"
+    interrupting(cores, monkeypatch, at_step=6)
+    line = ("tiny", "--prompt", "Hello", "--max-tokens", 30, "--ignore-eos", "--output", answer)
+    code, out, err = run(*line)
+    assert code == 130
+    text = texts("Hello", max_tokens=5, ignore_eos=True)[0]
+    assert out == text + "\n" * (not text.endswith("\n"))
+    assert "6 prompt and 5 output tokens in" in err
+    assert err.endswith("\ninterrupted\n")
+    kept = json.loads(answer.read_text(encoding="utf-8"))
+    assert (kept["text"], len(kept["token_ids"]), kept["finish_reason"]) == (text, 5, "abort")
+    cores[0].check_idle()
+
+
+def test_interruption_before_the_first_token(run, cores, tmp_path, monkeypatch):
+    interrupting(cores, monkeypatch, at_step=1)
+    code, out, err = run("tiny", "--prompt", "Hello", "--output", tmp_path / "one.jsonl")
+    assert (code, out) == (130, "")
+    assert err.endswith("\ninterrupted\n")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_options_reach_the_engine_and_the_sampler(run, cores, monkeypatch):
@@ -174,25 +232,13 @@ def test_interruption_keeps_what_had_finished(run, cores, tmp_path, monkeypatch)
     file, answer = tmp_path / "prompts.txt", tmp_path / "answer.jsonl"
     file.write_text("a\nb\nc\nd\ne\nf\n")
 
-    def make(config):
-        core = FakeCore(config, num_blocks=1000)
-        steps = []
-
-        def on_step():
-            steps.append(1)
-            if len(steps) == 8:
-                raise KeyboardInterrupt
-
-        core.on_step = on_step
-        cores.append(core)
-        return core
-
-    monkeypatch.setattr("engine.llm._core", make)
+    interrupting(cores, monkeypatch, at_step=8)
     flags = ("--max-num-seqs", 2, "--max-tokens", 3, "--ignore-eos")
     code, _, err = run("tiny", "--prompts-file", file, "--output", answer, *flags)
     assert code == 130
-    assert err.endswith("interrupted\n")
+    assert err.endswith("\ninterrupted\n")
     assert "Traceback" not in err
+    assert "12 output tokens of 4 prompts" in err
     assert [json.loads(line)["prompt"] for line in answer.read_text().splitlines()] == ["a", "b", "c", "d"]
     cores[0].check_idle()
 
@@ -204,7 +250,7 @@ BAD_LINES = [
     ("tiny --prompt a --max-tokens 0", "max_tokens is 0", "at least 1"),
     ("tiny --prompt a --max-tokens many", "--max-tokens is 'many'", "whole number"),
     ("tiny --prompt a --temperature nan", "--temperature is 'nan'", "number"),
-    ("tiny --prompt a --temperature -1", "temperature is -1"),
+    ("tiny --prompt a --temperature -1", "temperature is -1.0; it must be at least 0"),
     ("tiny --prompt a --top-p 1.5", "top_p is 1.5"),
     ("tiny --prompt a --top-k -2", "top_k is -2"),
     ("tiny --prompt a --min-p 2", "min_p is 2"),
@@ -217,9 +263,21 @@ BAD_LINES = [
     ("tiny --prompt a --zzz", "no option --zzz", "--help"),
     ("tiny surplus --prompt a", "'surplus'", "too many"),
     ("tiny --prompt", "--prompt", "expected one argument"),
-    ("tiny --prompt a --prompts-file b", "--prompts-file", "not allowed with"),
+    ("tiny --prompt a --prompts-file b", "--prompt and --prompts-file exclude each other"),
+    ("tiny --prompt a --enable-prefix-caching=3", "--enable-prefix-caching takes no value"),
+    ("tiny --prompt a --no-enable-prefix-caching=3", "--no-enable-prefix-caching takes no value"),
+    ("tiny --prompt a --ignore-eos=3", "--ignore-eos takes no value"),
+    ("tiny --prompt a --seed 100000000000000000000000", "seed is 1", "at most 9223372036854775807"),
+    ("tiny --prompt a --max-num-seqs 1048575 --max-num-batched-tokens 2000000", "at most 1048574"),
+    ("tiny --prompt a --max-num-batched-tokens 100000000000000000000", "at most 16777216"),
+    ("tiny --prompt a --num-gpu-blocks-override 100000000000000000000", "at most 2147483647"),
+    ("tiny --prompt=half\udcff", "--prompt is not UTF-8 (byte 4)"),
     ("tiny --prompt=", "--prompt is empty"),
-    ("tiny --prompt a --output no/such/file", "--output", "no folder no/such"),
+    ("tiny --prompt a --output {folder}/config.json/no/x.json", "--output", "config.json is a file, not a folder"),
+    ("{folder}/config.json --prompt a --output ./config.json", "--output", "is the file of MODEL", "overwritten"),
+    ("tiny --prompts-file config.json --output {folder}/config.json", "is the file of --prompts-file"),
+    ("tiny --prompts-file config.json --output hard", "hard is the file of --prompts-file"),
+    ("tiny --prompts-file soft --output config.json", "is the file of --prompts-file"),
     ("tiny --prompt a --output {folder}", "--output", "is a folder"),
     ("tiny --prompts-file {folder}/none.txt", "none.txt", "cannot be read"),
     ("tiny --prompts-file {folder}", "cannot be read"),
@@ -229,8 +287,34 @@ BAD_LINES = [
 @pytest.mark.parametrize(("line", "words"), [(line, words) for line, *words in BAD_LINES], ids=lambda v: str(v)[:50])
 def test_bad_lines(run, cores, tmp_path, monkeypatch, line, words):
     monkeypatch.chdir(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text("{}")
+    (tmp_path / "hard").hardlink_to(file)
+    (tmp_path / "soft").symlink_to(file)
     check_refused(run(*line.format(folder=tmp_path).split()), *words)
     assert cores == []  # no model was loaded for it
+    assert file.read_text() == "{}"
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_a_model_without_a_name(run, cores):
+    check_refused(run("", "--prompt", "a"), "model is ''", "a folder or the name of a built-in model")
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_the_model_is_loaded(run, cores, tmp_path, monkeypatch):
+    answer = tmp_path / "answer.jsonl"
+    answer.write_text("old")
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # what a user without the right to is told; root has it
+    check_refused(run("tiny", "--prompt", "a", "--output", answer), "--output", "cannot be written")
+    assert (cores, answer.read_text()) == ([], "old")
+
+
+def test_a_link_and_a_device_can_be_written(run, cores, tmp_path):
+    link = tmp_path / "link.jsonl"
+    link.symlink_to(tmp_path / "new" / "target.jsonl")
+    assert run("tiny", "--prompt", "a", "--output", link)[0] == 0
+    assert json.loads((tmp_path / "new" / "target.jsonl").read_text(encoding="utf-8"))["prompt"] == "a"
+    assert run("tiny", "--prompt", "a", "--output", "/dev/null")[0] == 0
 
 
 @pytest.mark.parametrize(
@@ -239,6 +323,16 @@ def test_bad_lines(run, cores, tmp_path, monkeypatch, line, words):
         ("p.txt", b"", ["no prompt"]),
         ("p.txt", b"\n  \n", ["no prompt"]),
         ("p.txt", b"ok\n\xff\xfe", ["not UTF-8", "byte 3"]),
+        ("p.txt", b"\xef\xbb\xbfok\xff", ["not UTF-8", "byte 5"]),
+        ("p.txt", b"\xef\xbb\xbf\n", ["no prompt"]),
+        ("p.jsonl", b"\n" + b"[" * 100_000, ["line 2", "nested too deeply"]),
+        ("p.jsonl", b'\n\n{"prompt_token_ids": []}', ["p.jsonl, line 3: ", "empty"]),
+        ("p.jsonl", b'{"prompt_token_ids": ["a"]}', ["p.jsonl, line 1: ", "whole numbers"]),
+        ("p.jsonl", b'{"prompt_token_ids": [true, false]}', ["p.jsonl, line 1: ", "whole numbers", "True"]),
+        ("p.jsonl", b'{"prompt_token_ids": "abc"}', ["p.jsonl, line 1: ", "is text"]),
+        ("p.jsonl", b'{"prompt": "a"}\n{"prompt": "\\ud800"}', ["p.jsonl, line 2: ", "surrogate"]),
+        ("p.jsonl", b'{"prompt": "a"}\n{"prompt": ""}', ["p.jsonl, line 2: ", "empty"]),
+        ("p.jsonl", b'{"prompt": 3}', ["p.jsonl, line 1: ", "int"]),
         ("p.jsonl", b'{"prompt": "a"}\n{"prompt": ', ["line 2", "not JSON"]),
         ("p.jsonl", b'{"text": "a"}', ["line 1", '"prompt_token_ids"']),
         ("p.jsonl", b'["a"]', ["line 1", "object"]),
@@ -253,29 +347,48 @@ def test_bad_files(run, cores, tmp_path, name, content, words):
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ('{"prompt_token_ids": [1, 999]}', ["prompt 1", "999"]),
-        ('{"prompt_token_ids": []}', ["prompt 1", "empty"]),
-        ('{"prompt_token_ids": ["a"]}', ["prompt 1", "whole numbers"]),
-        ('{"prompt": "\\ud800"}', ["prompt 1", "surrogate"]),
-        ('{"prompt": 3}', ["prompt 1", "int"]),
-        ('{"prompt": "' + "x" * 64 + '"}', ["prompt 1", "65 tokens", "max_model_len 64"]),
+        ('{"prompt_token_ids": [1, 999]}', ["999"]),
+        ('{"prompt": "' + "x" * 64 + '"}', ["65 tokens", "max_model_len 64"]),
     ],
 )
 def test_prompts_that_the_model_cannot_take(run, cores, tmp_path, line, words):
     file, answer = tmp_path / "p.jsonl", tmp_path / "answer.jsonl"
-    file.write_text('{"prompt": "a"}\n' + line)
+    file.write_text('\n{"prompt": "a"}\n\n' + line)
     code, out, err = run("tiny", "--prompts-file", file, "--output", answer)
     assert (code, out) == (2, "")
     last = err.splitlines()[-1]
     assert last.startswith("error: ")
-    for word in ("p.jsonl", *words):
+    for word in ("p.jsonl, line 4: the prompt has ", *words):
         assert word in last
     assert not answer.exists()
 
 
+def test_a_prompt_that_is_too_long_names_where_it_came_from(run, cores, monkeypatch):
+    give_stdin(monkeypatch, b"x" * 64)
+    for line, source in ((("--prompt", "x" * 64), "--prompt"), ((), "stdin")):
+        code, _, err = run("tiny", *line)
+        assert code == 2
+        assert err.splitlines()[-1].startswith(f"error: {source}: the prompt has 65 tokens; at most 63 leave room")
+
+
+def test_a_byte_order_mark_is_skipped(run, cores, tmp_path):
+    for name, content in (("p.txt", "one\n"), ("p.jsonl", '{"prompt": "one"}')):
+        (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + content.encode())
+        code, out, _ = run("tiny", "--prompts-file", tmp_path / name)
+        assert (code, json.loads(out)["prompt"]) == (0, "one")
+
+
 def test_no_prompt_at_all(run, cores, monkeypatch):
-    monkeypatch.setattr("sys.stdin", io.StringIO("\n"))
+    give_stdin(monkeypatch, b"\n")
     check_refused(run("tiny"), "stdin is empty", "--prompts-file")
+    monkeypatch.setattr("sys.stdin", None)  # closed: <&-
+    check_refused(run("tiny"), "stdin is empty")
+
+
+def test_stdin_that_is_not_utf8(run, cores, monkeypatch):
+    give_stdin(monkeypatch, b"hi\xff")
+    check_refused(run("tiny"), "stdin is not UTF-8 (byte 2)")
+    assert cores == []
 
 
 def check_refused(outcome, *words):
@@ -287,6 +400,78 @@ def check_refused(outcome, *words):
         assert word in err
 
 
+# ---- streams that are closed ----------------------------------------------------------------------------------------
+
+# The fake core without the module of the real one, which would bring torch.
+AROUND_THE_FAKE_CORE = """
+import sys
+from collections import namedtuple
+from importlib.metadata import EntryPoint
+from types import SimpleNamespace
+
+update = namedtuple("SequenceUpdate", "sequence new_token_ids finish_reason")
+sys.modules["engine.core"] = SimpleNamespace(SequenceUpdate=update, StepRecord=lambda *_: None)
+import engine.llm
+from engine.commands.__main__ import main
+from fake_core import FakeCore
+from planner import cli
+
+engine.llm._core = lambda config: FakeCore(config, num_blocks=1000)
+entry = EntryPoint(sys.argv[1], f"engine.commands.{sys.argv[1]}:{sys.argv[1]}", cli.GROUP)
+cli.metadata = SimpleNamespace(entry_points=lambda group: [entry])
+"""
+
+
+@pytest.fixture(params=["cli.main()", "main(sys.argv[1:])"], ids=["memwall", "python -m engine.commands"])
+def process(request):
+    """Starts a command line both ways through a shell line, in which it is called "$@"."""
+
+    def start(shell: str, *line: str) -> subprocess.CompletedProcess:
+        code = f"{AROUND_THE_FAKE_CORE}\nsys.exit({request.param})"
+        command = ["bash", "-c", f"{shell}; exit ${{PIPESTATUS[0]}}", "bash", sys.executable, "-c", code, *line]
+        environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'engine'}"}
+        return subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, encoding="utf-8", errors="replace"
+        )
+
+    return start
+
+
+GENERATE = ("generate", "tiny", "--max-model-len", "3000", "--ignore-eos", "--max-tokens", "900", "--prompt", "hi")
+
+
+@pytest.mark.parametrize(
+    ("shell", "line"),
+    [
+        ('"$@" | true', GENERATE),
+        ('"$@" | true', ("bench",)),
+        ('"$@" | true', ("generate", "--help")),
+        ('"$@" >&-', GENERATE),
+        ('"$@" >&-', ("bench",)),
+        ('"$@" 2>&-', ("bench",)),
+    ],
+)
+def test_a_reader_that_leaves_or_never_was_is_no_error(process, shell, line):
+    done = process(shell, *line)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "Exception ignored" not in done.stderr
+
+
+def test_a_file_is_written_even_if_nobody_reads_stdout(process, tmp_path):
+    answer = tmp_path / "answer.jsonl"
+    assert process('"$@" | true', *GENERATE, "--output", str(answer)).returncode == 0
+    assert len(json.loads(answer.read_text(encoding="utf-8"))["token_ids"]) == 900
+
+
+def test_a_defect_is_not_taken_for_an_answer(run, monkeypatch):
+    monkeypatch.setattr("engine.llm._core", lambda config: 1 / 0)
+    code, out, err = run("tiny", "--prompt", "a")
+    assert (code, out) == (70, "")
+    assert "ZeroDivisionError" in err
+    assert err.splitlines()[-1].startswith("error: this is a defect of memwall")
+
+
 # ---- help and what is not installed --------------------------------------------------------------------------------
 
 
@@ -295,7 +480,14 @@ def test_help(run):
         code, out, err = run(flag)
         assert (code, err) == (0, "")
         text = " ".join(out.split())
-        for word in ("usage: memwall generate", "Continue one prompt, or a file", "--prompts-file", "Exit codes: 0"):
+        for word in (
+            "usage: memwall generate",
+            "Continue one prompt, or a file",
+            "--prompts-file",
+            "Exit codes: 0",
+            "70 a",
+            "130",
+        ):
             assert word in text
         for field in fields(EngineConfig):
             assert field.name == "model" or f"--{field.name.replace('_', '-')}" in text

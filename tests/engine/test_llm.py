@@ -4,7 +4,9 @@ import itertools
 import os
 import signal
 
+import numpy as np
 import pytest
+import torch
 from fake_core import EOS, VOCAB_SIZE, FakeCore, next_token
 from hypothesis import given
 from hypothesis import strategies as st
@@ -68,11 +70,20 @@ def test_outputs_are_in_the_order_of_the_prompts(llm):
         ({"prompt_token_ids": [5]}, [[5]]),
         ([{"prompt_token_ids": [5]}, "H", {"prompt": "i", "prompt_token_ids": None}], [[5], [256, 72], [256, 105]]),
         ([], []),
+        (np.array([5, 6], np.int32), [[5, 6]]),
+        ([np.int64(5), np.uint8(6)], [[5, 6]]),
+        (torch.tensor([5, 6]), [[5, 6]]),
+        (np.array([[5, 6], [7, 8]]), [[5, 6], [7, 8]]),
+        ([np.array([5]), torch.tensor([6, 7], dtype=torch.int16), "H", [np.int64(8)]], [[5], [6, 7], [256, 72], [8]]),
+        ({"prompt_token_ids": np.array([5])}, [[5]]),
+        (np.array(["Hi", "H"]), [[256, 72, 105], [256, 72]]),
     ],
+    ids=str,
 )
 def test_forms_of_prompts(llm, prompts, expected):
     outputs = llm.generate(prompts, SamplingParams(max_tokens=2), use_tqdm=False)
     assert [output.prompt_token_ids for output in outputs] == expected
+    assert {type(token) for output in outputs for token in output.prompt_token_ids} <= {int}
 
 
 def test_max_tokens_none_goes_to_max_model_len(llm):
@@ -130,6 +141,14 @@ BAD_PROMPTS = [
     ([-1], ("-1",)),
     ([1.5], ("whole numbers",)),
     (["text"], ("whole numbers",)),
+    ([True, False], ("whole numbers", "True")),
+    ([[1, 2]], ("whole numbers",)),
+    (np.array([0.5]), ("whole numbers",)),
+    (torch.tensor([True]), ("whole numbers", "True")),
+    ({"prompt_token_ids": "abc"}, ('"prompt_token_ids"', "list of token ids")),
+    ({"prompt_token_ids": 5}, ("int",)),
+    (b"bytes", ("bytes",)),
+    ([10**20], ("0 to 258",)),
     (3.5, ("float",)),
     (None, ("NoneType",)),
     ({}, ('"prompt"', '"prompt_token_ids"')),
@@ -155,6 +174,44 @@ def test_bad_arguments(llm):
         llm.generate(7)
 
 
+@pytest.mark.parametrize(
+    ("params", "words"),
+    [
+        (42, "sampling_params is int"),
+        ("greedy", "sampling_params is str"),
+        ({"temperature": 0}, "sampling_params is dict; it must be SamplingParams"),
+        ([42], "prompt 0: its sampling_params is int; it must be SamplingParams"),
+        ([None], "prompt 0: its sampling_params is NoneType"),
+    ],
+    ids=str,
+)
+def test_sampling_params_of_another_type(llm, params, words):
+    for call in (llm.generate, llm.stream):
+        with pytest.raises(UserError, match=words):
+            call("a", params)
+
+
+def test_a_refused_call_does_not_change_the_seeds_of_later_ones():
+    seeds = []
+    for bad in ([], ["fine", "fine", ""], ["x" * 99], [VOCAB_SIZE]):
+        llm, of_this = LLM.from_core(FakeCore()), []
+        seeds.append(of_this)
+        usual = llm.core.add
+        llm.core.add = lambda sequence, add=usual, into=of_this: into.append(sequence.seed) or add(sequence)
+        if bad:
+            with pytest.raises(UserError):
+                llm.generate(bad)
+        llm.generate(["a", "b"], use_tqdm=False)
+    assert seeds == [seeds[0]] * 4
+    assert len(set(seeds[0])) == 2
+
+
+def test_without_chunked_prefill_a_prompt_must_fit_one_step():
+    config = EngineConfig(model="none", max_num_seqs=4, max_num_batched_tokens=16, enable_chunked_prefill=False)
+    with pytest.raises(UserError, match="prompt 1: the prompt has 17 tokens, more than max_num_batched_tokens 16"):
+        LLM.from_core(FakeCore(config)).stream(["a" * 15, "a" * 16])
+
+
 def test_a_prompt_that_the_core_refuses_leaves_nothing_behind(llm):
     usual, added = llm.core.add, []
 
@@ -172,8 +229,13 @@ def test_a_prompt_that_the_core_refuses_leaves_nothing_behind(llm):
 def test_model_options_are_checked():
     with pytest.raises(UserError, match="max_num_seqs is 0"):
         LLM("nowhere", max_num_seqs=0)
-    with pytest.raises(TypeError, match="max_sequences"):
-        LLM("nowhere", max_sequences=0)
+    with pytest.raises(UserError, match=r"no option max_num_seq; did you mean max_num_seqs\?"):
+        LLM("nowhere", max_num_seq=1)
+    with pytest.raises(UserError, match="no option zzz; there are load_format, "):
+        LLM("nowhere", zzz=1)
+    for model in (None, 5, ["tiny"], ""):
+        with pytest.raises(UserError, match="model is "):
+            LLM(model)
 
 
 # ---- streams -------------------------------------------------------------------------------------------------------
@@ -277,6 +339,61 @@ def test_ctrl_c_waits_for_the_step_and_aborts(llm):
     llm.core.on_step = lambda: None
     (output,) = llm.generate("a", use_tqdm=False)
     assert output.outputs[0].token_ids == continuation([256, 97], 16)
+
+
+@pytest.fixture
+def ahead():
+    """Around a core that is a step ahead, as on a GPU."""
+    made = LLM.from_core(FakeCore(depth=2))
+    yield made
+    made.core.check_idle()
+
+
+def test_a_core_that_is_a_step_ahead_gives_the_same(llm, ahead):
+    params = SamplingParams(max_tokens=20)
+    texts = [[output.outputs[0] for output in each.generate(PROMPTS, params, use_tqdm=False)] for each in (llm, ahead)]
+    assert texts[0] == texts[1]
+
+
+def test_nothing_is_in_flight_behind_a_stop_token(ahead):
+    prompt = ByteTokenizer().encode("Hello")
+    stop = continuation(prompt, 5, set())[-1]
+    params = SamplingParams(max_tokens=30, stop_token_ids=(stop,), ignore_eos=True)
+    (output,) = ahead.generate("Hello", params, use_tqdm=False)
+    assert output.outputs[0].finish_reason == "stop"
+    ahead.core.check_idle()
+
+
+def test_nothing_is_in_flight_behind_a_stream_whose_requests_were_aborted(ahead):
+    stream = ahead.stream(["a", "b"], SamplingParams(max_tokens=30, ignore_eos=True))
+    for _ in range(4):
+        next(stream)
+    assert ahead.abort("0")
+    assert ahead.abort("1")
+    assert [output.outputs[0].finish_reason for output in stream if output.finished] == ["abort", "abort"]
+    ahead.core.check_idle()
+
+
+def test_a_call_that_ends_leaves_the_steps_of_others_alone(ahead):
+    params = SamplingParams(max_tokens=20, ignore_eos=True)
+    other = ahead.stream("other", params)
+    next(other)
+    closed = ahead.stream(["a", "b"], params)
+    next(closed)
+    closed.close()
+    assert ahead.core.has_work
+    assert [output.prompt for output in other] == ["other"] * 19
+
+
+def test_an_engine_that_cannot_go_on_says_why(llm):
+    def fail():
+        raise RuntimeError("device lost" if llm.core.scheduler.num_outstanding else "a step of this engine failed")
+
+    llm.core.on_step = fail
+    llm.core._in_flight.append(None)  # what a failed step leaves
+    with pytest.raises(RuntimeError, match="device lost"):
+        llm.generate("a", use_tqdm=False)
+    llm.core._in_flight.clear()
 
 
 def test_an_idle_engine_is_not_waited_for(llm):

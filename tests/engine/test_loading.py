@@ -279,6 +279,22 @@ def test_a_file_of_something_else(folder: Path) -> None:
     assert_refused(folder, "model.safetensors", "truncated or no safetensors file")
 
 
+@pytest.mark.parametrize("reason", [PermissionError(13, "Permission denied"), OSError(5, "Input/output error")])
+def test_a_file_that_may_not_be_read(reason: OSError, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Root may read everything, so the refusal is played. A file that is whole need not be downloaded again."""
+    path, really_open = folder / "model.safetensors", Path.open
+
+    def refusing(self: Path, *arguments, **options):
+        if self == path:
+            raise reason
+        return really_open(self, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", refusing)
+    with pytest.raises(UserError) as error:
+        load(folder)
+    assert str(error.value) == f"cannot read {path}: {reason.strerror}"
+
+
 def test_a_truncated_shard(sharded: Path) -> None:
     shard = sorted(sharded.glob("*.safetensors"))[3]
     shard.write_bytes(shard.read_bytes()[:-10])

@@ -18,6 +18,7 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbed
 from engine.errors import UserError
 from engine.models.config import ModelConfig, RopeConfig
 from engine.models.hf import model_config, read_config
+from engine.models.rope import rope_tables
 
 CLASSES = {
     "llama": transformers.LlamaConfig,
@@ -327,6 +328,19 @@ def test_yarn_stretches_the_context() -> None:
             ["high_freq_factor", "low_freq_factor"],
         ),
         ({"rope_theta": -1}, ["rope_theta", "-1"]),
+        ({"rope_theta": 0}, ["rope_theta is 0", "positive"]),
+        ({"rope_theta": False}, ["rope_theta is False"]),
+        ({"rope_theta": 1}, ["rope_theta is 1", "above 1"]),
+        ({"rope_scaling": None, "rope_parameters": {"rope_theta": 0}}, ["rope_parameters.rope_theta is 0"]),
+        ({"rope_scaling": {"rope_type": 0}}, ["rope_scaling.rope_type is 0"]),
+        ({"rope_scaling": {"rope_type": "", "type": "linear", "factor": 2.0}}, ["rope_scaling.rope_type is ''"]),
+        ({"rope_scaling": None, "rope_parameters": {"full_attention": 0}}, ["rope_parameters.full_attention is 0"]),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 1e-10}}, ["rope_scaling.factor is 1e-10", "at least 1"]),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 0.5}}, ["rope_scaling.factor is 0.5", "at least 1"]),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}, "rope_theta": 1.0}, ["rope_theta is 1", "above 1"]),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "beta_slow": 1e-320}}, ["beta_slow", "1e-18"]),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "beta_fast": 0.5}}, ["beta_fast is 0.5", "beta_slow"]),
+        ({"partial_rotary_factor": True}, ["partial_rotary_factor", "True"]),
         ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor", "0.5"]),
     ],
 )
@@ -346,6 +360,11 @@ def test_bad_values_are_named_with_key_and_file(changes: dict[str, Any], words: 
         ({**GEMMA3, "use_bidirectional_attention": True}, "use_bidirectional_attention"),
         ({**GEMMA3, "rope_parameters": {"rope_type": "default"}}, "rope_parameters"),
         ({**GEMMA3, "rope_parameters": {"full_attention": 3}}, "rope_parameters.full_attention"),
+        ({**GEMMA3, "rope_local_base_freq": 0}, "rope_local_base_freq is 0"),
+        (
+            {**GEMMA3, "rope_parameters": {"full_attention": {}, "sliding_attention": False}},
+            "sliding_attention is False",
+        ),
         ({**GEMMA2, "hidden_activation": "gelu"}, "hidden_activation"),
         ({**MISTRAL01, "sliding_window": 0}, "sliding_window"),
         ({**QWEN25, "max_window_layers": -1, "use_sliding_window": True}, "max_window_layers"),
@@ -374,6 +393,25 @@ def test_folders_that_are_none(tmp_path: Path) -> None:
         read_config(tmp_path)
 
 
+def test_a_config_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA31))
+
+    def denied(self: Path, *arguments: Any, **options: Any) -> str:
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "read_text", denied)
+    with pytest.raises(UserError) as error:
+        read_config(tmp_path)
+    assert str(error.value) == f"cannot read {tmp_path / 'config.json'}: Permission denied"
+
+
+def test_a_stretched_context_under_the_older_key() -> None:
+    """ "rope_type" null says nothing, as everywhere."""
+    scaling = {"rope_type": None, "type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+    ours = model_config({**QWEN25, "max_position_embeddings": 32768, "rope_scaling": scaling}, "config.json")
+    assert (ours.ropes[0].kind, ours.max_position_embeddings) == ("yarn", 131072)
+
+
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
@@ -389,6 +427,9 @@ JSON = st.recursive(
 )
 def test_whatever_stands_in_a_file_the_answer_is_a_config_or_a_sentence(base, data, changes) -> None:
     scaling = data.draw(st.dictionaries(st.sampled_from(["rope_type", "type", "factor"]), JSON, max_size=2))
+    yarn = ["factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate", "rope_theta"]
+    numbers = st.dictionaries(st.sampled_from(yarn), JSON | st.floats(0.1, 10), max_size=4)
+    scaling |= data.draw(st.just({}) | numbers.map(lambda values: {"rope_type": "yarn", "factor": 2.0, **values}))
     changes = {**changes, "rope_scaling": scaling}
     try:
         config = model_config({**base, **changes}, "config.json")
@@ -397,3 +438,5 @@ def test_whatever_stands_in_a_file_the_answer_is_a_config_or_a_sentence(base, da
         assert len(str(error)) < 400
     else:
         assert len(config.layer_windows) == len(config.layer_ropes) == config.num_layers
+        for rope in config.ropes:
+            assert all(table.isfinite().all() for table in rope_tables(rope, 3, "cpu"))

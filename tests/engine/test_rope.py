@@ -91,6 +91,21 @@ def test_attention_scaling_is_multiplied_into_both_tables() -> None:
         torch.testing.assert_close(table[0] * 2.0 / 1.138629436, table[1])  # 0.1 · ln 4 + 1
 
 
+@pytest.mark.parametrize("kind", ["default", "yarn"])
+@pytest.mark.parametrize("theta", [1.0, 0.5, 0.0, -1.0, float("nan")])
+def test_a_theta_that_turns_all_planes_alike_is_refused(kind: str, theta: float) -> None:
+    with pytest.raises(UserError, match=r"rope_theta is .* above 1"):
+        rope_tables(
+            RopeConfig(kind, theta, 64, (("factor", 4.0), ("original_max_position_embeddings", 64.0))), 9, "cpu"
+        )
+
+
+@pytest.mark.parametrize("theta", [1 + 1e-15, 1.001, 1e18])
+def test_yarn_with_an_odd_theta_is_finite(theta: float) -> None:
+    rope = RopeConfig("yarn", theta, 64, (("factor", 4.0), ("original_max_position_embeddings", 2.0**31)))
+    assert all(table.isfinite().all() for table in rope_tables(rope, 10, "cpu"))
+
+
 def test_unknown_kinds_are_refused() -> None:
     with pytest.raises(UserError, match="rope_type is 'dynamic'"):
         rope_tables(RopeConfig("dynamic", 1e4, 64, (("factor", 2.0),)), 10, "cpu")

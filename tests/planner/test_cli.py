@@ -188,6 +188,7 @@ def test_help_lists_every_command_and_the_exit_codes(memwall):
         assert outcome.code == 0
         for word in ("plan", "simulate", "memory", "catalog", "export", "Exit codes: 0", "1 it was answered", "2 the"):
             assert word in " ".join(outcome.out.split())
+        assert "70 a defect of memwall; 130 Ctrl-C." in " ".join(outcome.out.split())
 
 
 @pytest.mark.parametrize("command", ["plan", "simulate", "memory", "catalog", "export"])
@@ -226,6 +227,21 @@ def test_a_reader_that_leaves_early_is_no_error():
         process.stdout.close()
         assert process.stderr.read() == b""
         assert process.wait() == 0
+
+
+@pytest.mark.parametrize("line", ["--help | true", "memory --help | true", "catalog >&-", "nonsense 2>&-; test $? = 2"])
+def test_streams_that_are_closed_are_no_error(line):
+    command = f"set -o pipefail; {sys.executable} -m planner.cli {line}"
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_reader_that_leaves_is_not_taken_for_the_answer_no(memwall, fabricated, monkeypatch):
+    """Typer exits with 1 on EPIPE."""
+    monkeypatch.setattr(cli, "discard_stdout", lambda: None)
+    assert memwall("serve", commands=fabricated("def command():\n    raise BrokenPipeError(32, 'gone')\n")).code == 0
+    with pytest.raises(SystemExit):
+        memwall("serve", commands=fabricated("def command():\n    raise SystemExit(1)\n"))
 
 
 @pytest.fixture
