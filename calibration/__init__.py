@@ -1,1 +1,1 @@
-"""Drives the engine on a GPU and writes the profiles that the planner reads."""
+"""Drives the engine on a GPU and writes the profiles that the planner reads; trains the models to measure with."""
