@@ -78,7 +78,7 @@ def build(config: EngineConfig, weights: DecoderWeights | None = None) -> Engine
                 described,
                 dtype=dtype,
                 device=device,
-                load_format="dummy" if config.load_format == "dummy" else "auto",
+                load_format=config.load_format,
                 quantization=config.quantization,
                 seed=config.seed,
             )
@@ -299,11 +299,9 @@ class _Builder:
         pages = sum(-(-length // config.block_size) for length, _ in chunks)
         runner, cache = self._runner(pages * len(self.groups.windows) + 1, config.max_num_seqs)
         runner.run_dummy(chunks, num_samples=config.max_num_seqs)  # compiles, and has libraries take what they keep
-        torch.cuda.synchronize(self.device)
         torch.cuda.reset_peak_memory_stats(self.device)
         before = torch.cuda.memory_allocated(self.device)
         runner.run_dummy(chunks, num_samples=config.max_num_seqs)
-        torch.cuda.synchronize(self.device)
         peak = torch.cuda.max_memory_allocated(self.device) - before
         del runner, cache
         gc.collect()

@@ -25,6 +25,7 @@ import math
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
+from engine.kv.groups import kv_groups
 from planner.errors import UserError
 from planner.hardware import GpuSpec
 from planner.model import ModelSpec, ParameterRole
@@ -265,23 +266,16 @@ class KVLayerGroups:
 
 
 def kv_layer_groups(model: ModelSpec, policy: str = "hybrid") -> KVLayerGroups:
-    """Group layers of equal window, all groups with the same number of layers.
+    """Layers of equal window in groups of the same size, by the engine's own rule (`engine.kv.groups.kv_groups`).
 
-    The size is that of the smallest kind, or of the largest if it is less than 25 % larger, so that little is padded
-    (vLLM's rule, v1/core/kv_cache_utils.py). "unified" puts all layers in one full group.
+    "unified" puts all layers in one full group.
     """
     if policy not in _POLICIES:
         raise UserError(f"kv_cache_policy is {policy!r}; it must be one of {', '.join(_POLICIES)}")
     if policy == "unified":
         return KVLayerGroups((None,), model.num_layers)
-    kinds: dict[int | None, int] = {}
-    for window in model.layer_windows:
-        kinds[window] = kinds.get(window, 0) + 1
-    smallest, largest = min(kinds.values()), max(kinds.values())
-    size = largest if largest < 1.25 * smallest else smallest
-    order = sorted(kinds, key=lambda window: (window is not None, window or 0))
-    windows = tuple(window for window in order for _ in range(_ceil_div(kinds[window], size)))
-    return KVLayerGroups(windows, size)
+    groups = kv_groups(model.layer_windows)
+    return KVLayerGroups(groups.windows, groups.layers_per_group)
 
 
 @dataclass(frozen=True, slots=True)

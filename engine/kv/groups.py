@@ -41,7 +41,7 @@ def kv_groups(layer_windows: Sequence[int | None]) -> KVGroups:
     """Group layers of equal window, in order of layer id, all groups of the same size.
 
     The size is that of the smallest kind, or of the largest if it is less than 25 % larger, so that little is padded
-    (vLLM's rule, v1/core/kv_cache_utils.py). The planner's `kv_layer_groups` counts the same.
+    (vLLM's rule, v1/core/kv_cache_utils.py). The planner sizes memory by it too.
 
     Args:
         layer_windows: the sliding window of each layer in tokens, None for full attention.

@@ -19,13 +19,12 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+from engine.config import LOAD_FORMATS, QUANTIZATIONS
 from engine.errors import UserError
 from engine.models.config import ModelConfig
 from engine.models.hf import read_json
 from engine.models.modules import DecoderLayer, DecoderWeights, Linear
 
-LOAD_FORMATS = ("auto", "dummy")
-QUANTIZATIONS = ("fp8",)
 FP8_MAX = torch.finfo(torch.float8_e4m3fn).max  # 448
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _STORED_DTYPES = ("BF16", "F16", "F32")
@@ -53,7 +52,7 @@ def load_weights(
         config: from the same folder.
         dtype: bfloat16, float16 or float32, what weights become whatever they are stored as.
         device: where they go.
-        load_format: "auto" for safetensors, "dummy" for random weights of the config's shapes: the same for the same
+        load_format: "auto" or "safetensors", "dummy" for random weights of the config's shapes: the same for the same
             seed and kind of device.
         quantization: "fp8" for float8_e4m3fn weights with a scale per output channel in all linear layers but the LM
             head, or None.
@@ -65,10 +64,9 @@ def load_weights(
     """
     if load_format not in LOAD_FORMATS:
         raise UserError(f"load format {load_format!r} is unknown; it must be one of {', '.join(LOAD_FORMATS)}")
-    if quantization not in (None, *QUANTIZATIONS):
-        raise UserError(
-            f"quantization {quantization!r} is unknown; it must be {' or '.join(QUANTIZATIONS)}, or omitted"
-        )
+    if quantization not in QUANTIZATIONS:
+        known = " or ".join(filter(None, QUANTIZATIONS))
+        raise UserError(f"quantization {quantization!r} is unknown; it must be {known}, or omitted")
     if dtype not in _DTYPES:
         raise UserError(f"dtype {dtype} is not supported; it must be bfloat16, float16 or float32")
     if load_format == "dummy":

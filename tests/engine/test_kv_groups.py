@@ -1,5 +1,7 @@
 """Which layers share pages, held against the planner's count; layouts, bytes and the sharing of storage."""
 
+import math
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
@@ -44,6 +46,17 @@ def test_groups_are_the_planners(layer_windows):
     expected = kv_layer_groups(SimpleNamespace(layer_windows=tuple(layer_windows)))
     assert groups.windows == expected.windows
     assert groups.layers_per_group == expected.layers_per_group
+
+
+@given(LAYER_WINDOWS)
+def test_group_sizes_are_vllms(layer_windows):
+    """As many layers as the smallest kind has, or the largest if it is less than 25 % larger."""
+    counts = Counter(layer_windows)
+    smallest, largest = min(counts.values()), max(counts.values())
+    size = largest if largest < 1.25 * smallest else smallest
+    groups = kv_groups(layer_windows)
+    assert groups.layers_per_group == size
+    assert Counter(groups.windows) == {window: math.ceil(count / size) for window, count in counts.items()}
 
 
 @given(LAYER_WINDOWS)
