@@ -67,6 +67,7 @@ class CapturedPieces:
 
     def __init__(self, decoder: Decoder, size: int, buffers: _Buffers, pool: object) -> None:
         self.size = size
+        self._buffers = buffers  # all of them: graphs hold addresses, which keep nothing alive
         self.attended = buffers.attended[:size].unflatten(1, (-1, decoder.config.head_dim))
         self._token_ids, self._attended = buffers.token_ids[:size], buffers.attended[:size]
         self._qkv, self._hidden = buffers.qkv[:size], buffers.hidden[:size]

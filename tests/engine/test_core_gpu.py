@@ -277,7 +277,7 @@ SUITES = {
 def test_benchmarks_run_and_record(suite, tmp_path):
     record = tmp_path / "record.json"
     arguments = [suite, "tiny", "--load-format", "dummy", *SUITES[suite], "--commit", "x", "--output", str(record)]
-    assert bench([*arguments, "--gpu-memory-utilization", "0.2", "--max-num-seqs", "8"]) == 0
+    assert bench([*arguments, "--num-gpu-blocks-override", "600", "--max-num-seqs", "8"]) == 0
     written = json.loads(record.read_text())
     assert written["commit"] == "x"
     assert "H200" in str(written) or torch.cuda.get_device_name() in str(written)
@@ -290,7 +290,7 @@ def test_serve_benchmark_with_a_step_log(tmp_path):
     assert bench([*made, "--output", str(workload)]) == 0
     served = ["serve", "tiny", "--load-format", "dummy", "--workload", str(workload), "--repeat", "2"]
     paths = ["--step-log", str(log), "--output", str(record), "--commit", "x"]
-    assert bench([*served, *paths, "--gpu-memory-utilization", "0.2"]) == 0
+    assert bench([*served, *paths, "--num-gpu-blocks-override", "2000"]) == 0
     for run_number in (1, 2):
         steps = read_step_log(tmp_path / f"steps.{run_number}.jsonl.gz")
         assert sum(step.shape.num_sampled for step in steps) > 20
