@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -179,8 +180,8 @@ def step_log_paths(path: Path | None, repeat: int) -> list[Path]:
     """log.jsonl.gz for one run; log.1.jsonl.gz, log.2.jsonl.gz for several; none if none is asked for."""
     if path is None or repeat == 1:
         return [] if path is None else [path]
-    name, dot, endings = path.name.partition(".")
-    return [path.with_name(f"{name}.{run}{dot}{endings}") for run in range(1, repeat + 1)]
+    name, endings = re.fullmatch(r"(.+?)((?:\.[A-Za-z]+)?(?:\.gz)?)", path.name).groups()  # w8.5.gz is w8.5 and .gz
+    return [path.with_name(f"{name}.{run}{endings}") for run in range(1, repeat + 1)]
 
 
 def _write_step_log(session: Session, path: Path, found: Replay) -> None:

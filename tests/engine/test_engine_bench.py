@@ -572,7 +572,15 @@ def test_a_step_log_that_is_none(tmp_path):
 def test_one_log_file_per_run():
     assert serve.step_log_paths(None, 3) == []
     assert serve.step_log_paths(Path("a/log.jsonl.gz"), 1) == [Path("a/log.jsonl.gz")]
-    assert serve.step_log_paths(Path("a/log.jsonl.gz"), 2) == [Path("a/log.1.jsonl.gz"), Path("a/log.2.jsonl.gz")]
+    for log, first in (
+        ("log.jsonl.gz", "log.1.jsonl.gz"),
+        ("rate_8.5.steps.jsonl.gz", "rate_8.5.steps.1.jsonl.gz"),
+        ("rate8.5", "rate8.5.1"),
+        ("rate8.5.gz", "rate8.5.1.gz"),
+        ("log", "log.1"),
+    ):
+        assert serve.step_log_paths(Path("a", log), 2)[0] == Path("a", first)
+    assert serve.step_log_paths(Path("a/log.jsonl.gz"), 2)[1] == Path("a/log.2.jsonl.gz")
 
 
 # ---- decode, prefill and what they are compared with -----------------------------------------------------------------
