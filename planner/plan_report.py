@@ -15,6 +15,7 @@ from planner.advice import load_warnings
 from planner.deployment import Deployment
 from planner.errors import UserError
 from planner.memory import MemoryReport
+from planner.quality import REFERENCE, KVQuality, parameters
 from planner.records import DeploymentRecord
 from planner.schema import Record
 from planner.simulation import SimulationResult
@@ -75,6 +76,10 @@ class Plan(Record):
     pareto: bool = Field(description="no other plan has more tokens/s per GPU and more tokens/s per user")
     num_kv_blocks: int = Field(description="of one replica")
     max_concurrency: float = Field(description="sequences of max_model_len that one replica's KV pool holds")
+    kv_quality: KVQuality | None = Field(
+        default=None,
+        description="what its KV format costs in quality, on the model it was measured on; None if it was not",
+    )
     warnings: tuple[str, ...]
     result: SimulationResult
 
@@ -82,6 +87,7 @@ class Plan(Record):
 class RejectionCause(StrEnum):
     """The constraint that an engine fails."""
 
+    QUALITY = "quality"
     MEMORY = "memory"
     FLOOR = "floor"
     GPUS = "gpus"
@@ -97,7 +103,8 @@ class Rejection(Record):
     max_num_seqs: int
     num_speculative_tokens: int
     cause: RejectionCause = Field(
-        description="memory: one request does not fit; floor: an idle replica misses the SLO; gpus and slo: simulated, "
+        description="quality: its KV format costs too much of it, or that was never measured; memory: one request does "
+        "not fit; floor: an idle replica misses the SLO; gpus and slo: simulated, "
         "and missed with the whole GPU budget, which for gpus is smaller than what the load keeps busy"
     )
     reason: str = Field(description="one sentence")
@@ -135,6 +142,7 @@ class QuestionRecord(Record):
     draft_lengths: tuple[int, ...]
     max_model_len: int | None
     enable_prefix_caching: bool
+    max_kv_perplexity_increase_percent: float | None = None
     seed: int
     warmup_s: float
     workload: WorkloadSummary
@@ -145,6 +153,7 @@ class SearchEffort(Record):
 
     num_engines: int = Field(description="combinations of GPU, TP, KV dtype, max_num_seqs and k")
     num_candidates: int = Field(description="engines times the replica counts that the GPU budget allows")
+    num_engines_without_quality: int = Field(default=0, description="excluded for their KV format")
     num_engines_without_memory: int
     num_engines_out_of_reach: int = Field(description="an idle replica already misses the SLO")
     num_engines_simulated: int
@@ -202,6 +211,7 @@ def build_plan(question: Question, found: tuple[Deployment, SimulationResult], m
         pareto=False,
         num_kv_blocks=memory.num_kv_blocks,
         max_concurrency=memory.max_concurrency,
+        kv_quality=question.kv_quality.of(deployment.kv_cache_dtype) if question.kv_quality else None,
         warnings=(*memory.warnings, *load_warnings(question.workload, deployment, memory, result)),
         result=result.model_copy(update={"timeline": ()}),
     )
@@ -320,14 +330,16 @@ def _with_loads(question: Question, record: Plan, runs: list[SimulationResult]) 
 
 def _effort(explored: list[Explored]) -> SearchEffort:
     causes = [e.rejection.cause for e in explored if e.rejection is not None]
+    without_quality = causes.count(RejectionCause.QUALITY)
     without_memory = causes.count(RejectionCause.MEMORY)
     out_of_reach = causes.count(RejectionCause.FLOOR)
     return SearchEffort(
         num_engines=len(explored),
         num_candidates=sum(e.num_candidates for e in explored),
+        num_engines_without_quality=without_quality,
         num_engines_without_memory=without_memory,
         num_engines_out_of_reach=out_of_reach,
-        num_engines_simulated=len(explored) - without_memory - out_of_reach,
+        num_engines_simulated=len(explored) - without_quality - without_memory - out_of_reach,
         num_simulations=sum(e.num_simulations for e in explored),
     )
 
@@ -348,6 +360,7 @@ def _question_record(question: Question, explored: list[Explored]) -> QuestionRe
         draft_lengths=question.draft_lengths,
         max_model_len=question.engine.max_model_len,
         enable_prefix_caching=question.engine.enable_prefix_caching,
+        max_kv_perplexity_increase_percent=question.max_kv_perplexity_increase_percent,
         seed=question.seed,
         warmup_s=question.measured_from_s,
         workload=question.workload.summary(),
@@ -360,13 +373,28 @@ def _warnings(question: Question, records: list[Plan], evidence: Evidence) -> tu
         warnings.append(
             "step times are uncalibrated: they come from data sheets and stated efficiencies, not from measurements"
         )
-    low_bit = sorted({r.deployment.kv_cache_dtype for r in records if r.deployment.kv_cache_dtype != "bfloat16"})
-    if low_bit:
-        warnings.append(f"the effect of {', '.join(low_bit)} KV on output quality is not part of the search")
+    warnings += _quality_warnings(question, records)
     unpriced = sorted({r.deployment.system for r in records if r.usd_per_hour is None})
     if unpriced:
         warnings.append(f"no price is known for {', '.join(unpriced)}: pass --price, e.g. {unpriced[0]}=2.50")
     return tuple(warnings)
+
+
+def _quality_warnings(question: Question, records: list[Plan]) -> list[str]:
+    """That what is known of the KV formats in use was measured on another model, or is nothing."""
+    found = {r.deployment.kv_cache_dtype: r.kv_quality for r in records if r.deployment.kv_cache_dtype != REFERENCE}
+    unknown = sorted(name for name, quality in found.items() if quality is None)
+    known = {name: quality for name, quality in sorted(found.items()) if quality is not None}
+    warnings = []
+    if unknown:
+        warnings.append(f"the effect of {', '.join(unknown)} KV on output quality has not been measured")
+    if known:
+        measured_on = parameters(next(iter(known.values())))
+        warnings.append(
+            f"the effect of {', '.join(known)} KV on output quality was measured on {measured_on}, which for "
+            f"{question.model.name} is an indication only"
+        )
+    return warnings
 
 
 def read_plan(text: str, source: str) -> PlanReport:

@@ -1,10 +1,11 @@
 """Which deployments meet the SLO, and what each costs.
 
 The space is GPU type × tensor parallelism × KV precision × max_num_seqs × draft length, and for each of these
-engines the number of replicas. An engine is dropped without simulation if its memory does not hold one request, or if
-an idle replica already misses the SLO. For the others replicas are tried by simulation: up from an estimate of the
-demand until the SLO is met, then by bisection, so that the plan passes and one replica less fails. (More replicas need
-not always be better: routing changes which requests meet. What is found is a point where one less fails.)
+engines the number of replicas. An engine is dropped without simulation if its KV format costs more quality than
+allowed, if its memory does not hold one request, or if an idle replica already misses the SLO. For the others replicas
+are tried by simulation: up from an estimate of the demand until the SLO is met, then by bisection, so that the plan
+passes and one replica less fails. (More replicas need not always be better: routing changes which requests meet. What
+is found is a point where one less fails.)
 The cheapest plans are simulated again on resampled loads, which says how much of the answer is this one trace.
 """
 
@@ -32,6 +33,7 @@ from planner.plan_report import (
     choose_finalists,
     rank,
 )
+from planner.quality import KVQualityStudy, check_limit, load_kv_quality, quality_fault
 from planner.simulation import SLO, SimulationOptions, SimulationResult, SloLost, simulate
 from planner.simulation.simulator import check_prompts, warmup_seconds
 from planner.speculation import SpeculationConfig
@@ -64,6 +66,9 @@ class Question:
         num_finalists: plans that are simulated on resampled loads.
         num_loads: loads per finalist, the given one included.
         quantization: what the model's weights were quantised to at load, for the record.
+        kv_quality: what each KV format costs in quality; None if that is unknown.
+        max_kv_perplexity_increase_percent: KV formats that may cost more, or were never measured, are no candidates;
+            None for any.
     """
 
     engine: Deployment
@@ -83,8 +88,11 @@ class Question:
     warmup_s: float | None = None
     reject_too_long: bool = False
     quantization: str | None = None
+    kv_quality: KVQualityStudy | None = field(default_factory=load_kv_quality)
+    max_kv_perplexity_increase_percent: float | None = None
 
     def __post_init__(self) -> None:
+        check_limit(self.max_kv_perplexity_increase_percent)
         if not self.slo.limits():
             raise UserError("a plan needs an SLO: pass at least one of --ttft, --tpot, --e2el in milliseconds")
         if not self.gpus:
@@ -248,6 +256,9 @@ def _shapes(question: Question) -> list[tuple[GpuSpec, int]]:
 def explore(question: Question, engine: Deployment) -> Explored:
     """Find the fewest replicas of an engine that meet the SLO."""
     most = question.total_gpus // engine.tensor_parallel_size
+    fault = quality_fault(engine.kv_cache_dtype, question.kv_quality, question.max_kv_perplexity_increase_percent)
+    if fault is not None:
+        return Explored(engine, most, rejection=Rejection.of(question, engine, RejectionCause.QUALITY, fault))
     memory = engine.memory()
     if not memory.fits:
         rejection = Rejection.of(question, engine, RejectionCause.MEMORY, memory.reason or "does not fit")

@@ -31,6 +31,9 @@ SEPARATOR = "<|endoftext|>"
 _STDLIB = "stdlib"
 _NO_SOURCES = {"__pycache__", "site-packages", "dist-packages", "node_modules", "licenses"}
 _NO_SOURCES_SUFFIXES = (".dist-info", ".egg-info", ".data")
+# Tests repeat themselves, and tables of characters or of expected results are no text.
+_TESTS = {"test", "tests", "idle_test", "encodings", "cjkencodings"}
+_TEST_FILE = re.compile(r"test_.*\.py|.*_tests?\.py|conftest\.py")
 _MIN_BYTES = 256
 _MAX_LINE = 1000
 _MAX_MEAN_LINE = 120
@@ -134,8 +137,8 @@ def installed_roots() -> list[Root]:
 def read_corpus(roots: Sequence[Root], limits: Limits) -> Corpus:
     """Read the files of `roots` as far as `limits` go.
 
-    Files that are generated, huge, tiny, not UTF-8, not text written by people, or the same as an earlier one are
-    left out.
+    Files that are tests, generated, huge, tiny, not UTF-8, not text written by people, or the same as an earlier one
+    are left out.
 
     Raises:
         UserError: a root is no folder.
@@ -177,15 +180,21 @@ def _candidates(roots: Sequence[Root]) -> Iterator[tuple[bytes, str, str, Path]]
             folders[:] = [
                 name
                 for name in folders
-                if name not in _NO_SOURCES and not name.startswith(".") and not name.endswith(_NO_SOURCES_SUFFIXES)
+                if name not in _NO_SOURCES | _TESTS
+                and not name.startswith(".")
+                and not name.endswith(_NO_SOURCES_SUFFIXES)
             ]
             for name in files:
                 file = Path(folder) / name
-                if name.endswith(SUFFIXES) and not name.startswith(".") and not file.is_symlink():
+                if name.endswith(SUFFIXES) and not _is_left_out(name) and not file.is_symlink():
                     path = file.relative_to(root.folder).as_posix()
                     package = root.package or path.partition("/")[0].removesuffix(".py")
                     key = path.encode("utf-8", errors="surrogateescape")
                     yield hashlib.blake2b(key, digest_size=16).digest(), package, path, file
+
+
+def _is_left_out(name: str) -> bool:
+    return name.startswith(".") or _TEST_FILE.fullmatch(name) is not None
 
 
 def _read(file: Path, max_bytes: int) -> bytes | None:

@@ -101,7 +101,7 @@ SIZES = {
         schedules=(Schedule(matrices=3e-3, others=2e-3), Schedule(matrices=5e-3, others=4e-3)),
         tokenizer_bytes=48_000_000,
         evaluation_tokens=500_000,
-        held_out_bytes=300_000,
+        held_out_bytes=4_000_000,  # all of it: `calibration.kv_quality` reads it
         held_out_packages=None,
         file_bytes=2 * 10**9,
     ),

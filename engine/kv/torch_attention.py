@@ -110,7 +110,7 @@ class TorchAttention:
         out = torch.zeros(query.shape, dtype=query.dtype, device=query.device)
         sources = self._sources_of(cache, batch)
         for piece, source in zip(self._pieces, sources, strict=True):
-            keys, values = _read(cache, source)
+            keys, values = self._read(cache, source)
             positions = source.positions
             if piece.is_prompt and not cache.layout.is_float:
                 own = (x[piece.rows].transpose(1, 2).float() for x in (key, value))
@@ -155,6 +155,21 @@ class TorchAttention:
             window = self._cache.groups.windows[cache.group]
             self._sources[kind] = [_source(piece, cache, window, batch) for piece in self._pieces]
         return self._sources[kind]
+
+    def _read(self, cache: LayerCache, source: _Source) -> tuple[torch.Tensor, torch.Tensor]:
+        """Key and value as they are stored, float32 [n, num_kv_heads, num_keys, head_dim]; zeros where none is."""
+        layout = cache.layout
+        pages = cache.pages.index_select(0, source.pages.flatten())
+        parts = [
+            part.unflatten(0, source.pages.shape).transpose(1, 2).flatten(2, 3) for part in dequantise(pages, layout)
+        ]
+        if source.ring is not None:
+            slots, offsets = source.ring // layout.residual_size, source.ring % layout.residual_size
+            for i in range(2):
+                waiting = cache.residual[slots, :, i, offsets].transpose(1, 2).float()
+                parts[i] = torch.cat([parts[i], waiting], 2)
+        missing = (source.positions == NOWHERE)[:, None, :, None]
+        return parts[0], parts[1].masked_fill_(missing, 0.0)
 
     def _attend(
         self,
@@ -245,17 +260,3 @@ def _source(piece: _Piece, cache: LayerCache, window: int | None, batch: StepBat
         ring += slots[:, None] * layout.residual_size
         positions = torch.cat([positions, waiting.where(waiting < ends[:, None], NOWHERE)], 1)
     return _Source(pages, ring, positions)
-
-
-def _read(cache: LayerCache, source: _Source) -> tuple[torch.Tensor, torch.Tensor]:
-    """Key and value as they are stored, float32 [n, num_kv_heads, num_keys, head_dim]; zeros where there is none."""
-    layout = cache.layout
-    pages = cache.pages.index_select(0, source.pages.flatten())
-    parts = [part.unflatten(0, source.pages.shape).transpose(1, 2).flatten(2, 3) for part in dequantise(pages, layout)]
-    if source.ring is not None:
-        slots, offsets = source.ring // layout.residual_size, source.ring % layout.residual_size
-        for i in range(2):
-            waiting = cache.residual[slots, :, i, offsets].transpose(1, 2).float()
-            parts[i] = torch.cat([parts[i], waiting], 2)
-    missing = (source.positions == NOWHERE)[:, None, :, None]
-    return parts[0], parts[1].masked_fill_(missing, 0.0)

@@ -76,6 +76,16 @@ class SearchOptions:
             metavar="DTYPE,…",
         ),
     ] = "auto,fp8"
+    max_kv_perplexity_increase: Annotated[
+        float | None,
+        flag(
+            "--max-kv-perplexity-increase",
+            help="Leave out KV formats that may increase perplexity by more, or were never measured; an indication, as "
+            "it was measured on a small model.",
+            panel=_SEARCH,
+            metavar="PERCENT",
+        ),
+    ] = None
     max_num_seqs: Annotated[
         str, flag("--max-num-seqs", help="Batch limits to consider.", panel=_SEARCH, metavar="N,…")
     ] = "64,256"
@@ -180,6 +190,7 @@ def plan(
         warmup_s=warmup_s,
         reject_too_long=reject_too_long,
         quantization=quantization,
+        max_kv_perplexity_increase_percent=search.max_kv_perplexity_increase,
     )
     with _progress_bar() as progress:
         report = search_plans(question, search.jobs, progress)
@@ -311,6 +322,7 @@ def _table(report: PlanReport) -> str:
         head,
         table,
         [paragraph(note) for note in notes],
+        _kv_quality(report.plans),
         _winner(report.plans[0]),
         _rejections(report.rejections),
         _effort(report),
@@ -358,7 +370,7 @@ def _row(plan: Plan) -> list[str]:
         used.system,
         str(plan.num_gpus),
         f"{used.tensor_parallel_size}×{used.replicas}",
-        "bf16" if used.kv_cache_dtype == "bfloat16" else used.kv_cache_dtype,
+        _kv_name(used.kv_cache_dtype),
         str(used.max_num_seqs),
         str(used.num_speculative_tokens),
         _usd(plan.usd_per_hour),
@@ -368,6 +380,20 @@ def _row(plan: Plan) -> list[str]:
         f"{plan.tokens_per_s_per_user:,.0f}",
         f"{plan.loads.met}/{plan.loads.of}" if plan.loads else "-",
     ]
+
+
+def _kv_name(kv_cache_dtype: str) -> str:
+    return "bf16" if kv_cache_dtype == "bfloat16" else kv_cache_dtype
+
+
+def _kv_quality(plans: Sequence[Plan]) -> list[str]:
+    """What the KV formats of the plans cost in quality; nothing where all keep bfloat16."""
+    from planner.commands.tables import pairs
+    from planner.quality import described
+
+    found = {_kv_name(plan.deployment.kv_cache_dtype): plan.kv_quality for plan in plans}
+    rows = [(name, described(quality)) for name, quality in found.items() if name != "bf16"]
+    return ["KV quality, against bf16:", pairs(rows)] if rows else []
 
 
 def _usd(value: float | None) -> str:
@@ -434,15 +460,16 @@ def _effort(report: PlanReport) -> str:
     from planner.commands.tables import paragraph
 
     e = report.effort
+    excluded = f"{e.num_engines_without_quality} excluded by KV quality, " if e.num_engines_without_quality else ""
     return paragraph(
-        f"searched {e.num_candidates:,} candidates ({e.num_engines} engines): {e.num_engines_without_memory} engines "
-        f"lack memory, {e.num_engines_out_of_reach} out of reach by bound, {e.num_engines_simulated} simulated in "
-        f"{e.num_simulations} runs"
+        f"searched {e.num_candidates:,} candidates ({e.num_engines} engines): {excluded}"
+        f"{e.num_engines_without_memory} engines lack memory, {e.num_engines_out_of_reach} out of reach by bound, "
+        f"{e.num_engines_simulated} simulated in {e.num_simulations} runs"
     )
 
 
 def _nearest(report: PlanReport, question: Question) -> str:
     """The rejection that came furthest."""
-    order = {"memory": 0, "floor": 1, "gpus": 2, "slo": 3}
+    order = {"quality": 0, "memory": 1, "floor": 2, "gpus": 3, "slo": 4}
     best = max(report.rejections, key=lambda r: (order[r.cause.value], r.tensor_parallel_size))
     return f"closest is {best.system} at tensor parallel {best.tensor_parallel_size}, where {best.reason}"

@@ -132,6 +132,11 @@ def test_corpus_changes_its_digest_with_any_text(toy_corpus, tmp_path):
         ("a.json", toy_source(1).encode(), None),
         ("a.dist-info/LICENSE.txt", toy_source(1).encode(), None),
         ("__pycache__/a.py", toy_source(1).encode(), None),
+        ("tests/a.py", toy_source(1).encode(), None),
+        ("encodings/cp1.py", toy_source(1).encode(), None),
+        ("test_a.py", toy_source(1).encode(), None),
+        ("a_test.py", toy_source(1).encode(), None),
+        ("conftest.py", toy_source(1).encode(), None),
     ],
 )
 def test_files_that_are_left_out(tmp_path, name, data, reason):
@@ -142,6 +147,15 @@ def test_files_that_are_left_out(tmp_path, name, data, reason):
     corpus = read_corpus([Root(tmp_path)], replace(MANY, held_out_share=0.0))
     assert len(corpus.train) == 1
     assert corpus.skipped == ({} if reason is None else {reason: 1})
+
+
+def test_names_that_only_sound_like_tests(tmp_path):
+    names = ("testing/a.py", "latest.py", "contest.py", "encoding.py")
+    for number, name in enumerate(names):
+        (tmp_path / "package" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "package" / name).write_text(toy_source(number))
+    corpus = read_corpus([Root(tmp_path)], replace(MANY, held_out_share=0.0))
+    assert {document.path for document in corpus.train} == {f"package/{name}" for name in names}
 
 
 def test_limits(toy_folder):
