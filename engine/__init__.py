@@ -5,6 +5,7 @@
     prompts            what a prompt may be: text, token ids, a mapping; what is wrong with one
     outputs            RequestOutput, CompletionOutput, RequestMetrics: what comes back
     tokenizer          text to token ids and back, as it comes
+    text               OutputText: the text of a growing output, cut at a stop string
     config             EngineConfig: the flags of `vllm serve`, with underscores
     errors, values     UserError: bad input, in one sentence; numbers and switches checked
 
@@ -17,6 +18,7 @@
     runner             ModelRunner: a scheduled step in, sampled tokens out; CUDA graphs
     batch              StepBatch: the tensors that describe a step
     slots              Slots: what the device remembers of each running request
+    sampling           LogitsProcessor: penalties, bias, min_tokens and log-probabilities, behind the graph
     transfer           Upload, PendingTokens: one asynchronous copy per step each way
     ops                Ops: norms, matrix products, activation, sampling, by kernels or in PyTorch
 

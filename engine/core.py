@@ -15,23 +15,31 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from engine.errors import UserError
+from engine.sampling import read_logprobs, sampling_requests
 from engine.scheduling import KVCacheConfig, RequestStatus, Scheduler, SchedulerConfig, Step, StepShape
+from engine.sequence import check_bias
 from engine.setup import Engine, build
 from engine.transfer import PendingTokens
 
 if TYPE_CHECKING:
     from engine.config import EngineConfig
     from engine.models.modules import DecoderWeights
+    from engine.outputs import TokenLogprobs
     from engine.sequence import Sequence
 
 
 @dataclass(frozen=True)
 class SequenceUpdate:
-    """What a step did for a request: the tokens it gained, and why it ended ("stop", "length"), if it did."""
+    """What a step did for a request: the tokens it gained, and why it ended ("stop", "length"), if it did.
+
+    Attributes:
+        logprobs: of the new tokens, where the request asked for them.
+    """
 
     sequence: Sequence
     new_token_ids: list[int]
     finish_reason: str | None
+    logprobs: list[TokenLogprobs] | None = None
 
 
 @dataclass(frozen=True)
@@ -118,8 +126,8 @@ class EngineCore:
         """Queue a request.
 
         Raises:
-            UserError: a prompt that leaves no room for output or has tokens outside the vocabulary. Other requests are
-                not disturbed.
+            UserError: a prompt that leaves no room for output or has tokens outside the vocabulary, or a logit_bias
+                that has. Other requests are not disturbed.
         """
         vocab = self.model_config.vocab_size
         smallest, largest = min(sequence.token_ids), max(sequence.token_ids)
@@ -128,6 +136,7 @@ class EngineCore:
             raise UserError(
                 f"request {sequence.request_id!r}: token id {outside} is outside the vocabulary of {vocab} tokens"
             )
+        check_bias(sequence.params, vocab)
         try:
             self.scheduler.add(sequence)
         except ValueError as error:
@@ -187,8 +196,10 @@ class EngineCore:
         step = flight.step
         tokens = flight.tokens.tokens()
         now = time.perf_counter()
+        requests, _ = sampling_requests(step)
+        logprobs = _logprobs(requests, tokens, flight.tokens)
         updates, stopped = [], set()
-        for sequence, token in zip(_sampling(step), tokens, strict=True):
+        for sequence, token in zip(requests, tokens, strict=True):
             if sequence in step.detached:
                 continue
             if sequence.first_token_s is None:
@@ -214,7 +225,10 @@ class EngineCore:
                     flight.tokens.gpu_s(),
                 )
             )
-        return [SequenceUpdate(sequence, [token], _finish_reason(sequence)) for sequence, token in updates]
+        return [
+            SequenceUpdate(sequence, [token], _finish_reason(sequence), logprobs.get(sequence))
+            for sequence, token in updates
+        ]
 
     # ---- figures ---------------------------------------------------------------------------------------------------
 
@@ -242,11 +256,17 @@ class EngineCore:
         assert free + len(used) == self.config.max_num_seqs, f"{free} free slots and {len(used)} used"
 
 
-def _sampling(step: Step) -> list[Sequence]:
-    """The requests of which a step samples a token, in the order in which the runner returns them."""
-    chunks = zip(step.prefill_requests, step.shape.prefills, strict=True)
-    ending = [request for request, (query, context) in chunks if context + query >= request.num_prefill_tokens]
-    return step.decode_requests + ending
+def _logprobs(
+    requests: list[Sequence], tokens: list[int], pending: PendingTokens
+) -> dict[Sequence, list[TokenLogprobs]]:
+    """Log-probabilities of a completed step's tokens, by request."""
+    packed = pending.logprobs()
+    if packed is None:
+        return {}
+    pairs = zip(requests, tokens, strict=True)
+    asking = [(sequence, token) for sequence, token in pairs if sequence.params.logprobs is not None]
+    found = read_logprobs(packed, [token for _, token in asking], [each.params.logprobs for each, _ in asking])
+    return {sequence: [logprob] for (sequence, _), logprob in zip(asking, found, strict=True)}
 
 
 def _finish_reason(sequence: Sequence) -> str | None:

@@ -14,16 +14,17 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Many
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from engine.config import EngineConfig
 from engine.errors import UserError
-from engine.outputs import CompletionOutput, RequestOutput, metrics_of
+from engine.outputs import CompletionOutput, RequestOutput, TokenLogprobs, metrics_of
 from engine.prompts import Prompt, PromptError, prompt_list, read_prompt
 from engine.sampling_params import SamplingParams
 from engine.sequence import Sequence
-from engine.tokenizer import Detokenizer, Tokenizer, load_tokenizer
+from engine.text import OutputText
+from engine.tokenizer import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
     from engine.core import EngineCore, SequenceUpdate
@@ -68,6 +69,7 @@ class LLM:
         self.tokenizer = tokenizer or load_tokenizer(core.config.model, core.model_config.vocab_size)
         self._num_requests = 0
         self._live: dict[str, _Live] = {}
+        self._continuations: dict[Sequence, _Continuation] = {}  # those that go on
 
     def get_tokenizer(self) -> Tokenizer:
         return self.tokenizer
@@ -111,8 +113,9 @@ class LLM:
 
         Request ids count the prompts from "0" on, over all calls.
 
-        Every output holds all of the request's text and tokens so far; the last one is `finished`. The requests are
-        queued when the first output is asked for. Closing the generator, or an interruption, aborts what is unfinished.
+        Every output holds all of the request's text and tokens so far, of all of its continuations; the last one is
+        `finished`. The requests are queued when the first output is asked for. Closing the generator, or an
+        interruption, aborts what is unfinished.
 
         Args:
             prompts, sampling_params: as for `generate`.
@@ -132,8 +135,11 @@ class LLM:
         live = self._live.get(request_id)
         if live is None:
             return False
-        self.core.abort(live.sequence)
-        self._finish(live, "abort")
+        for each in live.continuations:
+            if each.finish_reason is None:
+                self.core.abort(each.sequence)
+                self._take(each, [], "abort", None)
+        self._report(live)
         return True
 
     # ---- requests in -----------------------------------------------------------------------------------------------
@@ -163,26 +169,32 @@ class LLM:
                 f"the prompt has {len(token_ids)} tokens, more than max_num_batched_tokens {budget}, and chunked "
                 "prefill is off"
             )
-        sequence = Sequence(
-            request_id,
-            token_ids,
-            params,
-            max_model_len=self.core.max_model_len,
-            eos_token_ids=self.core.model_config.eos_token_ids,
-            block_size=self.config.block_size,
-            hash_blocks=self.config.enable_prefix_caching,
-            default_seed=self.config.seed,
-            vocab_size=self.core.model_config.vocab_size,
-        )
-        detokenizer = Detokenizer(self.tokenizer, token_ids) if params.detokenize else None
-        return _Live(sequence, call, text, token_ids, detokenizer)
+        live = _Live(request_id, call, text, token_ids)
+        for index in range(params.n):
+            of_this = params.continuation(index)
+            sequence = Sequence(
+                request_id if params.n == 1 else f"{index}_{request_id}",
+                token_ids,
+                of_this,
+                max_model_len=self.core.max_model_len,
+                eos_token_ids=self.core.model_config.eos_token_ids,
+                block_size=self.config.block_size,
+                hash_blocks=self.config.enable_prefix_caching,
+                default_seed=self.config.seed,
+                vocab_size=self.core.model_config.vocab_size,
+            )
+            output = OutputText(self.tokenizer, token_ids, of_this)
+            live.continuations.append(_Continuation(index, sequence, live, output))
+        return live
 
     def _queue(self, call: _Call) -> None:
         for index, live in enumerate(call.lives):
-            live.sequence.arrival_s = time.perf_counter()
-            with _naming(index):
-                self.core.add(live.sequence)
             self._live[live.request_id] = live
+            for each in live.continuations:
+                each.sequence.arrival_s = time.perf_counter()
+                with _naming(index):
+                    self.core.add(each.sequence)
+                self._continuations[each.sequence] = each
 
     # ---- tokens out ------------------------------------------------------------------------------------------------
 
@@ -209,30 +221,49 @@ class LLM:
         """One step of the engine, for whichever calls its requests belong to."""
         if not self.core.has_work:
             raise RuntimeError(f"the engine is idle, but {len(self._live)} requests have not finished")
+        changed: dict[_Live, None] = {}  # an ordered set
         with _uninterrupted():
             for update in self.core.step():
-                live = self._live.get(update.sequence.request_id)
-                if live is not None and live.sequence is update.sequence:
-                    self._take(live, update)
+                each = self._continuations.get(update.sequence)
+                if each is not None:
+                    self._take(each, update.new_token_ids, update.finish_reason, update)
+                    changed[each.live] = None
+            for live in changed:
+                self._report(live)
 
-    def _take(self, live: _Live, update: SequenceUpdate) -> None:
-        if update.finish_reason is not None:
-            self._finish(live, update.finish_reason)
-        elif not live.call.only_finished:
-            live.read(None)
-            live.call.ready.append(live.output(None))
+    def _take(
+        self, each: _Continuation, token_ids: list[int], reason: str | None, update: SequenceUpdate | None
+    ) -> None:
+        """New tokens of a continuation, or its end."""
+        each.unread += token_ids
+        if each.logprobs is not None and update is not None:
+            each.logprobs += update.logprobs
+        if reason is not None or not each.live.call.only_finished or each.sequence.params.stop:
+            each.text.append(each.unread, reason)
+            each.unread = []
+        if each.text.finished:
+            if reason is None:
+                self.core.abort(each.sequence)
+            reason = "stop"
+        each.finish_reason = reason
+        if reason is not None:
+            del self._continuations[each.sequence]
 
-    def _finish(self, live: _Live, reason: str) -> None:
-        del self._live[live.request_id]
-        live.read(reason)
-        live.call.num_finished += 1
-        live.call.ready.append(live.output(reason))
+    def _report(self, live: _Live) -> None:
+        """Hand a request's output to its reader, if it waits for it as it is now."""
+        if live.finished:
+            del self._live[live.request_id]
+            live.call.num_finished += 1
+        if live.finished or not live.call.only_finished:
+            live.call.ready.append(live.output())
 
     def _abandon(self, call: _Call) -> None:
         """Abort what is left of a call."""
         for live in call.lives:
-            if self._live.pop(live.request_id, None) is not None:
-                self.core.abort(live.sequence)
+            self._live.pop(live.request_id, None)
+            for each in live.continuations:
+                if self._continuations.pop(each.sequence, None) is not None:
+                    self.core.abort(each.sequence)
 
     def _drain(self) -> None:
         """Let steps in flight end if no call waits for them: until then they hold the pages of what has finished."""
@@ -257,43 +288,60 @@ class _Call:
 
 @dataclass(eq=False)
 class _Live:
-    """A request in the engine, with the text that its tokens have given so far."""
+    """A request in the engine."""
 
-    sequence: Sequence
+    request_id: str
     call: _Call
     prompt: str | None
     prompt_token_ids: list[int]
-    detokenizer: Detokenizer | None
-    text: str = ""
-    num_read: int = 0
+    continuations: list[_Continuation] = field(default_factory=list)
 
     @property
-    def request_id(self) -> str:
-        return self.sequence.request_id
+    def finished(self) -> bool:
+        return all(each.finish_reason is not None for each in self.continuations)
 
-    def read(self, finish_reason: str | None) -> None:
-        """Turn tokens into text as far as they have come."""
-        if self.detokenizer is None:
-            return
-        sequence = self.sequence
-        stop = len(sequence.token_ids) - (finish_reason == "stop")
-        new = sequence.token_ids[sequence.num_prompt_tokens + self.num_read : stop]
-        self.num_read += len(new)
-        if new:
-            self.text += self.detokenizer.append(new)
-        if finish_reason is not None:
-            self.text += self.detokenizer.flush()
-
-    def output(self, finish_reason: str | None) -> RequestOutput:
-        sequence = self.sequence
+    def output(self) -> RequestOutput:
+        sequences = [each.sequence for each in self.continuations]
         return RequestOutput(
             request_id=self.request_id,
             prompt=self.prompt,
             prompt_token_ids=self.prompt_token_ids,
-            outputs=[CompletionOutput(0, self.text, sequence.output_token_ids, finish_reason)],
-            finished=finish_reason is not None,
-            num_cached_tokens=sequence.num_cached_tokens,
-            metrics=metrics_of(sequence),
+            outputs=[each.output() for each in self.continuations],
+            finished=self.finished,
+            num_cached_tokens=sequences[0].num_cached_tokens,
+            metrics=metrics_of(*sequences),
+        )
+
+
+@dataclass(eq=False)
+class _Continuation:
+    """One of a request's texts: a sequence of the engine's, with what its tokens have given so far.
+
+    Attributes:
+        text: of its tokens but the unread ones: nobody looks at the text before the end, so that it is made once.
+        logprobs: of its tokens, if they were asked for.
+    """
+
+    index: int
+    sequence: Sequence
+    live: _Live
+    text: OutputText
+    unread: list[int] = field(default_factory=list)
+    finish_reason: str | None = None
+    logprobs: list[TokenLogprobs] | None = None
+
+    def __post_init__(self) -> None:
+        if self.sequence.params.logprobs is not None:
+            self.logprobs = []
+
+    def output(self) -> CompletionOutput:
+        return CompletionOutput(
+            self.index,
+            self.text.text,
+            list(self.text.token_ids),
+            self.finish_reason,
+            self.text.stop_reason,
+            None if self.logprobs is None else list(self.logprobs),
         )
 
 
@@ -341,7 +389,7 @@ def progress_bar(count: int, shown: bool = True) -> Iterator[Callable[[RequestOu
 
         def update(output: RequestOutput) -> None:
             nonlocal num_tokens
-            num_tokens += len(output.outputs[0].token_ids)
+            num_tokens += sum(len(each.token_ids) for each in output.outputs)
             bar.set_postfix_str(f"{num_tokens / (time.perf_counter() - started):,.0f} output tokens/s", refresh=False)
             bar.update()
 

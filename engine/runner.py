@@ -6,7 +6,8 @@ A step goes through four stages, all of them queued on one stream:
     gather     block tables and the decodes' input tokens, from per-slot state that stays on the device (`engine.slots`)
     forward    the decoder; for a step of decodes only as one CUDA graph of the next larger size, for other steps of up
                to 2,048 tokens with everything but attention in graphs (`engine.pieces`)
-    sample     into the per-slot state, where the next step finds its input, and to the host
+    sample     into the per-slot state, where the next step finds its input, and to the host; behind a graph once more
+               for the requests that ask for more of their logits than a graph gives (`engine.sampling`)
 
 The host therefore never needs step n's tokens to launch step n + 1.
 """
@@ -25,6 +26,7 @@ from engine.batch import GroupBatch, PrefillBatch, StepBatch
 from engine.kv.cache import KVCache
 from engine.models.decoder import Decoder
 from engine.pieces import CapturedPieces, capture_pieces
+from engine.sampling import LogitsProcessor, Plan, sampling_requests, token_logprobs
 from engine.scheduling import Step
 from engine.slots import Slots
 from engine.transfer import PendingTokens, Upload, aligned
@@ -105,6 +107,7 @@ class ModelRunner:
         max_pages = aligned(-(-max_model_len // self.block_size))
         self.slots = Slots(max_num_seqs, self._num_groups, max_pages, device)
         self._upload = Upload(device)
+        self._processor = LogitsProcessor(decoder.weights.lm_head.weight.shape[0], max_num_seqs, device)
         self.graphs: dict[int, _Graph] = {}
         self._graph_for: list[int] = []
         self._pieces: list[CapturedPieces] = []
@@ -126,11 +129,12 @@ class ModelRunner:
         admitted = [sequence for sequence in step.admitted if sequence.slot >= 0]
         if admitted:
             self._set_parameters(admitted)
+            self._processor.admit(admitted)
         decodes = step.decode_requests
         if not step.prefill_requests and not step.verify_requests and len(decodes) < len(self._graph_for):
             graph = self.graphs[self._graph_for[len(decodes)]]
-            return PendingTokens(self._replay(graph, decodes, step.shape.decode_contexts, start), start), graph.size
-        return PendingTokens(self._run(step, start), start), None
+            return self._replay(graph, step, start), graph.size
+        return self._run(step, start), None
 
     def _set_parameters(self, sequences: Many[Sequence]) -> None:
         slots = np.array([sequence.slot for sequence in sequences], np.int32)
@@ -138,7 +142,7 @@ class ModelRunner:
         self.slots.set_parameters(slots.long(), words)
 
     @torch.inference_mode()
-    def _run(self, step: Step, start: torch.cuda.Event | None) -> torch.Tensor:
+    def _run(self, step: Step, start: torch.cuda.Event | None) -> PendingTokens:
         """A step of any shape: attention launched kernel by kernel, and in large steps all else too."""
         host = _pack(step, self.block_size, self._num_groups)
         if start is not None:
@@ -146,10 +150,11 @@ class ModelRunner:
         batch, sample_slots, sample_positions = self._batch(step, host)
         hidden = self._forward(batch)
         if not sample_slots.numel():
-            return sample_slots.new_empty(0, dtype=torch.int64)
+            return PendingTokens(sample_slots.new_empty(0, dtype=torch.int64), start)
         logits = self.decoder.logits(hidden, batch.sampled_rows)
-        requests = step.decode_requests + step.prefill_requests
-        return self._sample(logits, sample_slots, sample_positions, any(r.params.has_filters for r in requests))
+        if any(request.params.needs_logits for request in step.decode_requests + step.prefill_requests):
+            return self._sample_as_asked(step, logits, sample_slots, sample_positions, None, start)
+        return PendingTokens(self._sample(logits, sample_slots, sample_positions, filtered=False), start)
 
     def _forward(self, batch: StepBatch) -> torch.Tensor:
         pieces = next((pieces for pieces in self._pieces if pieces.size >= batch.num_tokens), None)
@@ -236,6 +241,44 @@ class ModelRunner:
         state.last_token.index_copy_(0, slots, tokens)
         return tokens
 
+    def _sample_as_asked(
+        self,
+        step: Step,
+        logits: torch.Tensor,
+        slots: torch.Tensor,
+        positions: torch.Tensor,
+        drawn: torch.Tensor | None,
+        start: torch.cuda.Event | None,
+    ) -> PendingTokens:
+        """Draw a token per row where some requests want filters, adjusted logits or log-probabilities.
+
+        Args:
+            drawn: what a graph has drawn without looking at any of that. A draw is a function of seed and position, so
+                another one replaces it, and rows that want nothing keep theirs.
+        """
+        requests, host_positions = sampling_requests(step)
+        plan = Plan.of(requests, host_positions, logits.shape[1])
+        adjusted = set(plan.rows)
+        filtered = any(each.params.has_filters for row, each in enumerate(requests) if row not in adjusted)
+        if drawn is None or filtered:
+            drawn = self._sample(logits, slots, positions, filtered)
+        if plan.is_empty:
+            return PendingTokens(drawn, start)
+        of_step = self._processor.upload(plan)
+        if plan.rows:
+            of_slots = slots[of_step.rows]
+            rows = self._processor.adjusted(logits, of_step, of_slots)
+            filtered = any(requests[row].params.has_filters for row in plan.rows)
+            tokens = self._sample(rows, of_slots, positions[of_step.rows], filtered)
+            num_penalised = len(plan.penalties)
+            self._processor.count(of_slots[:num_penalised], tokens[:num_penalised])
+            drawn = drawn.index_copy(0, of_step.rows, tokens)
+        logprobs = None
+        if plan.logprob_rows:
+            rows = of_step.logprob_rows
+            logprobs = token_logprobs(logits[rows], drawn[rows], plan.num_top)
+        return PendingTokens(drawn, start, logprobs)
+
     @torch.inference_mode()
     def run_dummy(self, chunks: Many[tuple[int, int]], num_decodes: int = 0, num_samples: int = 1) -> None:
         """Run a step of made-up requests, for measuring and for compiling. What it leaves in the cache is garbage.
@@ -273,11 +316,22 @@ class ModelRunner:
         Prompt chunks have kernels for lengths below 64, below 128 and above, with and without a context, and for
         neighbours of about their own length or much shorter ones.
         """
+        self._warm_up_sampling()
         for length in (16, 100, 200):
             for context in (0, min(self.block_size, max_model_len // 2)):
                 for shorter in (0, 3):
                     chunks = [(length, context)] + [(1, 0)] * shorter
                     self._run_if_it_fits(chunks, shorter, max_num_batched_tokens, max_model_len)
+
+    @torch.inference_mode()
+    def _warm_up_sampling(self) -> None:
+        """Adjusted logits are float32: other kernels than those for the model's dtype, and others for a single row."""
+        vocab_size = self._processor.vocab_size
+        for num_rows in (1, 2):
+            logits = torch.zeros(num_rows, vocab_size, dtype=torch.float32, device=self.device)
+            slots = torch.full((num_rows,), self.slots.trash, device=self.device)
+            for filtered in (False, True):
+                self._sample(logits, slots, slots, filtered)
 
     def _run_if_it_fits(
         self, chunks: list[tuple[int, int]], num_decodes: int, max_num_batched_tokens: int, max_model_len: int
@@ -356,9 +410,9 @@ class ModelRunner:
         return slots, seq_lens, logits, tokens
 
     @torch.inference_mode()
-    def _replay(
-        self, graph: _Graph, decodes: Many[Sequence], contexts: Many[int], start: torch.cuda.Event | None
-    ) -> torch.Tensor:
+    def _replay(self, graph: _Graph, step: Step, start: torch.cuda.Event | None) -> PendingTokens:
+        """A step of decodes only."""
+        decodes, contexts = step.decode_requests, step.shape.decode_contexts
         size, count, page_size = graph.size, len(decodes), self.block_size
         inputs = np.zeros(_Inputs.length(size, self._num_groups), np.int32)
         given = _Inputs(size, self._num_groups, inputs)
@@ -376,10 +430,10 @@ class ModelRunner:
             start.record()
         self._upload.send([inputs], out=graph.inputs)
         graph.graph.replay()
-        if any(sequence.params.has_filters for sequence in decodes):
-            # Graphs sample without filters. The draw is again a function of seed and position, so this one replaces it.
-            return self._sample(graph.logits[:count], graph.slots[:count], graph.seq_lens[:count].long(), True)
-        return graph.tokens[:count]
+        if any(sequence.params.needs_logits for sequence in decodes):
+            slots, positions = graph.slots[:count], graph.seq_lens[:count].long()
+            return self._sample_as_asked(step, graph.logits[:count], slots, positions, graph.tokens[:count], start)
+        return PendingTokens(graph.tokens[:count], start)
 
 
 @dataclass

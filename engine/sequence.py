@@ -65,12 +65,15 @@ class Sequence(Request):
             block_size: tokens per KV block.
             hash_blocks: keep block_hashes, for the prefix cache.
             default_seed: the engine's seed.
-            vocab_size: rows of the embedding table, to check the prompt's ids; None if the caller has.
+            vocab_size: rows of the embedding table, to check ids of the prompt and of logit_bias; None if the caller
+                has.
 
         Raises:
             UserError: an empty prompt, one that is too long, or an id that is no token of the model.
         """
         check_prompt(prompt_token_ids, max_model_len, vocab_size)
+        if vocab_size is not None:
+            check_bias(params, vocab_size)
         room = max_model_len - len(prompt_token_ids)
         super().__init__(
             request_id,
@@ -142,6 +145,16 @@ def check_prompt(token_ids: Many[int], max_model_len: int, vocab_size: int | Non
     if vocab_size is not None and not (min(token_ids) >= 0 and max(token_ids) < vocab_size):
         wrong = next(token for token in token_ids if not 0 <= token < vocab_size)
         raise UserError(f"the prompt has token id {shown(wrong)}; the model's are 0 to {vocab_size - 1}")
+
+
+def check_bias(params: SamplingParams, vocab_size: int) -> None:
+    """
+    Raises:
+        UserError: logit_bias has an id that is no token of the model.
+    """
+    wrong = max(params.logit_bias or (), default=-1)
+    if wrong >= vocab_size:
+        raise UserError(f"logit_bias has token id {wrong}; the model's are 0 to {vocab_size - 1}")
 
 
 def _derived_seed(default_seed: int, request_id: Hashable) -> int:

@@ -55,16 +55,18 @@ class Upload:
 class PendingTokens:
     """Tokens that a step in flight samples, on their way to the host."""
 
-    def __init__(self, tokens: torch.Tensor, start: torch.cuda.Event | None = None) -> None:
+    def __init__(
+        self, tokens: torch.Tensor, start: torch.cuda.Event | None = None, logprobs: torch.Tensor | None = None
+    ) -> None:
         """
         Args:
             tokens: int64 [num_samples] on the device.
             start: recorded when the step began, for `gpu_s`.
+            logprobs: int32, on the device, what else the step found; see `engine.sampling.token_logprobs`.
         """
-        self._start, self._end, self._host = start, None, tokens
+        self._start, self._end = start, None
+        self._host, self._logprobs = _to_host(tokens), None if logprobs is None else _to_host(logprobs)
         if tokens.is_cuda:
-            self._host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
-            self._host.copy_(tokens, non_blocking=True)
             self._end = torch.cuda.Event(enable_timing=start is not None)
             self._end.record()
 
@@ -74,8 +76,20 @@ class PendingTokens:
             self._end.synchronize()
         return self._host.tolist()
 
+    def logprobs(self) -> np.ndarray | None:
+        """What was given with them; call after `tokens`."""
+        return None if self._logprobs is None else self._logprobs.numpy()
+
     def gpu_s(self) -> float | None:
         """Time that the step took on the GPU, of the order of it; call after `tokens`."""
         if self._start is None or self._end is None:
             return None
         return self._start.elapsed_time(self._end) * 1e-3
+
+
+def _to_host(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy in pinned memory, on its way; of a CPU's tensor the tensor itself."""
+    if not tensor.is_cuda:
+        return tensor
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return host.copy_(tensor, non_blocking=True)

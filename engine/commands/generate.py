@@ -110,6 +110,16 @@ def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
     add("--top-p", number, "X", "share of the probability to keep", SamplingParams.top_p)
     add("--top-k", integer, "N", "how many of the most probable tokens to keep, 0 for all", SamplingParams.top_k)
     add("--min-p", number, "X", "least probability to keep, as a share of the greatest", SamplingParams.min_p)
+    add("--presence-penalty", number, "X", "taken from the logits of tokens that the output has, -2 to 2", 0.0)
+    add("--frequency-penalty", number, "X", "taken from them once for every time it has the token, -2 to 2", 0.0)
+    add("--repetition-penalty", number, "X", "divides positive logits of tokens of prompt and output, above 0", 1.0)
+    add("--min-tokens", integer, "N", "output tokens before which nothing but --max-tokens ends a text", 0)
+    group.add_argument(
+        "--stop", action="append", metavar="TEXT", default=[], help="text that ends the output; may be given repeatedly"
+    )
+    group.add_argument(
+        "--include-stop-str-in-output", action="store_true", help="end the output behind that text, not before it"
+    )
     group.add_argument(
         "--stop-token-ids", type=integers, metavar="N,N,...", default=(), help="more tokens that end a text"
     )

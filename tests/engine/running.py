@@ -11,8 +11,9 @@ import transformers
 from models_for_tests import VOCAB_SIZE, save_tiny_model
 
 from engine.config import EngineConfig
-from engine.core import EngineCore, SequenceUpdate, _sampling
+from engine.core import EngineCore, SequenceUpdate
 from engine.models.modules import DecoderWeights
+from engine.sampling import sampling_requests
 from engine.sampling_params import SamplingParams
 from engine.sequence import Sequence
 
@@ -133,13 +134,10 @@ class LogitsLog:
     def _recording_execute(self, step):
         self._rows = None
         tokens, graph_size = self._execute(step)
-        sampling = _sampling(step)
+        sampling, lengths = sampling_requests(step)
         if sampling:
             rows = self._rows if graph_size is None else self._runner.graphs[graph_size].logits
             rows = rows[: len(sampling)].to("cpu", torch.float32, copy=True)
-            lengths = [context + 1 for context in step.shape.decode_contexts]
-            chunks = zip(step.prefill_requests, step.shape.prefills, strict=True)
-            lengths += [q + c for sequence, (q, c) in chunks if q + c >= sequence.num_prefill_tokens]
             for sequence, length, row in zip(sampling, lengths, rows, strict=True):
                 self.of[sequence.request_id, length] = row
         return tokens, graph_size
@@ -180,3 +178,32 @@ def assert_same_texts(found: Mapping, wanted: Mapping, logits: Mapping, toleranc
                 gap = float(row[token] - row[other])
                 assert gap <= tolerance, f"request {name}: {other} instead of {token}, whose logit is {gap} greater"
                 break
+
+
+def adjusted_logits(
+    raw: torch.Tensor, params: SamplingParams, prompt: list[int], output: list[int], stop_ids: Iterable[int] = ()
+) -> torch.Tensor:
+    """By definition, for the token behind `output`: float64 [vocab].
+
+    transformers' repetition penalty over prompt and output; OpenAI's formula for the two others, over the output.
+    """
+    logits = raw.double().clone()
+    for token, bias in (params.logit_bias or {}).items():
+        logits[token] += bias
+    if len(output) < params.min_tokens:
+        logits[list(stop_ids)] = -torch.inf
+    repetition = transformers.RepetitionPenaltyLogitsProcessor(params.repetition_penalty)
+    logits = repetition(torch.tensor([prompt + output]), logits[None])[0]
+    count = torch.bincount(torch.tensor(output, dtype=torch.int64), minlength=len(logits)).double()
+    return logits - params.frequency_penalty * count - params.presence_penalty * (count > 0)
+
+
+def adjusted_rows(rows: torch.Tensor, each: Sequence) -> torch.Tensor:
+    """What each output token of a request must have been drawn from, given those before it and the model's logits."""
+    output = each.output_token_ids
+    return torch.stack(
+        [
+            adjusted_logits(rows[i], each.params, each.prompt_token_ids, output[:i], each.stop_ids)
+            for i in range(len(output))
+        ]
+    )

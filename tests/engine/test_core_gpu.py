@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from models_for_tests import FAMILIES
+from models_for_tests import FAMILIES, VOCAB_SIZE
 from running import (
     BOUNDS,
     LogitsLog,
@@ -27,6 +27,7 @@ from engine.bench.step_log import read_step_log
 from engine.commands.bench import bench
 from engine.commands.generate import generate
 from engine.errors import UserError
+from engine.sampling import LogitsProcessor, Plan
 from kernels.reference.sampling import sample
 
 pytestmark = pytest.mark.gpu
@@ -194,6 +195,58 @@ def test_tokens_are_the_references_draws_of_the_same_logits(models):
                 )
                 wrong += sum(a != b for a, b in zip(tokens.tolist(), each.output_token_ids, strict=True))
             assert wrong <= 1  # float32 may tip a race or a threshold, once in many thousand draws
+
+
+def test_adjusted_logits_and_logprobs_are_those_of_the_cpus_path(models):
+    """Behind graphs of bfloat16 logits and outside of them; neighbours that ask for nothing keep their tokens."""
+    folder, _ = models("llama")
+    asked = (
+        {"repetition_penalty": 1.3, "frequency_penalty": 0.7, "presence_penalty": -0.4, "logprobs": 5},
+        {"temperature": 1.0, "frequency_penalty": 1.5, "top_p": 0.9},
+        {"temperature": 0.8, "logit_bias": {7: 6.0, 9: -100.0}, "min_tokens": 8, "stop_token_ids": [7]},
+        {"temperature": 1.2, "logprobs": 20},
+    )
+    plain = ({}, {"temperature": 1.0}, {"temperature": 1.0, "top_k": 20})
+    with engine(folder, **GPU) as core:
+        alone = [request(core, f"alone {i}", prompts([20 + i])[0], seed=i, **each) for i, each in enumerate(plain)]
+        run(core, alone)
+        log = LogitsLog(core)
+        requests = [request(core, i, prompts([50 + i])[0], max_tokens=30 + i, **each) for i, each in enumerate(asked)]
+        crowd = [request(core, f"crowd {i}", prompts([20 + i])[0], seed=i, **each) for i, each in enumerate(plain)]
+        updates = run(core, [*requests[:2], *crowd, *requests[2:]])
+        rows = {each: log.rows(each) for each in requests}
+        wanted = {f"crowd {i}": each.output_token_ids for i, each in enumerate(alone)}
+        logits = {each.request_id: log.rows(each) for each in crowd}
+        assert_same_texts({each.request_id: each.output_token_ids for each in crowd}, wanted, logits, NEARLY_EQUAL)
+    wrong = 0
+    for each in requests:
+        processor = LogitsProcessor(VOCAB_SIZE, 8, torch.device("cpu"))
+        for at, token in enumerate(each.output_token_ids):
+            sofar = request(core, "so far", each.prompt_token_ids, **asked[each.request_id])
+            sofar.append(each.output_token_ids[:at])
+            sofar.slot = 0
+            processor.admit([sofar])
+            plan = Plan.of([sofar], [len(sofar.token_ids)], VOCAB_SIZE)
+            row = rows[each][at : at + 1]
+            adjusted = processor.adjusted(row, processor.upload(plan), torch.tensor([0])) if plan.rows else row
+            (drawn,) = sample(
+                adjusted,
+                temperature=torch.tensor([each.params.temperature]),
+                top_p=torch.tensor([each.params.top_p]),
+                seeds=torch.tensor([each.seed]),
+                positions=torch.tensor([len(sofar.token_ids)]),
+            ).tolist()
+            wrong += drawn != token
+    assert wrong <= 1  # float32 may tip a race or a threshold, once in many thousand draws
+    for each in (requests[0], requests[3]):
+        found = [one for update in updates if update.sequence is each for one in update.logprobs]
+        exact = rows[each].double().log_softmax(1)
+        assert [one.token_id for one in found] == each.output_token_ids
+        for row, one in zip(exact, found, strict=True):
+            assert one.logprob == pytest.approx(float(row[one.token_id]), abs=1e-4)
+            assert one.rank == int((row > row[one.token_id] + 1e-9).sum()) + 1
+            best = row.sort(descending=True).values[: each.params.logprobs].tolist()
+            assert [logprob for _, logprob in one.top] == pytest.approx(best, abs=1e-4)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3_text"])

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
-from running import Models, engine, reference_logits, request
+from running import Models, adjusted_rows, engine, reference_logits, request
 
 from engine.core import EngineCore
 from engine.sequence import Sequence
@@ -60,6 +60,15 @@ class Traffic:
             "stop_token_ids": [draw.randrange(VOCAB_SIZE) for _ in range(draw.choice((0, 0, 3)))],
             "ignore_eos": draw.random() < 0.5,
         }
+        if draw.random() < 0.3:
+            params |= {
+                "repetition_penalty": draw.choice((1.0, 1.3, 0.8)),
+                "frequency_penalty": draw.choice((0.0, 0.9, -0.4)),
+                "presence_penalty": draw.choice((0.0, 1.2)),
+                "logit_bias": draw.choice((None, {draw.randrange(VOCAB_SIZE): 5.0})),
+                "min_tokens": min(draw.choice((0, 5)), params["max_tokens"] or 5),
+                "logprobs": draw.choice((None, 0, 3)),
+            }
         each = self.live[number] = request(self.core, number, prompt, **params)
         self.received[number] = []
         self.core.add(each)
@@ -82,6 +91,10 @@ class Traffic:
             each = update.sequence
             assert each.request_id in self.live, f"{each} was updated after its end"
             self.received[each.request_id] += update.new_token_ids
+            if each.params.logprobs is None:
+                assert update.logprobs is None
+            else:
+                assert [one.token_id for one in update.logprobs] == update.new_token_ids
             if update.finish_reason is not None:
                 self._end(each, update.finish_reason)
 
@@ -110,9 +123,11 @@ class Traffic:
             tokens = each.output_token_ids
             assert tokens == self.received[number]
             assert not each.stop_ids & set(tokens[:-1])
+            self.events["adjusted"] += each.params.has_penalties
             assert len(tokens) <= each.max_output_tokens
             if reason == "stop":
                 assert tokens[-1] in each.stop_ids
+                assert len(tokens) > each.params.min_tokens
             elif reason == "length":
                 assert len(tokens) == each.max_output_tokens
             assert each.slot == -1
@@ -121,7 +136,7 @@ class Traffic:
 
 def reference_tokens(model, each: Sequence) -> list[int]:
     """What the reference samples from transformers' logits with this request's seed."""
-    logits = reference_logits(model, each)
+    logits = adjusted_rows(reference_logits(model, each), each)
     rows = len(logits)
     params = each.params
     return sample(
@@ -163,7 +178,7 @@ def test_soak(family, count, settings, models):
         traffic.go()
         traffic.check_ends()
         assert core.scheduler.num_preemptions > 0
-    seen = {"stop", "length", "abort", "aborted waiting", "aborted in flight", "preempted", "cached"}
+    seen = {"stop", "length", "abort", "aborted waiting", "aborted in flight", "preempted", "cached", "adjusted"}
     if not settings.get("enable_prefix_caching", True):
         seen.remove("cached")
         assert not traffic.events["cached"]

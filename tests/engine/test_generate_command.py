@@ -174,6 +174,28 @@ def test_options_reach_the_engine_and_the_sampler(run, cores, monkeypatch):
     assert seen == [SamplingParams(0.5, 0.9, 40, 0.1, 3, None, (9, 8), True)]
 
 
+def test_penalties_and_stop_strings_reach_the_sampler(run, cores, monkeypatch):
+    seen = []
+    usual = LLM.stream
+    monkeypatch.setattr(
+        LLM, "stream", lambda self, prompts, params: seen.append(params) or usual(self, prompts, params)
+    )
+    sampling = (
+        "--presence-penalty 0.5 --frequency-penalty -1 --repetition-penalty 1.1 --min-tokens 2 --stop a --stop=-b"
+    )
+    assert run("tiny", "--prompt=x", *sampling.split(), "--include-stop-str-in-output")[0] == 0
+    (params,) = seen
+    assert params == SamplingParams(
+        max_tokens=128,
+        presence_penalty=0.5,
+        frequency_penalty=-1.0,
+        repetition_penalty=1.1,
+        min_tokens=2,
+        stop=("a", "-b"),
+        include_stop_str_in_output=True,
+    )
+
+
 def test_without_options_the_defaults_are_the_engines(run, cores):
     assert run("tiny", "--prompt", "a")[0] == 0
     assert cores[0].config == EngineConfig(model="tiny")
@@ -254,6 +276,9 @@ BAD_LINES = [
     ("tiny --prompt a --top-p 1.5", "top_p is 1.5"),
     ("tiny --prompt a --top-k -2", "top_k is -2"),
     ("tiny --prompt a --min-p 2", "min_p is 2"),
+    ("tiny --prompt a --presence-penalty 3", "presence_penalty is 3.0; it must be from -2 to 2"),
+    ("tiny --prompt a --min-tokens 200", "min_tokens is 200; it must be at most max_tokens, 128"),
+    ("tiny --prompt a --stop=", "stop has an empty string"),
     ("tiny --prompt a --stop-token-ids x", "--stop-token-ids is 'x'", "0,1,31"),
     ("tiny --prompt a --max-num-seqs 0", "max_num_seqs is 0"),
     ("tiny --prompt a --kv-cache-dtype fp9", "kv_cache_dtype is 'fp9'", "int4"),

@@ -131,6 +131,118 @@ def test_metrics(llm):
     assert output.metrics.tpot_s is None
 
 
+# ---- stop strings --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("includes_stop", [False, True])
+def test_a_stop_string_ends_a_text(includes_stop, depth):
+    llm = LLM.from_core(FakeCore(depth=depth))
+    prompt = ByteTokenizer().encode("Hello")
+    tokens = continuation(prompt, 30, set())
+    whole = ByteTokenizer().decode(tokens)
+    stop = whole[9:12]
+    end = whole.index(stop) + (len(stop) if includes_stop else 0)
+    params = SamplingParams(
+        max_tokens=30, ignore_eos=True, stop=["no such", stop], include_stop_str_in_output=includes_stop
+    )
+    (output,) = llm.generate("Hello", params, use_tqdm=False)
+    (completion,) = output.outputs
+    assert (completion.text, completion.finish_reason, completion.stop_reason) == (whole[:end], "stop", stop)
+    needed = next(i for i in range(31) if stop in ByteTokenizer().decode(tokens[:i]))
+    assert completion.token_ids == tokens[:needed]
+    assert output.metrics.num_output_tokens == needed
+    llm.core.check_idle()
+    shown = ""
+    for output in llm.stream("Hello", params):
+        assert output.outputs[0].text.startswith(shown)
+        shown = output.outputs[0].text
+    assert (shown, output.finished) == (whole[:end], True)
+    llm.core.check_idle()
+
+
+def test_a_stop_string_completed_by_the_last_token_is_the_reason(llm):
+    prompt = ByteTokenizer().encode("Hello")
+    tokens = continuation(prompt, 12, set())
+    stop = ByteTokenizer().decode(tokens)[-2:]
+    (output,) = llm.generate("Hello", SamplingParams(max_tokens=12, ignore_eos=True, stop=stop), use_tqdm=False)
+    assert (output.outputs[0].finish_reason, output.outputs[0].stop_reason) == ("stop", stop)
+
+
+def test_the_stop_token_is_the_reason(llm):
+    prompt = ByteTokenizer().encode("Hello")
+    stop = continuation(prompt, 5, set())[-1]
+    params = SamplingParams(max_tokens=30, stop_token_ids=(stop,), ignore_eos=True)
+    (output,) = llm.generate("Hello", params, use_tqdm=False)
+    assert (output.outputs[0].finish_reason, output.outputs[0].stop_reason) == ("stop", stop)
+
+
+# ---- several continuations -----------------------------------------------------------------------------------------
+
+
+def ending_apart(core: FakeCore) -> None:
+    """Continuation i of a request ends behind 3 + 2i tokens, by max_tokens of its own."""
+    usual = core.add
+
+    def add(sequence):
+        index, _, _ = sequence.request_id.partition("_")
+        sequence.max_output_tokens = 3 + 2 * int(index)
+        usual(sequence)
+
+    core.add = add
+
+
+def test_n_continuations(llm):
+    ending_apart(llm.core)
+    params = SamplingParams(n=3, seed=7, ignore_eos=True)
+    outputs = llm.generate(["a", "b"], params, use_tqdm=False)
+    for prompt, output in zip("ab", outputs, strict=True):
+        tokens = continuation([256, ord(prompt)], 7, set())
+        assert output.finished
+        assert [each.index for each in output.outputs] == [0, 1, 2]
+        assert [each.token_ids for each in output.outputs] == [tokens[:3], tokens[:5], tokens]
+        assert [each.finish_reason for each in output.outputs] == ["length"] * 3
+        assert output.metrics.num_output_tokens == 7
+        assert output.metrics.ttft_s <= output.metrics.e2el_s
+
+
+def test_a_stream_of_n_continuations_is_finished_with_the_last(llm):
+    ending_apart(llm.core)
+    outputs = list(llm.stream("a", SamplingParams(n=3, ignore_eos=True)))
+    assert [output.finished for output in outputs] == [False] * (len(outputs) - 1) + [True]
+    assert {output.request_id for output in outputs} == {"0"}
+    reasons = [[each.finish_reason for each in output.outputs] for output in outputs]
+    assert reasons[-1] == ["length"] * 3
+    assert ["length", None, None] in reasons
+    assert ["length", "length", None] in reasons
+    for before, after in itertools.pairwise(outputs):
+        for earlier, later in zip(before.outputs, after.outputs, strict=True):
+            assert later.text.startswith(earlier.text)
+            assert len(earlier.token_ids) <= len(later.token_ids) <= len(earlier.token_ids) + 1
+
+
+def test_abort_ends_all_continuations_and_keeps_the_reasons_there_were(llm):
+    ending_apart(llm.core)
+    for output in llm.stream("a", SamplingParams(n=3, ignore_eos=True)):
+        if output.outputs[0].finish_reason:
+            assert llm.abort("0") is (not output.finished)
+    assert [each.finish_reason for each in output.outputs] == ["length", "abort", "abort"]
+    assert output.finished
+
+
+def test_continuations_have_ids_and_seeds_of_their_own():
+    seeds = {}
+    for seed in (None, 11):
+        llm, added = LLM.from_core(FakeCore()), []
+        usual = llm.core.add
+        llm.core.add = lambda sequence, add=usual, into=added: into.append(sequence) or add(sequence)
+        llm.generate("a", SamplingParams(n=4, seed=seed), use_tqdm=False)
+        assert len({sequence.request_id for sequence in added}) == 4
+        seeds[seed] = [sequence.seed for sequence in added]
+    assert seeds[11] == [11, 12, 13, 14]
+    assert len(set(seeds[None])) == 4
+
+
 # ---- bad prompts ---------------------------------------------------------------------------------------------------
 
 BAD_PROMPTS = [

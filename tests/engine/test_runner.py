@@ -143,6 +143,12 @@ def test_a_host_buffer_comes_round_after_two_steps_of_two_sends():
         assert len(set(buffers[i : i + 4])) == 4
 
 
+def test_pending_logprobs():
+    assert PendingTokens(torch.tensor([5])).logprobs() is None
+    packed = torch.arange(6, dtype=torch.int32).view(2, 3)
+    assert PendingTokens(torch.tensor([5, 6]), None, packed).logprobs().tolist() == [[0, 1, 2], [3, 4, 5]]
+
+
 def test_pending_tokens_on_the_cpu():
     pending = PendingTokens(torch.tensor([5, 7, 2**40]))
     assert pending.tokens() == [5, 7, 2**40]
@@ -233,7 +239,13 @@ def capture_on_cpu(core: EngineCore, monkeypatch: pytest.MonkeyPatch) -> dict[in
         graph.graph.num_replays = 0  # each was replayed once on padding
     # A GPU copies a graph's tokens to the host before the graph runs again.
     replay = runner._replay
-    runner._replay = lambda *step: replay(*step).clone()
+
+    def copying_replay(*arguments: object) -> PendingTokens:
+        pending = replay(*arguments)
+        pending._host = pending._host.clone()
+        return pending
+
+    runner._replay = copying_replay
     return {size: graph.graph for size, graph in runner.graphs.items()}
 
 
@@ -266,6 +278,39 @@ def test_padded_decodes_are_those_without_padding(family, settings, models, monk
                 for each in requests:
                     assert float((log.rows(each) - reference_logits(model, each)).abs().max()) < 1e-4
     assert results[0] == results[1]
+
+
+def test_graphs_are_followed_by_what_requests_ask_of_their_logits(models, monkeypatch):
+    """Penalties, bias, min_tokens and log-probabilities in graphs of every size, beside requests that ask nothing."""
+    folder, _ = models("llama")
+    asked = [
+        {},
+        {"frequency_penalty": 0.9, "repetition_penalty": 1.3, "logprobs": 2},
+        {"temperature": 1.0, "top_k": 7},
+        {"temperature": 1.0, "presence_penalty": 1.5, "top_p": 0.9},
+        {"temperature": 1.0, "logprobs": 5},
+        {"logit_bias": {7: 9.0}, "min_tokens": 9, "stop_token_ids": [7]},
+        {"temperature": 1.0},
+    ]
+    results = []
+    for has_graphs in (True, False):
+        with engine(folder, max_num_seqs=7, enable_prefix_caching=False) as core:
+            graphs = capture_on_cpu(core, monkeypatch) if has_graphs else {}
+            requests = [
+                request(core, i, prompt, max_tokens=12 + 3 * i, **asked[i])
+                for i, prompt in enumerate(prompts((1, 31, 32, 33, 90, 60, 61)))
+            ]
+            updates = run(core, requests)
+            assert all(each.num_replays for each in graphs.values())
+            found = [(each.sequence.request_id, each.new_token_ids, each.logprobs) for each in updates]
+            results.append(sorted(found, key=lambda each: each[0]))
+    assert len(requests[5].output_token_ids) == 10  # the biased token as soon as it may be
+    for with_graphs, without in zip(*results, strict=True):
+        assert with_graphs[:2] == without[:2]
+        assert (with_graphs[2] is None) == (without[2] is None)
+        for one, other in zip(with_graphs[2] or (), without[2] or (), strict=True):
+            assert (one.token_id, one.rank) == (other.token_id, other.rank)
+            assert one.logprob == pytest.approx(other.logprob, abs=1e-4)
 
 
 class Rerun:
