@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from engine.sequence import Sequence
 
 _PARAMETER_WORDS = 6
+_MAX_TEMPERATURE = 1e30  # as good as infinite, and a float32
 
 
 class Slots:
@@ -63,7 +64,7 @@ class Slots:
         floats = words.view(np.float32)
         for row, sequence in enumerate(sequences):
             params = sequence.params
-            floats[row, :3] = params.temperature, params.top_p, params.min_p
+            floats[row, :3] = min(params.temperature, _MAX_TEMPERATURE), params.top_p, params.min_p
             words[row, 3] = max(params.top_k, 0)
             words[row, 4:].view(np.int64)[0] = sequence.seed
         return words

@@ -35,7 +35,7 @@ INTERRUPTED = 130
 
 _ROOMS = ("dashboard", "calibration", "planner", "engine", "kernels")
 _EXTRAS = dict.fromkeys(("generate", "serve", "bench", "calibrate", "validate"), "engine")
-_ORDER = ("plan", "simulate", "memory", "catalog", "export", "generate", "bench")
+_ORDER = ("plan", "simulate", "memory", "catalog", "export", "generate", "serve", "bench")
 _ABOUT = "Plan LLM serving before renting a GPU: how many, which, at which precision, and what latency to expect."
 _EXIT_CODES = (
     "Exit codes: 0 the question was answered; 1 it was answered, and the answer is no (it does not fit, misses its "

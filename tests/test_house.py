@@ -22,7 +22,16 @@ ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("dashboard", "calibration", "planner", "engine", "kernels")
 GPU_LIBRARIES = {"torch", "triton", "transformers"}
 GPU_PATH_LIBRARIES = GPU_LIBRARIES | {"safetensors", "numpy", "scipy"}
-SERVER_LIBRARIES = {"fastapi", "prometheus_client", "pydantic", "starlette", "uvicorn"}
+SERVER_LIBRARIES = {
+    "fastapi",
+    "httptools",
+    "jinja2",
+    "prometheus_client",
+    "pydantic",
+    "starlette",
+    "uvicorn",
+    "uvloop",
+}
 # What runs without these libraries: the first three on a laptop, the last wherever PyTorch does.
 WITHOUT = {
     "planner": GPU_LIBRARIES,
@@ -140,6 +149,8 @@ def foreign_imports(sources: Sources) -> list[str]:
             allowed = {*GPU_PATH_LIBRARIES, *ROOMS, *sys.stdlib_module_names}
             if is_within(module_name(found.path), "engine.server"):
                 allowed |= SERVER_LIBRARIES
+            if is_within(module_name(found.path), "engine.bench.http_serve"):
+                allowed |= {"uvloop"}
             if is_within(module_name(found.path), "kernels.bench.plots"):
                 allowed |= {"plotly"}
             if found.top not in allowed:
@@ -343,6 +354,8 @@ def test_scheduling_imports(source, is_wrong):
         ("engine/server/app.py", "import fastapi, uvicorn", False),
         ("engine/server.py", "import fastapi", False),
         ("engine/server/app.py", "import vllm", True),
+        ("engine/bench/http_serve.py", "import uvloop", False),
+        ("engine/bench/http_client.py", "import uvloop", True),
         ("engine/servers.py", "import fastapi", True),
         ("calibration/a.py", "import planner.profile, safetensors, scipy", False),
         ("calibration/a.py", "import pandas", True),

@@ -14,6 +14,7 @@ from engine.bench.serve import step_log_paths
 from engine.bench.workload import Lengths, ensure_replayable, save_workload, synthesise
 from engine.commands.arguments import EXIT_CODES, ArgumentParser, engine_config
 from engine.commands.streams import discard_stdout
+from engine.config import EngineConfig
 from engine.errors import UserError
 
 # By name on the command line, the module behind it.
@@ -24,6 +25,9 @@ SUITES = {
     "serve": "engine.bench.serve",
     "kv-cache": "engine.bench.kv_cache",
 }
+# The suite that takes --base-url, and what then stands in for it.
+_SERVE, _SERVE_OVER_HTTP = "serve", "engine.bench.http_serve"
+_FAILED = 1  # it ran, but some requests failed
 _MAKE_WORKLOAD = "make-workload"
 _MODEL_FILES = ("*config.json", "*.safetensors*", "tokenizer*")
 
@@ -44,17 +48,25 @@ def run(arguments: list[str]) -> int:
         raise UserError(f"there is no suite {name!r}; it must be one of {', '.join([*SUITES, _MAKE_WORKLOAD])}")
     suite = importlib.import_module(SUITES[name])
     options = _parser(name, suite).read(rest)
-    return 0 if options is None else _run_suite(name, suite, options, arguments)
+    if options is None:
+        return 0
+    if getattr(options, "base_url", None) is not None:
+        suite = importlib.import_module(_SERVE_OVER_HTTP)
+        suite.check(options)
+        return _run_suite(name, suite, options, None, arguments)
+    _check_engine_options(name, options)
+    return _run_suite(name, suite, options, engine_config(options), arguments)
 
 
-def _run_suite(name: str, suite: ModuleType, options: argparse.Namespace, arguments: list[str]) -> int:
+def _run_suite(
+    name: str, suite: ModuleType, options: argparse.Namespace, config: EngineConfig | None, arguments: list[str]
+) -> int:
     from engine.bench.session import Session
 
-    config = engine_config(options)
     _check_files(options)
     if options.output is not None:
         ensure_writable(options.output)
-    command = "memwall bench " + shlex.join(map(as_committed, arguments))
+    command = "memwall bench " + shlex.join(_command_as_committed(options, arguments))
     record = Record(name, command, options.commit or commit())
     session = Session(record, options.output)
     try:
@@ -73,14 +85,41 @@ def _run_suite(name: str, suite: ModuleType, options: argparse.Namespace, argume
             session.say(
                 f"it has {size:,} bytes, more than the {MAX_BYTES:,} that are committed as one file: name it .gz"
             )
-    return 0
+    return _FAILED if any(result.get("num_failed") for result in record.results) else 0
+
+
+def _check_engine_options(name: str, options: argparse.Namespace) -> None:
+    """Raise UserError if the engine in this process has no model, or an option is for a server."""
+    if options.model is None:
+        raise UserError(f"memwall bench {name} needs MODEL, or a server with --base-url")
+    for flag, value in (("model", "served_model"), ("api-key", "api_key"), ("vocab-size", "vocab_size")):
+        if getattr(options, value, None) is not None:
+            raise UserError(f"--{flag} is for a server, and there is none without --base-url")
+
+
+def _command_as_committed(options: argparse.Namespace, arguments: list[str]) -> list[str]:
+    """The arguments without this machine's folders, without a key, and without the name of another machine."""
+    hidden = {"--api-key": "KEY"}
+    if getattr(options, "base_url", None) is not None:
+        hidden["--base-url"] = options.base_url.as_committed
+    shown, before = [], ""
+    for argument in arguments:
+        flag, equals, _ = argument.partition("=")
+        if equals and flag in hidden:
+            shown.append(f"{flag}={hidden[flag]}")
+        else:
+            shown.append(hidden[before] if before in hidden else as_committed(argument))
+        before = argument
+    return shown
 
 
 def _check_files(options: argparse.Namespace) -> None:
     """Raise UserError if a file that is to be written is one that is read, or is to be written twice."""
-    model = Path(options.model)
-    of_model = [path for pattern in _MODEL_FILES for path in model.glob(pattern)] if model.is_dir() else [model]
-    inputs = [("the model's", path) for path in of_model if path.is_file()]
+    inputs: list[tuple[str, Path]] = []
+    if options.model is not None:
+        model = Path(options.model)
+        of_model = [path for pattern in _MODEL_FILES for path in model.glob(pattern)] if model.is_dir() else [model]
+        inputs += [("the model's", path) for path in of_model if path.is_file()]
     inputs += [(f"--{name}", path) for name in ("workload", "dataset") if (path := getattr(options, name, None))]
     outputs = [("--output", options.output)] if options.output is not None else []
     if path := getattr(options, "step_log", None):
@@ -107,7 +146,7 @@ def _print(text: str) -> None:
 def _parser(name: str, suite: ModuleType) -> ArgumentParser:
     parser = ArgumentParser(f"memwall bench {name}", f"{suite.HELP[:1].upper()}{suite.HELP[1:]}.")
     parser.conflict_handler = "resolve"  # a suite's own option stands in for the engine's of the same name
-    add_common_options(parser)
+    add_common_options(parser, model_is_optional=name == _SERVE)
     suite.add_arguments(parser.add_argument_group(name))
     return parser
 

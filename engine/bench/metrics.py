@@ -31,14 +31,16 @@ def latencies(requests: Mapping[str, Sequence[Any]], gaps_s: Sequence[float] | n
 
     Args:
         requests: columns arrival_s, scheduled_s, first_token_s and last_token_s in seconds since the start,
-            input_tokens and output_tokens, one entry per request.
+            input_tokens and output_tokens, one entry per request. A client does not know scheduled_s, which then is
+            None in every row, as is queue_ms.
         gaps_s: the gaps between output events of all requests.
     """
     if not len(requests["arrival_s"]):
         return {"num_requests": 0}
-    arrival, scheduled, first, last = (
-        np.asarray(requests[name], np.float64) for name in ("arrival_s", "scheduled_s", "first_token_s", "last_token_s")
+    arrival, first, last = (
+        np.asarray(requests[name], np.float64) for name in ("arrival_s", "first_token_s", "last_token_s")
     )
+    scheduled = None if requests["scheduled_s"][0] is None else np.asarray(requests["scheduled_s"], np.float64)
     inputs, outputs = (np.asarray(requests[name], np.int64) for name in ("input_tokens", "output_tokens"))
     several = outputs > 1
     duration_s = float(last.max())
@@ -51,7 +53,7 @@ def latencies(requests: Mapping[str, Sequence[Any]], gaps_s: Sequence[float] | n
         "output_throughput_tokens_per_s": round(float(outputs.sum()) / duration_s, 2),
         "total_throughput_tokens_per_s": round(float((inputs + outputs).sum()) / duration_s, 2),
         "ttft_ms": distribution_ms(first - arrival),
-        "queue_ms": distribution_ms(scheduled - arrival),
+        "queue_ms": None if scheduled is None else distribution_ms(scheduled - arrival),
         "tpot_ms": distribution_ms((last - first)[several] / (outputs[several] - 1)),
         "itl_ms": distribution_ms(gaps_s),
         "e2el_ms": distribution_ms(last - arrival),

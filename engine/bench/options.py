@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+from engine.bench.http_client import BaseUrl
 from engine.bench.workload import Lengths
 from engine.commands.arguments import add_engine_options, integer, number
 
@@ -16,11 +17,12 @@ MAX_COUNT = 2**24 - 1  # of anything that is counted on a command line; more is 
 MIN_RATE, MAX_RATE = 1e-6, 1e6
 
 
-def add_common_options(parser: argparse.ArgumentParser) -> None:
+def add_common_options(parser: argparse.ArgumentParser, *, model_is_optional: bool = False) -> None:
     """Model, sampling, record and engine."""
     parser.add_argument(
         "model",
         metavar="MODEL",
+        nargs="?" if model_is_optional else None,
         help="a Hugging Face folder; with --load-format dummy also a config.json, or the name of a built-in shape",
     )
     parser.add_argument("--temperature", type=not_negative, default=1.0, metavar="X", help="0 is greedy [1]")
@@ -69,6 +71,11 @@ def rate(text: str) -> float:
 def lengths(text: str) -> Lengths:
     """A range of lengths, for `type=` of an option."""
     return _read(Lengths.parse, text)
+
+
+def base_url(text: str) -> BaseUrl:
+    """Of a server, for `type=` of an option."""
+    return _read(BaseUrl.parse, text)
 
 
 def comma_separated(read: Callable[[str], _Value]) -> Callable[[str], tuple[_Value, ...]]:

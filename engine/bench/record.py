@@ -32,6 +32,7 @@ class Record:
         environment: the machine and its libraries.
         limits: what the device was measured to allow in the same run: copy in bytes/s, matmul in FLOP/s.
         engines: configuration, model and memory report of each engine that was built, in order.
+        server: model and version of the one that was measured over HTTP; of its address no more than may be public.
         results: of the suite, raw repetitions and medians.
     """
 
@@ -41,6 +42,7 @@ class Record:
     environment: dict[str, Any] = field(default_factory=dict)
     limits: dict[str, Any] = field(default_factory=dict)
     engines: list[dict[str, Any]] = field(default_factory=list)
+    server: dict[str, Any] = field(default_factory=dict)
     results: list[dict[str, Any]] = field(default_factory=list)
     date: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     version: int = VERSION
@@ -168,8 +170,7 @@ def environment(device: Any) -> dict[str, Any]:
     """What the numbers depend on, besides the commit: machine, GPU, driver, libraries."""
     import torch
 
-    found = {"python": platform.python_version(), "machine": platform.machine()}
-    found["cores"] = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    found = _python_and_cores()
     if device.type == "cuda":
         from kernels.bench.run import environment as of_gpu
 
@@ -182,6 +183,17 @@ def environment(device: Any) -> dict[str, Any]:
             "threads": torch.get_num_threads(),
         }
     return found | {"transformers": _version("transformers"), "numpy": _version("numpy")}
+
+
+def client_environment(event_loop: str) -> dict[str, Any]:
+    """What the times of a client depend on: its machine, and the package whose event loop it runs on."""
+    loop = event_loop if event_loop == "asyncio" else f"{event_loop} {_version(event_loop)}"
+    return _python_and_cores() | {"processor": _processor(), "event_loop": loop}
+
+
+def _python_and_cores() -> dict[str, Any]:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {"python": platform.python_version(), "machine": platform.machine(), "cores": cores}
 
 
 def commit() -> str:

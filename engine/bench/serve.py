@@ -1,4 +1,7 @@
-"""`memwall bench serve`: a workload replayed on the engine by the clock, with forced output lengths (open loop)."""
+"""`memwall bench serve`: a workload replayed on the engine by the clock, with forced output lengths (open loop).
+
+With --base-url it is a server that it is replayed on: `engine.bench.http_serve`.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 from engine.bench import tables
 from engine.bench.metrics import latencies
-from engine.bench.options import at_least, factor
+from engine.bench.options import at_least, base_url, factor
 from engine.bench.record import MAX_BYTES, ensure_writable, rounded, write_text
 from engine.bench.replay import Interrupted, Replay, replay, sequences_of, why_not
 from engine.bench.step_log import encode
-from engine.bench.workload import Prompts, Workload, ensure_replayable, read_workload, split
+from engine.bench.workload import Entry, Prompts, Workload, ensure_replayable, read_workload, split
 from engine.errors import UserError
 
 if TYPE_CHECKING:
@@ -25,6 +28,8 @@ if TYPE_CHECKING:
 
 HELP = "replay a workload in real time: requests arrive whatever the engine does"
 MAX_REPEAT = 1000
+# Of a server that does not tell. All but the smallest models have as many tokens.
+DEFAULT_VOCAB_SIZE = 32_000
 # The warm-up's requests end early: it is there to compile kernels, not to be measured.
 _WARMUP_OUTPUT_TOKENS = 16
 _LATENCIES = (("TTFT", "ttft_ms"), ("  queue", "queue_ms"), ("TPOT", "tpot_ms"), ("ITL", "itl_ms"), ("E2EL", "e2el_ms"))
@@ -56,6 +61,21 @@ def add_arguments(parser: argparse._ArgumentGroup) -> None:
         metavar="PATH",
         help="shape and times of every step, JSON lines (.gz: compressed); with --repeat NAME.1.…, NAME.2.… and so on",
     )
+    parser.add_argument(
+        "--base-url",
+        type=base_url,
+        metavar="URL",
+        help="measure the OpenAI-compatible server at http://HOST:PORT/v1 instead of an engine in this process; then "
+        "there is no MODEL, of the engine's options there is only --seed, and the exit code is 1 if requests failed",
+    )
+    parser.add_argument("--model", dest="served_model", metavar="NAME", help="the server's model, if it has several")
+    parser.add_argument("--api-key", metavar="KEY", help="for that server [the environment's OPENAI_API_KEY, if any]")
+    parser.add_argument(
+        "--vocab-size",
+        type=at_least(1),
+        metavar="N",
+        help=f"prompts for that server have token ids below N [what GET /v1/models says, or {DEFAULT_VOCAB_SIZE}]",
+    )
 
 
 def run(session: Session, options: argparse.Namespace, config: EngineConfig) -> None:
@@ -64,11 +84,7 @@ def run(session: Session, options: argparse.Namespace, config: EngineConfig) -> 
     Raises:
         UserError: the workload cannot be read or replayed, or a file cannot be written.
     """
-    workload = read_workload(options.workload)
-    if options.num_prompts:
-        workload = workload.head(options.num_prompts)
-    workload = workload.scaled(options.request_rate_scale)
-    ensure_replayable(workload, "take fewer with --num-prompts, or have them arrive faster with --request-rate-scale")
+    workload = workload_of(options)
     logs = step_log_paths(options.step_log, options.repeat)
     for path in logs:
         ensure_writable(path)
@@ -94,13 +110,37 @@ def run(session: Session, options: argparse.Namespace, config: EngineConfig) -> 
     session.on_engine(config, measure_all)
 
 
+def workload_of(options: argparse.Namespace) -> Workload:
+    """The requests of the options, as they arrive.
+
+    Raises:
+        UserError: the file cannot be read, or nobody would wait for its end.
+    """
+    workload = read_workload(options.workload)
+    if options.num_prompts:
+        workload = workload.head(options.num_prompts)
+    workload = workload.scaled(options.request_rate_scale)
+    ensure_replayable(workload, "take fewer with --num-prompts, or have them arrive faster with --request-rate-scale")
+    return workload
+
+
+def warm_up_of(workload: Workload, options: argparse.Namespace) -> Workload:
+    """The requests that are sent twice before anything is measured; perhaps none."""
+    return workload.head(options.num_warmups).at_once().capped(_WARMUP_OUTPUT_TOKENS)
+
+
 def fit(core: EngineCore, workload: Workload, strict: bool) -> tuple[Workload, list[str]]:
-    """The requests that this engine can run, and why it cannot run the others.
+    """The requests that this engine can run, and why it cannot run the others; raises as `fit_by`."""
+    return fit_by(lambda entry: why_not(core, entry), workload, strict)
+
+
+def fit_by(why_not: Callable[[Entry], str], workload: Workload, strict: bool) -> tuple[Workload, list[str]]:
+    """The requests that can run, and for each of the others the reason that `why_not` gives.
 
     Raises:
         UserError: there are such, and strict is set; or there are no others.
     """
-    fitting, reasons = split(workload, lambda entry: why_not(core, entry))
+    fitting, reasons = split(workload, why_not)
     if reasons and (strict or not len(fitting)):
         raise UserError(
             f"{workload.name} has {len(reasons)} requests of {len(workload)} that cannot run: {reasons[0]}"
@@ -136,7 +176,7 @@ def replay_runs(
     Args:
         keep: takes the figures of each run, None for one that Ctrl-C ended, and what it left behind.
     """
-    warmup = workload.head(options.num_warmups).at_once().capped(_WARMUP_OUTPUT_TOKENS)
+    warmup = warm_up_of(workload, options)
     for _ in range(2 if len(warmup) else 0):  # the second finds the first's prompts in the cache, if there is one
         _replayed(session, core, warmup, options, run=0)
     for run in range(1, options.repeat + 1):
@@ -165,8 +205,10 @@ def _replayed(session: Session, core: EngineCore, workload: Workload, options: a
 
 
 def medians(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """The median over runs of every figure."""
-    found: dict[str, Any] = {name: statistics.median(run[name] for run in runs) for name in _MEDIANS}
+    """The median over runs of every figure; None of one that is unknown."""
+    found: dict[str, Any] = {
+        name: None if runs[0][name] is None else statistics.median(run[name] for run in runs) for name in _MEDIANS
+    }
     for _, name in _LATENCIES:
         of_runs = [run[name] for run in runs if run[name] is not None]
         found[name] = {key: statistics.median(one[key] for one in of_runs) for key in of_runs[0]} if of_runs else None
@@ -210,9 +252,13 @@ def table(results: list[dict[str, Any]]) -> str:
         tables.columns(["ms, median of runs" if len(runs) > 1 else "ms", "mean", "p50", "p90", "p99"], rows),
         f"{tables.number(median['output_throughput_tokens_per_s'], 0)} output tokens/s, "
         f"{tables.number(median['request_throughput_per_s'])} requests/s, "
-        f"at most {median['peak_running']:,.0f} running, {median['num_preemptions']:,.0f} preemptions",
+        f"at most {_count(median['peak_running'])} running, {_count(median['num_preemptions'])} preemptions",
     ]
     if len(runs) > 1:
         each = ", ".join(tables.number(run["output_throughput_tokens_per_s"], 0) for run in runs)
         lines.append(f"output tokens/s of each run: {each}")
     return "\n".join(lines)
+
+
+def _count(value: float | None) -> str:
+    return tables.MISSING if value is None else f"{value:,.0f}"

@@ -9,7 +9,7 @@ import traceback
 from engine.commands.streams import discard_stdout, prepare_streams
 from engine.errors import UserError
 
-_COMMANDS = ("generate", "bench")
+_COMMANDS = ("generate", "serve", "bench")
 _BAD_INPUT = 2
 _DEFECT = 70  # EX_SOFTWARE of sysexits.h
 _INTERRUPTED = 130

@@ -17,8 +17,8 @@ from engine.config import BLOCK_SIZES, DTYPES, KV_CACHE_DTYPES, LOAD_FORMATS, QU
 from engine.errors import UserError
 
 EXIT_CODES = (
-    "Exit codes: 0 it ran; 2 the input was bad, and one sentence on stderr says how; "
-    "70 a defect of memwall; 130 Ctrl-C."
+    "Exit codes: 0 it ran; 1 it ran, but requests of a benchmark over HTTP failed; 2 the input was bad, and one "
+    "sentence on stderr says how; 70 a defect of memwall; 130 Ctrl-C."
 )
 
 
