@@ -20,7 +20,7 @@ help: ## list the targets (default)
 
 setup: $(BASE_INSTALLED) ## create .venv and install Memwall into it
 
-setup-engine: $(ENGINE_INSTALLED) ## the same with torch, Triton and transformers, for memwall generate and bench
+setup-engine: $(ENGINE_INSTALLED) ## the same with torch, Triton and transformers, for memwall generate, serve and bench
 
 plan: $(BASE_INSTALLED) ## run memwall plan with its default question
 	@$(VENV)/bin/memwall plan
