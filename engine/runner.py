@@ -27,6 +27,7 @@ from engine.kv.cache import KVCache
 from engine.models.decoder import Decoder
 from engine.pieces import CapturedPieces, capture_pieces
 from engine.sampling import LogitsProcessor, Plan, sampling_requests, token_logprobs
+from engine.sampling_params import MAX_LOGPROBS, SamplingParams
 from engine.scheduling import Step
 from engine.slots import Slots
 from engine.transfer import PendingTokens, Upload, aligned
@@ -287,7 +288,8 @@ class ModelRunner:
             chunks: new and cached tokens of each prompt chunk. Each takes pages of its own from 1 on, as many as the
                 cache has, and then the same ones again.
             num_decodes: requests that decode their second token.
-            num_samples: rows of logits to sample from.
+            num_samples: rows of logits to sample from, as if their requests asked for everything there is: what that
+                takes is part of what a step may take.
         """
         step, trash = Step(0), self.slots.trash
         step.shape.decode_contexts = [1] * num_decodes
@@ -306,7 +308,11 @@ class ModelRunner:
         hidden = self._forward(batch)
         rows = torch.arange(num_samples, device=self.device) % batch.num_tokens
         logits = self.decoder.logits(hidden, rows)
-        self._sample(logits, torch.full_like(rows, trash), rows, filtered=True)
+        slots = torch.full_like(rows, trash)
+        tokens = self._sample(logits, slots, rows, filtered=True)
+        asking = Step(0)
+        asking.decode_requests, asking.shape.decode_contexts = [dummy] * num_samples, [1] * num_samples
+        self._sample_as_asked(asking, logits, slots, rows, tokens, None)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # uploads take turns in few buffers, for at most two steps in flight
 
@@ -436,13 +442,18 @@ class ModelRunner:
         return PendingTokens(graph.tokens[:count], start)
 
 
+# Of a made-up request: penalties, filters and log-probabilities.
+_EVERYTHING = SamplingParams(frequency_penalty=1.0, top_p=0.9, logprobs=MAX_LOGPROBS)
+
+
 @dataclass
 class _Dummy:
-    """As much of a request as `_pack` looks at."""
+    """As much of a request as a step looks at."""
 
     token_ids: list[int]
     slot: int
     block_tables: list[list[int]]
+    params: SamplingParams = _EVERYTHING
 
     @property
     def num_prefill_tokens(self) -> int:

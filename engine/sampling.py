@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -122,15 +123,13 @@ class LogitsProcessor:
     """Adjusts logits and takes log-probabilities, with the token counts of penalised requests.
 
     Attributes:
-        counts: int32 [num_rows, vocab], row i of slot i: see _IN_PROMPT. It grows with the highest slot that a
-            penalised request has had, and has no rows before there is one.
+        counts: int32 [max_num_seqs + 1, vocab], row i of slot i: see _IN_PROMPT. Made for the first penalised request.
     """
 
     def __init__(self, vocab_size: int, max_num_seqs: int, device: torch.device) -> None:
         self.vocab_size, self.device = vocab_size, device
-        self._max_num_seqs = max_num_seqs
+        self._num_slots = max_num_seqs + 1  # the last one is nobody's
         self._upload = Upload(device)  # its own: a step makes at most two copies through it
-        self.counts = torch.zeros(0, vocab_size, dtype=torch.int32, device=device)
 
     @torch.inference_mode()
     def admit(self, sequences: Many[Sequence]) -> None:
@@ -138,7 +137,6 @@ class LogitsProcessor:
         penalised = [sequence for sequence in sequences if sequence.params.has_penalties]
         if not penalised:
             return
-        self._grow(max(sequence.slot for sequence in penalised) + 1)
         parts = ([], [])
         for sequence in penalised:
             for part, token_ids in zip(parts, (sequence.prompt_token_ids, sequence.output_token_ids), strict=True):
@@ -151,12 +149,9 @@ class LogitsProcessor:
         flat.index_fill_(0, self._places(*prompts), _IN_PROMPT)
         self._count(self._places(*outputs))
 
-    def _grow(self, num_rows: int) -> None:
-        if num_rows > len(self.counts):
-            capacity = min(1 << (num_rows - 1).bit_length(), self._max_num_seqs)
-            grown = torch.zeros(capacity, self.vocab_size, dtype=torch.int32, device=self.device)
-            grown[: len(self.counts)] = self.counts
-            self.counts = grown
+    @cached_property
+    def counts(self) -> torch.Tensor:
+        return torch.zeros(self._num_slots, self.vocab_size, dtype=torch.int32, device=self.device)
 
     def _places(self, slots: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
         return slots.long() * self.vocab_size + token_ids

@@ -51,7 +51,7 @@ class SamplingParams:
     min_p: float = 0.0
     max_tokens: int | None = 16
     seed: int | None = None
-    stop_token_ids: tuple[int, ...] = ()
+    stop_token_ids: tuple[int, ...] | None = ()
     ignore_eos: bool = False
     detokenize: bool = True
     n: int = 1
@@ -59,7 +59,7 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
     min_tokens: int = 0
-    stop: tuple[str, ...] = ()
+    stop: tuple[str, ...] | None = ()
     include_stop_str_in_output: bool = False
     logprobs: int | None = None
     logit_bias: Mapping[int, float] | None = field(default=None, hash=False)
@@ -73,7 +73,8 @@ class SamplingParams:
             self._set("max_tokens", whole_number("max_tokens", self.max_tokens, 1))
         if self.seed is not None:
             self._set("seed", whole_number("seed", self.seed, 0, MAX_SEED))
-        self._set("stop_token_ids", whole_numbers("stop_token_ids", self.stop_token_ids, "token ids"))
+        ids = () if self.stop_token_ids is None else self.stop_token_ids  # None is vLLM's default
+        self._set("stop_token_ids", whole_numbers("stop_token_ids", ids, "token ids"))
         for name in ("ignore_eos", "detokenize", "include_stop_str_in_output"):
             flag(name, getattr(self, name))
         self._set("n", whole_number("n", self.n, 1, MAX_CONTINUATIONS))
@@ -85,7 +86,7 @@ class SamplingParams:
         self._set("min_tokens", whole_number("min_tokens", self.min_tokens, 0))
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise UserError(f"min_tokens is {self.min_tokens}; it must be at most max_tokens, {self.max_tokens}")
-        self._set("stop", _stop_strings(self.stop))
+        self._set("stop", _stop_strings(() if self.stop is None else self.stop))
         if self.stop and not self.detokenize:
             raise UserError("stop has strings, which are looked for in the text; detokenize must be True")
         if self.logprobs is not None:

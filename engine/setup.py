@@ -270,10 +270,11 @@ class _Builder:
         return report
 
     def _tables_and_graphs_bytes(self) -> int:
-        """What is allocated behind the KV cache: RoPE and block tables, and, roughly, CUDA graphs and their buffers."""
+        """What is allocated behind the KV cache: tables of RoPE, blocks and token counts, and, roughly, CUDA graphs and
+        their buffers."""
         config, model = self.config, self.model_config
         pages = -(-self.max_model_len // config.block_size)
-        tables = 4 * (config.max_num_seqs + 1) * pages * len(self.groups.windows)
+        tables = 4 * (config.max_num_seqs + 1) * (pages * len(self.groups.windows) + model.vocab_size)
         tables += sum(4 * self.max_model_len * rope.rotary_dim for rope in model.ropes)
         if config.enforce_eager:
             return tables

@@ -12,7 +12,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from planner.errors import UserError
 from planner.memory import KVCacheDtype
@@ -45,8 +45,15 @@ class _Read(BaseModel):
 
 
 class _Estimate(_Read):
-    value: float
+    value: float = Field(ge=0)
     interval: tuple[float, float]
+
+    @field_validator("interval")
+    @classmethod
+    def _in_order(cls, interval: tuple[float, float]) -> tuple[float, float]:
+        if not 0 <= interval[0] <= interval[1]:
+            raise ValueError("an interval has a lower and an upper end, neither of them negative")
+        return interval
 
 
 class _Divergence(_Read):

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 
 from engine.core import EngineCore
+from engine.sampling import sampling_requests
 from engine.sampling_params import SamplingParams
 from engine.scheduling import Step
 from engine.sequence import Sequence as EngineSequence
@@ -87,7 +88,7 @@ class ForcedDecoding:
     def _forcing_execute(self, step: Step) -> tuple[PendingTokens, int | None]:
         self._rows = None
         tokens, graph_size = self._execute(step)
-        sampling = _sampled(step)
+        sampling, _ = sampling_requests(step)
         if not sampling:
             return tokens, graph_size
         logits = self._rows if graph_size is None else self._runner.graphs[graph_size].logits
@@ -105,10 +106,3 @@ class ForcedDecoding:
             rows, slots = torch.tensor(places, device=self._core.device).T
             self._kept = (places, rows.contiguous(), slots.contiguous())
         return self._kept[1:]
-
-
-def _sampled(step: Step) -> list[EngineSequence]:
-    """The requests of which a step samples a token, in the runner's order: decodes, then chunks that end a prompt."""
-    chunks = zip(step.prefill_requests, step.shape.prefills, strict=True)
-    ending = [request for request, (query, context) in chunks if context + query >= request.num_prefill_tokens]
-    return [*step.decode_requests, *ending]

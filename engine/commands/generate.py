@@ -127,6 +127,7 @@ def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _sampling_params(options: argparse.Namespace) -> SamplingParams:
+    options.stop = [_text(stop, "--stop") for stop in options.stop]
     names = [field.name for field in fields(SamplingParams) if field.name != "seed"]
     return SamplingParams(**{name: getattr(options, name) for name in names if hasattr(options, name)})
 
@@ -156,10 +157,7 @@ def _found_prompts(options: argparse.Namespace) -> Iterator[tuple[str, Prompt]]:
     elif options.prompt is not None:
         if not options.prompt:
             raise UserError("--prompt is empty; it needs at least one character")
-        yield (
-            "--prompt",
-            utf8(os.fsencode(options.prompt), "--prompt") if _has_bytes(options.prompt) else options.prompt,
-        )
+        yield "--prompt", _text(options.prompt, "--prompt")
     else:
         if sys.stdin is not None and sys.stdin.isatty():
             print("type the prompt, then Ctrl-D", file=sys.stderr)
@@ -169,9 +167,14 @@ def _found_prompts(options: argparse.Namespace) -> Iterator[tuple[str, Prompt]]:
         yield "stdin", text
 
 
-def _has_bytes(argument: str) -> bool:
-    """Whether Python could not decode all of an argument, and keeps bytes of it as halves of surrogate pairs."""
-    return any("\udc80" <= character <= "\udcff" for character in argument)
+def _text(argument: str, flag: str) -> str:
+    """An argument of which Python could not decode all: it keeps such bytes as halves of surrogate pairs.
+
+    Raises:
+        UserError: it is not UTF-8.
+    """
+    has_bytes = any("\udc80" <= character <= "\udcff" for character in argument)
+    return utf8(os.fsencode(argument), flag) if has_bytes else argument
 
 
 def _read_prompts(path: Path) -> Iterator[tuple[str, Prompt]]:

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 
 from engine.outputs import TokenLogprobs
 from engine.server.errors import defect, engine_failed, shutting_down
-from engine.server.logprobs import TokenTexts, chat_logprobs, completion_logprobs
+from engine.server.logprobs import TextOffsets, TokenTexts, chat_logprobs, completion_logprobs
 from engine.text import OutputText
 
 if TYPE_CHECKING:
@@ -189,7 +189,7 @@ class CompletionAnswer(Answer):
 
     def __init__(self, *arguments, **options) -> None:
         super().__init__(*arguments, **options)
-        self._offsets = [0] * len(self.continuations)
+        self._offsets = [TextOffsets(self._texts) for _ in self.continuations]
 
     def _content(self, continuation: Continuation) -> dict[str, object]:
         return {"text": continuation.text.text}
@@ -197,8 +197,7 @@ class CompletionAnswer(Answer):
     def _logprobs(self, continuation: Continuation) -> dict[str, object] | None:
         if continuation.logprobs is None:
             return None
-        index = continuation.index
-        shown, self._offsets[index] = completion_logprobs(continuation.logprobs, self._texts, self._offsets[index])
+        shown = completion_logprobs(continuation.logprobs, self._texts, self._offsets[continuation.index])
         continuation.logprobs.clear()
         return shown
 
@@ -220,7 +219,7 @@ class ChatAnswer(Answer):
         return f"data: {compact({**self._head(self.chunk_name), 'choices': [choice], **usage})}\n\n"
 
     def _content(self, continuation: Continuation) -> dict[str, object]:
-        return {"message": {"role": "assistant", "content": continuation.text.text}}
+        return {"message": {"role": "assistant", "content": continuation.text.text, "refusal": None}}
 
     def _logprobs(self, continuation: Continuation) -> dict[str, object] | None:
         if continuation.logprobs is None:

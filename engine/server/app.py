@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 
 # Long prompts take a while, so that one must not make all others wait.
 _TOKENIZER_THREADS = 2
+# Of all texts of a request together (`protocol.num_entries`): they are made one after the other, while all others wait.
+_MOST_ENTRIES = 1 << 18
 
 _ERRORS = {
     400: "Malformed, out of range, unsupported, or longer than the model's context.",
@@ -127,15 +129,22 @@ class Service:
             raise errors.model_not_found(request.model, self.settings.model_names[0])
         protocol.refuse_unsupported(request)
 
-    def check_count(self, num_continuations: int) -> None:
+    def check_count(self, request: CompletionRequest | ChatCompletionRequest, num_continuations: int) -> None:
         """
         Raises:
-            ApiError: that many would never be taken at once.
+            ApiError: that many would never be taken at once, or have too large tables together.
         """
         most = self.engine.info.max_num_seqs + self.settings.max_queue
         if num_continuations > most:
             message = f"the request asks for {num_continuations} texts at once; this server takes at most {most}"
             raise ApiError(400, message, param="n")
+        num_entries = protocol.num_entries(request)
+        if num_entries * num_continuations > _MOST_ENTRIES:
+            message = (
+                f"the request asks for {num_continuations} texts with {num_entries} entries in logit_bias, "
+                f"stop_token_ids and the characters of stop; texts times entries must be at most {_MOST_ENTRIES}"
+            )
+            raise ApiError(400, message)
 
     async def encode(self, prompt: str | list[int], param: str) -> list[int]:
         """The token ids of a prompt.
@@ -201,8 +210,9 @@ class Service:
         room = max_model_len - num_prompt_tokens
         if room < 1:
             raise errors.context_length_exceeded(num_prompt_tokens, None, max_model_len, param)
-        for name in ("max_completion_tokens", "max_tokens"):
-            wanted = getattr(request, name, None)
+        is_chat = isinstance(request, ChatCompletionRequest)
+        for name in ("max_completion_tokens", "max_tokens") if is_chat else ("max_tokens",):
+            wanted = getattr(request, name)
             if wanted is not None and wanted > room:
                 raise errors.context_length_exceeded(num_prompt_tokens, wanted, max_model_len, name)
             if wanted is not None:
@@ -291,7 +301,7 @@ def _add_generation(app: FastAPI, service: Service) -> None:
     async def create_completion(body: CompletionRequest, request: Request) -> Response:
         """Continue one prompt or several."""
         _admit_generation(service, body)
-        service.check_count(len(body.prompt) * (body.n or 1))
+        service.check_count(body, len(body.prompt) * (body.n or 1))
         prompts = []
         for index, prompt in enumerate(body.prompt):
             param = "prompt" if len(body.prompt) == 1 else f"prompt[{index}]"
@@ -308,7 +318,7 @@ def _add_generation(app: FastAPI, service: Service) -> None:
     async def create_chat_completion(body: ChatCompletionRequest, request: Request) -> Response:
         """Let the assistant answer a chat."""
         _admit_generation(service, body)
-        service.check_count(body.n or 1)
+        service.check_count(body, body.n or 1)
         token_ids = await service.encode_chat(body)
         most = service.max_tokens(len(token_ids), body, None, "messages")
         continuations = service.submit([(token_ids, protocol.sampling_params(body, most))], "messages")

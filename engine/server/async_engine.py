@@ -91,7 +91,11 @@ class Observer(Protocol):
         """
 
     def on_end(self, stream: RequestStream) -> None:
-        """A request has ended, for whichever reason."""
+        """A request has ended, for whichever reason.
+
+        One with stop strings that has come to its "length" has ended once its reader is done with its last tokens: they
+        may complete a stop string, and then the reason is "stop".
+        """
 
 
 class AsyncEngine:
@@ -209,10 +213,16 @@ class AsyncEngine:
         """The one way in which a request ends."""
         del self._live[stream.request_id]
         stream._end(finish_reason, error)
-        if self.observer is not None:
-            self.observer.on_end(stream)
+        if finish_reason == "length" and stream.params.stop:
+            stream._may_be_cut = True
+        else:
+            self._tell_end(stream)
         if not self._live:
             self._all_ended.set()
+
+    def _tell_end(self, stream: RequestStream) -> None:
+        if self.observer is not None:
+            self.observer.on_end(stream)
 
     # ---- to the worker ---------------------------------------------------------------------------------------------
 
@@ -398,7 +408,7 @@ class RequestStream:
         num_output_tokens: so far.
         num_cached_tokens: of the prompt, found in the prefix cache; known with the first token.
         num_preemptions: known at the end, if that was "stop" or "length".
-        finish_reason: that of the last event, as soon as it is known.
+        finish_reason: as soon as it is known; that of the last event, but "stop" if a stop string cut its tokens.
         error: with finish_reason "error", why, as a sentence.
     """
 
@@ -406,6 +416,7 @@ class RequestStream:
         "_engine",
         "_is_over",
         "_logprobs",
+        "_may_be_cut",
         "_token_ids",
         "_waiter",
         "arrival_s",
@@ -436,12 +447,14 @@ class RequestStream:
         self._logprobs: list[tuple] = []
         self._waiter: asyncio.Future[None] | None = None
         self._is_over = False
+        self._may_be_cut = False  # it has ended, and its observer waits for the reader's word on the last tokens
 
     def __aiter__(self) -> RequestStream:
         return self
 
     async def __anext__(self) -> TokenEvent:
         if self._is_over:
+            self._settle(self.finish_reason)
             raise StopAsyncIteration
         while not self._token_ids and self.finish_reason is None:
             if self._waiter is not None:
@@ -459,13 +472,21 @@ class RequestStream:
         return TokenEvent(token_ids, logprobs, self.finish_reason)
 
     def abort(self, finish_reason: str = "abort") -> None:
-        """End the request now; its blocks are free at once. Nothing happens if it has ended.
+        """End the request now; its blocks are free at once. If it has ended by itself, its reader is done with it.
 
         Args:
             finish_reason: of the last event; "stop" where a stop string has completed the text.
         """
         if self.finish_reason is None:
             self._engine._abort(self, finish_reason)
+        else:
+            self._settle("stop" if finish_reason == "stop" else self.finish_reason)
+
+    def _settle(self, finish_reason: str) -> None:
+        """The reader has seen all that it wants to see of a request that has ended."""
+        if self._may_be_cut:
+            self._may_be_cut, self.finish_reason = False, finish_reason
+            self._engine._tell_end(self)
 
     def _end(self, finish_reason: str, error: str | None) -> None:
         self.finish_reason, self.error = finish_reason, error

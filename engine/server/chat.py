@@ -119,6 +119,8 @@ def read_template(path: Path) -> str:
         raise UserError(f"--chat-template: {path} is not UTF-8") from None
     except OSError as error:
         raise UserError(f"--chat-template: {path} cannot be read ({error.strerror or error})") from None
+    if not text.strip():
+        raise UserError(f"--chat-template: {path} is empty; a template must write the messages")
     environment = ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"])
     try:
         environment.parse(text.replace("{% generation %}", "").replace("{% endgeneration %}", ""))

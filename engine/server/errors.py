@@ -141,7 +141,12 @@ def engine_failed(reason: str | None) -> ApiError:
 
 
 def defect() -> ApiError:
-    return ApiError(500, "the server failed with a defect of its own; its log says more", code="internal_error")
+    return ApiError(
+        500,
+        "the server failed with a defect of its own; its log says more",
+        code="internal_error",
+        headers={"connection": "close"},  # uvicorn closes it behind a defect, said or not
+    )
 
 
 # ---- FastAPI -------------------------------------------------------------------------------------------------------
@@ -164,12 +169,12 @@ def install_handlers(app: FastAPI) -> None:
 
 
 def _routing_error(request: Request, error: HTTPException) -> ApiError:
-    message = error.detail
+    message, path = error.detail, request.url.path
     if error.status_code == HTTPStatus.NOT_FOUND:
-        message = f"there is nothing at {request.url.path}"
+        message = f"there is nothing at {path}"
     elif error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
         allowed = (error.headers or {}).get("Allow", "another method")
-        message = f"{request.method} is not allowed at {request.url.path}; use {allowed}"
+        message = f"{request.method} is not allowed at {path}; use {allowed}"
     elif error.status_code == HTTPStatus.BAD_REQUEST:
         message = "the body is no JSON that can be read"
     return ApiError(error.status_code, message, headers=error.headers)
@@ -186,7 +191,6 @@ def _validation_error(error: RequestValidationError) -> ApiError:
         return ApiError(400, "the body must be a JSON object, sent with Content-Type: application/json")
     if found["type"] == "missing":
         return ApiError(400, f"{param} is missing", param=param)
-    requirement = message.removeprefix("Value error, ")
-    if requirement.startswith("Input should "):
-        requirement = f"it must {requirement.removeprefix('Input should ')}"
+    requirement = re.sub(r"^(Input|List|String|Dictionary) should ", "it must ", message.removeprefix("Value error, "))
+    requirement = re.sub(r" after validation, not \d+$", "", requirement)
     return ApiError(400, f"{param} is {shown(found['input'])}; {requirement}", param=param)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import re
 from collections.abc import Sequence
 
@@ -20,8 +21,11 @@ class TokenTexts:
         self._known: dict[int, tuple[str, bytes]] = {}
         self._byte_of: dict[str, int] | None = None
         self._names: dict[int, str] = {}
+        self._hidden: set[int] = set()
         if isinstance(tokenizer, HFTokenizer):
-            self._names = {token: str(name) for token, name in tokenizer.tokenizer.added_tokens_decoder.items()}
+            added = tokenizer.tokenizer.added_tokens_decoder
+            self._names = {token: str(name) for token, name in added.items()}
+            self._hidden = {token for token, name in added.items() if name.special}
             if "ByteLevel" in repr(tokenizer.tokenizer.backend_tokenizer.decoder):
                 self._byte_of = _byte_level_alphabet()
 
@@ -32,6 +36,10 @@ class TokenTexts:
             data = self._bytes(token_id)
             known = self._known[token_id] = (data.decode("utf-8", errors="replace"), data)
         return known
+
+    def in_text(self, token_id: int) -> bytes:
+        """The bytes that a token gives to a text: of special tokens none."""
+        return b"" if token_id in self._hidden else self(token_id)[1]
 
     def _bytes(self, token_id: int) -> bytes:
         if token_id in self._names:
@@ -81,31 +89,44 @@ def chat_logprobs(entries: Sequence[TokenLogprobs], texts: TokenTexts) -> dict[s
         {**shown(entry.token_id, entry.logprob), "top_logprobs": [shown(*pair) for pair in entry.top]}
         for entry in entries
     ]
-    return {"content": content}
+    return {"content": content, "refusal": None}
 
 
-def completion_logprobs(entries: Sequence[TokenLogprobs], texts: TokenTexts, offset: int) -> tuple[dict, int]:
-    """As in choices[].logprobs of a completion, and the offset behind its last token.
+class TextOffsets:
+    """Where the tokens of a growing text begin in it, in characters; within a character, where that begins."""
+
+    def __init__(self, texts: TokenTexts) -> None:
+        self._texts = texts
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._num_characters = 0
+
+    def next(self, token_id: int) -> int:
+        """Where the next token begins, which is this one."""
+        begin = self._num_characters
+        self._num_characters += len(self._decoder.decode(self._texts.in_text(token_id)))
+        return begin
+
+
+def completion_logprobs(entries: Sequence[TokenLogprobs], texts: TokenTexts, offsets: TextOffsets) -> dict[str, object]:
+    """As in choices[].logprobs of a completion.
 
     `top_logprobs` has the drawn token too, so one more than were asked for if it was not among the most probable.
 
     Args:
-        offset: in characters of the output, where the first of these tokens begins.
+        offsets: of the output, whose next tokens these are.
     """
-    tokens, offsets, tops = [], [], []
+    tokens, tops = [], []
     for entry in entries:
         text = texts(entry.token_id)[0]
         tokens.append(text)
-        offsets.append(offset)
-        offset += len(text)
         top = {texts(token_id)[0]: _finite(logprob) for token_id, logprob in reversed(entry.top)}
         tops.append({**dict(reversed(top.items())), text: _finite(entry.logprob)})
     return {
         "tokens": tokens,
         "token_logprobs": [_finite(entry.logprob) for entry in entries],
         "top_logprobs": tops,
-        "text_offset": offsets,
-    }, offset
+        "text_offset": [offsets.next(entry.token_id) for entry in entries],
+    }
 
 
 def _finite(logprob: float) -> float:

@@ -158,7 +158,7 @@ class _GenerationRequest(ModelRequest):
     top_k: int | None = Field(None, ge=-1, le=MAX_INT32, description="0 or -1 for all tokens.")
     min_p: float | None = Field(None, ge=0, le=1)
     n: int | None = Field(None, ge=1, le=MAX_CHOICES)
-    seed: int | None = Field(None, ge=0, le=MAX_SEED)
+    seed: int | None = Field(None, ge=-MAX_SEED - 1, le=MAX_SEED, description="-1 for none, as left out.")
     stop: StopStrings = None
     stop_token_ids: list[TokenId] | None = None
     include_stop_str_in_output: bool | None = None
@@ -196,6 +196,7 @@ class ChatMessage(BaseModel):
 class _ChatFields(ModelRequest):
     """What a chat template reads."""
 
+    messages: list[ChatMessage] | None = Field(None, min_length=1)
     add_generation_prompt: bool | None = Field(None, description="Let the assistant begin to speak. Default true.")
     chat_template_kwargs: dict[str, Any] | None = Field(None, description="Further variables of the template.")
 
@@ -213,7 +214,6 @@ class TokenizeRequest(_ChatFields):
     """POST /tokenize: a prompt, or the messages of a chat."""
 
     prompt: str | None = None
-    messages: list[ChatMessage] | None = Field(None, min_length=1)
 
 
 class DetokenizeRequest(ModelRequest):
@@ -272,11 +272,13 @@ class TokenLogprob(TopLogprob):
 
 class ChatLogprobs(BaseModel):
     content: list[TokenLogprob]
+    refusal: None
 
 
 class AssistantMessage(BaseModel):
     role: Literal["assistant"]
     content: str
+    refusal: None
 
 
 class ChatChoice(BaseModel):
@@ -349,8 +351,14 @@ def refuse_unsupported(request: BaseModel) -> None:
             raise unsupported(name)
     if extra.get("best_of") not in (None, getattr(request, "n", None) or 1):
         raise unsupported("best_of", "it must be n, or left out")
-    for message in getattr(request, "messages", None) or ():
+    # By class, here and elsewhere: of another request "messages" is an unknown field, which may be anything.
+    for message in (isinstance(request, _ChatFields) and request.messages) or ():
         refuse_unsupported(message)
+
+
+def num_entries(request: CompletionRequest | ChatCompletionRequest) -> int:
+    """Entries of the tables that each of a request's texts has of its own: biases, stop tokens, stop characters."""
+    return len(request.logit_bias or ()) + len(request.stop_token_ids or ()) + sum(map(len, request.stop or ()))
 
 
 def sampling_params(request: CompletionRequest | ChatCompletionRequest, max_tokens: int) -> SamplingParams:
@@ -360,6 +368,8 @@ def sampling_params(request: CompletionRequest | ChatCompletionRequest, max_toke
     """
     given = {name: getattr(request, name) for name in _SAMPLING_FIELDS}
     given = {name: value for name, value in given.items() if value is not None}
+    if "seed" in given:
+        given["seed"] = _seed(given["seed"])
     given["logprobs"] = _num_logprobs(request)
     if request.logit_bias is not None:
         given["logit_bias"] = {_token_id(key): bias for key, bias in request.logit_bias.items()}
@@ -386,6 +396,11 @@ _SAMPLING_FIELDS = (
     "frequency_penalty",
     "repetition_penalty",
 )
+
+
+def _seed(seed: int) -> int | None:
+    """OpenAI's seeds are any int64 and the engine's have no sign; -1 is vLLM's word for none."""
+    return None if seed == -1 else seed & MAX_SEED
 
 
 def _num_logprobs(request: CompletionRequest | ChatCompletionRequest) -> int | None:

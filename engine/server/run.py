@@ -30,6 +30,9 @@ from engine.server.settings import ServerSettings
 from engine.server.sse import DROP
 from engine.tokenizer import Tokenizer, load_tokenizer
 
+with contextlib.suppress(ModuleNotFoundError):  # uvicorn takes h11 then
+    import httptools
+
 if TYPE_CHECKING:
     from engine.config import EngineConfig
 
@@ -39,6 +42,8 @@ _INTERRUPTED = 130
 _LAST_WRITES_S = 2.0
 # Longer than clients keep idle connections, so that none is closed while a request is being sent on it.
 _KEEP_ALIVE_S = 75
+_BACKLOG = 2048  # uvicorn's own
+_MAX_HEAD_BYTES = 64 << 10  # of a request: its method, path and headers
 
 
 def serve(config: EngineConfig, settings: ServerSettings) -> int:
@@ -115,6 +120,7 @@ class _Run:
         gc.collect()
         gc.freeze()  # what is there now stays: no collection need look at it while tokens wait
         server = _Uvicorn(_uvicorn_config(app), lambda: self._say_address())
+        start_listening(self._listener)
         serving = asyncio.create_task(server.serve(sockets=[self._listener]))
         dead, stopped = asyncio.create_task(engine.wait_dead()), asyncio.create_task(self._stop.wait())
         await asyncio.wait({serving, dead, stopped}, return_when=asyncio.FIRST_COMPLETED)
@@ -156,11 +162,26 @@ def bound_socket(host: str, port: int) -> socket.socket:
         listener.bind(address)
     except OSError as error:
         listener.close()
-        raise UserError(
-            f"{host}:{port} cannot be listened on ({error.strerror}); give another --host or --port, or --port 0 for "
-            "any port that is free"
-        ) from None
+        raise _cannot_listen(host, port, error) from None
     return listener
+
+
+def start_listening(listener: socket.socket) -> None:
+    """
+    Raises:
+        UserError: another server, which was loading its model at the same time, was the first to listen there.
+    """
+    try:
+        listener.listen(_BACKLOG)
+    except OSError as error:
+        raise _cannot_listen(*listener.getsockname()[:2], error) from None
+
+
+def _cannot_listen(host: str, port: int, error: OSError) -> UserError:
+    return UserError(
+        f"{host}:{port} cannot be listened on ({error.strerror}); give another --host or --port, or --port 0 for any "
+        "port that is free"
+    )
 
 
 def _warnings(settings: ServerSettings, listener: socket.socket) -> Iterator[str]:
@@ -192,7 +213,7 @@ def _uvicorn_config(app: ASGIApp) -> uvicorn.Config:
         timeout_keep_alive=_KEEP_ALIVE_S,
     )
     config.load()
-    config.http_protocol_class = droppable(config.http_protocol_class)
+    config.http_protocol_class = robust(droppable(config.http_protocol_class))
     return config
 
 
@@ -214,6 +235,92 @@ def droppable(protocol: type[asyncio.Protocol]) -> type[asyncio.Protocol]:
             self.app = with_drop
 
     return Droppable
+
+
+def robust(protocol: type[asyncio.Protocol]) -> type[asyncio.Protocol]:
+    """uvicorn's protocol over httptools, made to read what its protocol over h11 reads too.
+
+    Every HTTP client of Java offers, by default and on every request, to go on in HTTP/2 ("Upgrade: h2c"). httptools
+    takes what follows the head of such a request for HTTP/2, and its body is lost (uvicorn's issue 2722). A server
+    that does not upgrade must read on as if it had not been asked. Nor does httptools have a limit for heads.
+    """
+    if not hasattr(protocol, "on_headers_complete"):  # h11's
+        return protocol
+
+    class Robust(protocol):
+        def __init__(self, *arguments, **options) -> None:
+            super().__init__(*arguments, **options)
+            self.parser = _Parser(self)
+
+        def on_message_begin(self) -> None:
+            self.parser.begin_head()
+            super().on_message_begin()
+
+        def on_headers_complete(self) -> None:
+            self.parser.end_head()
+            if not self.parser.should_upgrade():
+                super().on_headers_complete()
+
+        def on_message_complete(self) -> None:
+            if not self.parser.should_upgrade():
+                super().on_message_complete()
+
+    return Robust
+
+
+class _Parser:
+    """httptools' parser; a request that offers an upgrade is parsed again without the offer."""
+
+    def __init__(self, protocol: asyncio.Protocol) -> None:
+        """
+        Args:
+            protocol: uvicorn's, which takes the parser's events and has the head of the request in `url` and `headers`.
+        """
+        self._protocol = protocol
+        self._parser = httptools.HttpRequestParser(protocol)
+        self._num_new_bytes = 0
+        # Of the head that is being read, those that came behind its first piece; None between heads.
+        self._num_head_bytes: int | None = None
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._parser, name)
+
+    def begin_head(self) -> None:
+        self._num_head_bytes = -self._num_new_bytes
+
+    def end_head(self) -> None:
+        self._num_head_bytes = None
+
+    def feed_data(self, data: bytes) -> None:
+        """
+        Raises:
+            HttpParserError: it is no HTTP, or the head of a request is too long.
+        """
+        self._num_new_bytes = len(data)
+        while data:
+            try:
+                self._parser.feed_data(data)
+                break
+            except httptools.HttpParserUpgrade as found:
+                head, data = self._head_without_offer(), data[found.args[0] :]
+                self._parser = httptools.HttpRequestParser(self._protocol)
+                self._parser.feed_data(head)
+        if self._num_head_bytes is not None:
+            self._num_head_bytes += self._num_new_bytes
+            if self._num_head_bytes > _MAX_HEAD_BYTES:
+                raise httptools.HttpParserError("the head is too long")
+
+    def _head_without_offer(self) -> bytes:
+        method, version = self._parser.get_method(), self._parser.get_http_version().encode()
+        if method == b"CONNECT":  # which is an upgrade by itself
+            raise httptools.HttpParserError("this is no proxy")
+        lines = [b"%b %b HTTP/%b" % (method, self._protocol.url, version)]
+        for name, value in self._protocol.headers:
+            if name == b"connection":
+                value = b", ".join(word for word in value.split(b",") if word.strip().lower() != b"upgrade")
+            if name != b"upgrade":
+                lines.append(b"%b: %b" % (name, value))
+        return b"\r\n".join([*lines, b"", b""])
 
 
 class _Uvicorn(uvicorn.Server):

@@ -227,6 +227,28 @@ def test_retrieval_counts(record, found):
         assert distance["exact_interval"] == pytest.approx(wilson(distance["exact"], 3), abs=1e-3)
 
 
+@pytest.mark.gpu
+def test_study_on_a_gpu_is_that_of_the_cpu(found, tmp_path):
+    """In CUDA graphs and bfloat16, where rounding alone has a KL; pages that fill while they are decoded."""
+    file = tmp_path / "record.json"
+    sizes = ["--windows", str(WINDOWS), "--context", str(CONTEXT), "--trials", "3", "--prefill", str(PREFILL)]
+    pair = ["--pair", str(MINIATURE), "--device", "cuda", "--quick", "--variants", ",".join(MEASURED)]
+    assert command.main([*pair, *sizes, "--output", str(file)]) == 0
+    record = json.loads(file.read_text(encoding="utf-8"))
+    assert record["model"]["dtype"] == "bfloat16"
+    for each in record["variants"]:
+        wanted = found[each["name"]]
+        assert each["tokens"] == wanted["tokens"]
+        assert each["of_windows"]["nll"] == pytest.approx(wanted["of_windows"]["nll"], rel=0.02)
+        assert each["kl"]["mean"] == pytest.approx(wanted["kl"]["mean"], rel=0.25, abs=5e-4)
+        assert (each["emulated"], each["skip_layers"]) == (wanted["emulated"], wanted["skip_layers"])
+    errors = {(e["kv_cache_dtype"], e["outliers"], e["strength"]): e["error_ordinary"] for e in record["attention"]}
+    of_cpu = attention_errors(CPU, num_seqs=2, context=512, seed=0)
+    for e in of_cpu:
+        kind = (e["kv_cache_dtype"], e["outliers"], e["strength"])
+        assert errors[kind] == pytest.approx(e["error_ordinary"], rel=0.2, abs=0.02), kind
+
+
 def test_tables_are_printed(capsys, tmp_path):
     file = tmp_path / "record.json"
     sizes = ["--windows", "2", "--context", "64", "--trials", "0", "--variants", "fp8"]

@@ -28,3 +28,4 @@ if _lacks("prometheus_client"):
     collect_ignore += ["test_server_metrics.py"]
 if _lacks("fastapi", "httpx", "openai", "prometheus_client", "schemathesis", "uvicorn"):
     collect_ignore += ["test_serve_command.py", "test_server_app.py", "test_server_openai.py", "test_server_schema.py"]
+    collect_ignore += ["test_server_soak.py"]

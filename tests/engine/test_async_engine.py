@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from driven import CONFIG, INFO, Core, Script, over, read, step_message, tokens_of, until
@@ -565,6 +566,41 @@ def test_late_news_of_an_aborted_request_is_dropped():
 
     asyncio.run(run())
     assert [commands.aborts for commands in script.received] == [[], [0], []]
+
+
+@pytest.mark.parametrize(
+    ("stop", "does", "reasons"),
+    [
+        ((), lambda stream: None, ["length"]),
+        (("x",), lambda stream: stream.abort("stop"), ["stop"]),
+        (("x",), lambda stream: stream.abort(), ["length"]),
+        (("x",), lambda stream: None, ["length"]),
+    ],
+)
+def test_a_stop_string_in_the_last_tokens_counts_as_stop(stop, does, reasons):
+    """Text is the reader's: it finds a stop string when the engine has already gone on to the last token."""
+    script, told = Script(), []
+
+    async def run():
+        engine = await script.start()
+        engine.observer = SimpleNamespace(
+            on_step=lambda *figures: None, on_end=lambda stream: told.append(stream.finish_reason)
+        )
+        stream = engine.submit([1], greedy(2, stop=stop))
+        await script.step(engine, tokens=[(0, [7, 8])], ended=[(0, "length", 0)])
+        await until(lambda: engine.num_requests == 0)
+        assert told == ([] if stop else reasons)
+        event = await anext(stream)
+        assert (event.token_ids, event.finish_reason) == ([7, 8], "length")
+        does(stream)
+        with pytest.raises(StopAsyncIteration):
+            await anext(stream)
+        stream.abort()
+        await engine.close(timeout_s=0)
+
+    asyncio.run(run())
+    assert told == reasons
+    assert [commands.aborts for commands in script.received] == [[], []]  # it has nothing to abort
 
 
 def test_requests_of_one_moment_are_one_message():

@@ -28,6 +28,7 @@ from engine.commands.bench import bench
 from engine.commands.generate import generate
 from engine.errors import UserError
 from engine.sampling import LogitsProcessor, Plan
+from engine.sequence import Sequence
 from kernels.reference.sampling import sample
 
 pytestmark = pytest.mark.gpu
@@ -198,7 +199,7 @@ def test_tokens_are_the_references_draws_of_the_same_logits(models):
 
 
 def test_adjusted_logits_and_logprobs_are_those_of_the_cpus_path(models):
-    """Behind graphs of bfloat16 logits and outside of them; neighbours that ask for nothing keep their tokens."""
+    """Behind graphs of bfloat16 logits and outside of them, as are the tokens of neighbours that ask for nothing."""
     folder, _ = models("llama")
     asked = (
         {"repetition_penalty": 1.3, "frequency_penalty": 0.7, "presence_penalty": -0.4, "logprobs": 5},
@@ -208,21 +209,16 @@ def test_adjusted_logits_and_logprobs_are_those_of_the_cpus_path(models):
     )
     plain = ({}, {"temperature": 1.0}, {"temperature": 1.0, "top_k": 20})
     with engine(folder, **GPU) as core:
-        alone = [request(core, f"alone {i}", prompts([20 + i])[0], seed=i, **each) for i, each in enumerate(plain)]
-        run(core, alone)
         log = LogitsLog(core)
         requests = [request(core, i, prompts([50 + i])[0], max_tokens=30 + i, **each) for i, each in enumerate(asked)]
-        crowd = [request(core, f"crowd {i}", prompts([20 + i])[0], seed=i, **each) for i, each in enumerate(plain)]
+        crowd = [request(core, f"crowd {i}", prompts([20 + i])[0], **each) for i, each in enumerate(plain)]
         updates = run(core, [*requests[:2], *crowd, *requests[2:]])
-        rows = {each: log.rows(each) for each in requests}
-        wanted = {f"crowd {i}": each.output_token_ids for i, each in enumerate(alone)}
-        logits = {each.request_id: log.rows(each) for each in crowd}
-        assert_same_texts({each.request_id: each.output_token_ids for each in crowd}, wanted, logits, NEARLY_EQUAL)
+        rows = {each: log.rows(each) for each in [*requests, *crowd]}
     wrong = 0
-    for each in requests:
+    for each in [*requests, *crowd]:
         processor = LogitsProcessor(VOCAB_SIZE, 8, torch.device("cpu"))
         for at, token in enumerate(each.output_token_ids):
-            sofar = request(core, "so far", each.prompt_token_ids, **asked[each.request_id])
+            sofar = Sequence("so far", each.prompt_token_ids, each.params, max_model_len=256)
             sofar.append(each.output_token_ids[:at])
             sofar.slot = 0
             processor.admit([sofar])
@@ -232,6 +228,7 @@ def test_adjusted_logits_and_logprobs_are_those_of_the_cpus_path(models):
             (drawn,) = sample(
                 adjusted,
                 temperature=torch.tensor([each.params.temperature]),
+                top_k=torch.tensor([each.params.top_k], dtype=torch.int32),
                 top_p=torch.tensor([each.params.top_p]),
                 seeds=torch.tensor([each.seed]),
                 positions=torch.tensor([len(sofar.token_ids)]),
@@ -294,7 +291,8 @@ def test_memory_is_filled_and_not_exceeded(settings, models):
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        requests = [request(core, i, prompt, max_tokens=2) for i, prompt in enumerate(prompts([150] * 14))]
+        asked = {"max_tokens": 2, "frequency_penalty": 1.0, "temperature": 1.0, "top_p": 0.9, "logprobs": 20}
+        requests = [request(core, i, prompt, **asked) for i, prompt in enumerate(prompts([150] * 14))]
         run(core, requests)
         assert torch.cuda.max_memory_allocated() - before <= memory.activation_bytes + (32 << 20)
 

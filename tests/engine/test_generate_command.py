@@ -297,6 +297,7 @@ BAD_LINES = [
     ("tiny --prompt a --max-num-batched-tokens 100000000000000000000", "at most 16777216"),
     ("tiny --prompt a --num-gpu-blocks-override 100000000000000000000", "at most 2147483647"),
     ("tiny --prompt=half\udcff", "--prompt is not UTF-8 (byte 4)"),
+    ("tiny --prompt a --stop=\udcff", "--stop is not UTF-8 (byte 0)"),
     ("tiny --prompt=", "--prompt is empty"),
     ("tiny --prompt a --output {folder}/config.json/no/x.json", "--output", "config.json is a file, not a folder"),
     ("{folder}/config.json --prompt a --output ./config.json", "--output", "is the file of MODEL", "overwritten"),

@@ -10,14 +10,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from models_for_tests import FAMILIES
+from models_for_tests import FAMILIES, VOCAB_SIZE
 from running import LogitsLog, Models, engine, prompts, reference_logits, request, run
 
 from engine import pieces
+from engine import runner as engine_runner
 from engine.core import EngineCore
 from engine.models.modules import Linear
 from engine.runner import _pack, graph_sizes
-from engine.sampling_params import SamplingParams
+from engine.sampling_params import MAX_LOGPROBS, SamplingParams
 from engine.scheduling import Step
 from engine.slots import Slots
 from engine.transfer import DEPTH, PendingTokens, Upload
@@ -311,6 +312,23 @@ def test_graphs_are_followed_by_what_requests_ask_of_their_logits(models, monkey
         for one, other in zip(with_graphs[2] or (), without[2] or (), strict=True):
             assert (one.token_id, one.rank) == (other.token_id, other.rank)
             assert one.logprob == pytest.approx(other.logprob, abs=1e-4)
+
+
+@pytest.mark.parametrize("num_samples", [1, 8])
+def test_a_dummy_step_samples_as_if_everything_were_asked_for(num_samples, models, monkeypatch):
+    """What that takes is measured before the KV cache gets the rest; no request's counts are touched."""
+    folder, _ = models("llama")
+    with engine(folder, max_num_seqs=8) as core:
+        runner, rows, packed = core._runner, [], []
+        adjusted, pending = runner._processor.adjusted, engine_runner.token_logprobs
+        monkeypatch.setattr(runner._processor, "adjusted", lambda *given: rows.append(adjusted(*given)) or rows[-1])
+        monkeypatch.setattr(
+            engine_runner, "token_logprobs", lambda *given: packed.append(pending(*given)) or packed[-1]
+        )
+        runner.run_dummy([(5, 0)], num_samples=num_samples)
+        assert [row.shape for row in rows] == [(num_samples, VOCAB_SIZE)]
+        assert [row.shape for row in packed] == [(num_samples, 2 + 2 * MAX_LOGPROBS)]
+        assert runner._processor.counts[-1].any() and not runner._processor.counts[:-1].any()
 
 
 class Rerun:

@@ -17,6 +17,7 @@ from served import MINIATURE, ROOT, Served
 from engine.commands import serve as command
 from engine.commands.__main__ import main
 from engine.config import EngineConfig
+from engine.errors import UserError
 from engine.server import run as server_run
 from engine.server.settings import ServerSettings
 from planner import cli
@@ -113,6 +114,85 @@ def test_a_port_that_is_taken(run):
     assert code == 2
     assert f"127.0.0.1:{port} cannot be listened on (Address already in use)" in err
     assert len(err.strip().splitlines()) == 1
+
+
+def test_a_port_that_another_server_took_while_both_were_loading():
+    with server_run.bound_socket("127.0.0.1", 0) as first:
+        port = first.getsockname()[1]
+        with Served("tiny", "--load-format", "dummy", "--port", port) as second:
+            with pytest.raises(UserError, match=rf"127.0.0.1:{port} cannot be listened on \(Address already in use\)"):
+                server_run.start_listening(first)
+            assert second.end() == 0
+
+
+def test_a_server_that_comes_second_ends_with_a_sentence():
+    """As if another one had begun to listen at its address after it had bound it."""
+    with server_run.bound_socket("127.0.0.1", 0) as first:
+        second = Served("tiny", "--load-format", "dummy", "--port", first.getsockname()[1])
+        second.wait_for("Model loading took|memory")
+        first.listen()
+        assert second.process.wait(60) == 2
+    lines = [line for line in second.stderr if "error" in line.lower() or "Traceback" in line]
+    assert len(lines) == 1
+    assert "cannot be listened on (Address already in use)" in lines[0]
+
+
+def exchange(url: httpx.URL, *pieces: bytes) -> bytes:
+    """What a server answers to bytes that come in these pieces, until it closes the connection."""
+    answer = bytearray()
+    with socket.create_connection((url.host, url.port), timeout=20) as client:
+        for piece in pieces:
+            client.sendall(piece)
+            time.sleep(0.05)  # so that they are read one by one
+        with contextlib.suppress(ConnectionResetError):
+            while data := client.recv(1 << 16):
+                answer += data
+    return bytes(answer)
+
+
+OFFER = b"Upgrade: h2c\r\nHTTP2-Settings: AAEAAEAAAAIAAAAB\r\n"
+
+
+def http_request(body: bytes, *headers: bytes, is_chunked: bool = False) -> bytes:
+    length = b"Transfer-Encoding: chunked" if is_chunked else b"Content-Length: %d" % len(body)
+    if is_chunked:
+        body = b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: t\r\nContent-Type: application/json\r\n"
+    return head + length + b"\r\n" + b"".join(headers) + b"\r\n" + body
+
+
+def test_requests_that_offer_http_2():
+    """As all clients on Java's HttpClient send them."""
+    body = b'{"prompt": "x", "max_tokens": 3, "temperature": 0}'
+    offering, closing = b"Connection: Upgrade, HTTP2-Settings\r\n" + OFFER, b"Connection: close\r\n"
+    with Served("tiny", "--load-format", "dummy", "--port", 0) as server:
+        url = httpx.URL(server.root_url)
+        for is_chunked in (False, True):
+            first, last = http_request(body, offering, is_chunked=is_chunked), http_request(body, closing)
+            # Two on one connection, whole, within the head, and within the body.
+            for cut in (0, 40, 150, len(first) - 20, len(first)):
+                answer = exchange(url, first[:cut], first[cut:] + last)
+                assert answer.count(b"HTTP/1.1 200 OK") == 2
+                assert answer.count(b'"completion_tokens":3') == 2
+            both = http_request(body, b"Connection: close, Upgrade\r\n" + OFFER, is_chunked=is_chunked)
+            assert exchange(url, both).count(b"HTTP/1.1 200 OK") == 1
+        # A head that begins in a large piece is not taken for a long one.
+        padded = http_request(body + b" " * 200_000)
+        assert exchange(url, padded + last[:20], last[20:]).count(b"HTTP/1.1 200 OK") == 2
+        assert exchange(url, b"CONNECT t:80 HTTP/1.1\r\nHost: t\r\n\r\n").startswith(b"HTTP/1.1 400 ")
+        websocket = b"GET /health HTTP/1.1\r\nHost: t\r\nConnection: close, Upgrade\r\nUpgrade: websocket\r\n\r\n"
+        assert exchange(url, websocket).startswith(b"HTTP/1.1 200 ")
+
+
+def test_a_head_without_end():
+    with Served("tiny", "--load-format", "dummy", "--port", 0) as server:
+        pieces = [b"GET /health HTTP/1.1\r\nHost: t\r\nX: "] + [b"a" * 50_000] * 4
+        with contextlib.suppress(ConnectionError):
+            assert exchange(httpx.URL(server.root_url), *pieces).startswith(b"HTTP/1.1 400 ")
+        with contextlib.suppress(ConnectionError):
+            exchange(httpx.URL(server.root_url), *[b"GET /health HTTP/1.1\r\nX: "] + [b"a" * 100_000] * 100)
+            raise AssertionError("it takes heads of any length")
+        assert httpx.get(f"{server.root_url}/health", headers={"x": "a" * 20_000}).status_code == 200
 
 
 def test_an_open_door_is_warned_of():

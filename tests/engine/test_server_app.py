@@ -1,6 +1,7 @@
 """The server's endpoints over an engine that says what a script has: framing, shapes, refusals, ends."""
 
 import asyncio
+import codecs
 import json
 import socket
 import time
@@ -61,7 +62,7 @@ def test_a_chat():
     assert answer["id"].startswith("chatcmpl-")
     assert (answer["object"], answer["model"]) == ("chat.completion", "m")
     choice = answer["choices"][0]
-    assert choice["message"] == {"role": "assistant", "content": "abca"}
+    assert choice["message"] == {"role": "assistant", "content": "abca", "refusal": None}
     assert (choice["finish_reason"], answer["usage"]["completion_tokens"]) == ("length", 4)
     assert engine.streams[0].prompt_token_ids == ByteTokenizer().encode("user:Hi\n>")
 
@@ -115,6 +116,34 @@ def test_sampling_parameters_reach_the_engine():
     params = engine.streams[0].params
     assert {name: getattr(params, name) for name in given} == {**given, "stop_token_ids": (9,)}
     assert (params.stop, dict(params.logit_bias), params.logprobs) == (("xyz",), {65: 5}, 3)
+
+
+@pytest.mark.parametrize("value", [5, "x", [[1]], ["x"], {"a": 1}, True, 1.5, [5]])
+def test_fields_of_other_requests_are_unknown_fields(value):
+    engine = FakeEngine()
+    app = make_app(engine)
+    fields = {"messages": value, "max_completion_tokens": value, "tokens": value, "top_logprobs": value}
+    assert post(app, COMPLETIONS, {"prompt": "x", "max_tokens": 7, **fields}).status_code == 200
+    assert engine.streams[0].params.max_tokens == 7
+    message = {"role": "user", "content": "Hi", "messages": value, "max_tokens": value}
+    body = {"messages": [message], "max_tokens": 1, "prompt": value, "tokens": value, "best_of": 1}
+    assert post(app, CHAT, body).status_code == 200
+    assert post(app, "/detokenize", {"tokens": [65], "messages": value, "n": value}).status_code == 200
+
+
+def test_seeds_have_a_sign_in_requests():
+    engine = FakeEngine()
+    app = make_app(engine)
+    for seed in (-1, -2, -(2**63), 2**63 - 1, 0):
+        assert post(app, COMPLETIONS, {"prompt": "x", "seed": seed, "n": 2}).status_code == 200
+    seeds = [stream.params.seed for stream in engine.streams]
+    assert seeds == [None, None, 2**63 - 2, 2**63 - 1, 0, 1, 2**63 - 1, 0, 0, 1]
+
+
+def test_large_tables_of_one_text():
+    engine = FakeEngine(max_model_len=10**6)
+    body = {"prompt": "x", "stop": ["a" * 100_000], "stop_token_ids": [7] * 100_000}
+    assert post(make_app(engine), COMPLETIONS, body).status_code == 200
 
 
 def test_null_and_unknown_fields_count_as_left_out():
@@ -246,7 +275,7 @@ def test_logprobs_of_a_completion():
     assert found["tokens"] == ["\ufffd", "\ufffd", "!"]
     assert found["token_logprobs"] == [-0.5] * 3
     assert found["top_logprobs"][2] == {"!": -0.5, '"': -1.5}
-    assert found["text_offset"] == [0, 1, 2]
+    assert found["text_offset"] == [0, 0, 1]
     # What a chunk holds back, its log-probabilities wait for too; together they are the same.
     chunks = [chunk["choices"][0] for chunk in events(post(app, COMPLETIONS, {**body, "stream": True}))[:-1]]
     assert [chunk["text"] for chunk in chunks] == ["é", "!"]
@@ -255,10 +284,43 @@ def test_logprobs_of_a_completion():
         assert [value for chunk in chunks for value in chunk["logprobs"][name]] == found[name]
 
 
+@given(text=st.text(min_size=1, max_size=8), data=st.data())
+def test_offsets_point_at_tokens(text, data):
+    """Of any split of any bytes into pieces, in whole answers and chunks."""
+    script = text.encode("utf-8", errors="replace") + data.draw(st.binary(max_size=4))
+    engine = FakeEngine(script)
+    body = {"prompt": "Hi", "max_tokens": len(script), "logprobs": 0}
+    choice = post(make_app(engine), COMPLETIONS, body).json()["choices"][0]
+    expected = []
+    for place in range(len(script)):
+        # The characters that end before this byte: those that are the same whatever comes behind.
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        expected.append(len(decoder.decode(script[:place])))
+    assert choice["logprobs"]["text_offset"] == expected
+    *chunks, _ = events(post(make_app(engine), COMPLETIONS, {**body, "stream": True}))
+    assert [offset for c in chunks for offset in c["choices"][0]["logprobs"]["text_offset"]] == expected
+
+
+def test_offsets_of_tokens_without_text(miniature):
+    special, word = 0, miniature.encode("def")
+    script = [special, *word, special, *word]
+    engine = FakeEngine(script)
+    engine.info = replace(engine.info, vocab_size=1984)
+    choice = post(
+        make_app(engine, miniature), COMPLETIONS, {"prompt": [5], "max_tokens": len(script), "logprobs": 1}
+    ).json()["choices"][0]
+    assert choice["text"] == "defdef"
+    assert choice["logprobs"]["tokens"][0] == "<|endoftext|>"
+    places = dict(zip(range(len(script)), choice["logprobs"]["text_offset"], strict=True))
+    assert (places[0], places[1], places[1 + len(word)], places[2 + len(word)]) == (0, 0, 3, 3)
+
+
 def test_logprobs_of_a_chat():
     app = make_app(FakeEngine("é!"))
     body = {**HELLO, "max_tokens": 3, "logprobs": True, "top_logprobs": 1}
-    found = post(app, CHAT, body).json()["choices"][0]["logprobs"]["content"]
+    found = post(app, CHAT, body).json()["choices"][0]["logprobs"]
+    assert found.pop("refusal") is None
+    found = found.pop("content")
     assert bytes(byte for entry in found for byte in entry["bytes"]).decode() == "é!"
     assert found[2] == {
         "token": "!",
@@ -346,6 +408,9 @@ def test_template_files(tmp_path):
     path.write_text("{% for %}")
     with pytest.raises(UserError, match="line 1"):
         read_template(path)
+    path.write_text(" \n")
+    with pytest.raises(UserError, match="is empty"):
+        read_template(path)
     path.write_bytes(b"\xff")
     with pytest.raises(UserError, match="not UTF-8"):
         read_template(path)
@@ -387,8 +452,18 @@ def test_what_a_template_refuses():
         (COMPLETIONS, {"prompt": "x", "max_tokens": 0}, "max_tokens", None, "greater than or equal to 1"),
         (COMPLETIONS, {"prompt": "x", "min_tokens": 17}, "min_tokens", None, "at most max_tokens, 16"),
         (COMPLETIONS, {"prompt": "x", "logprobs": 21}, "logprobs", None, "20"),
-        (COMPLETIONS, {"prompt": "x", "stop": [""]}, "stop[0]", None, "at least 1 character"),
-        (COMPLETIONS, {"prompt": "x", "stop": ["a"] * 65}, "stop", None, "64"),
+        (COMPLETIONS, {"prompt": "x", "stop": [""]}, "stop[0]", None, "''; it must have at least 1 character"),
+        (COMPLETIONS, {"prompt": "x", "stop": ["a"] * 65}, "stop", None, "...; it must have at most 64 items"),
+        (COMPLETIONS, {"prompt": "x", "seed": -(2**63) - 1}, "seed", None, "greater than or equal to -9223372036854"),
+        (COMPLETIONS, {"prompt": "x", "n": 128, "stop": "a" * 2049}, None, None, "must be at most 262144"),
+        (COMPLETIONS, {"prompt": ["x"] * 9, "stop_token_ids": [1] * 30_000}, None, None, "9 texts with 30000 entries"),
+        (
+            CHAT,
+            {**HELLO, "n": 9, "logit_bias": dict.fromkeys(map(str, range(30_000)), 1)},
+            None,
+            None,
+            "at most 262144",
+        ),
         (COMPLETIONS, {"prompt": "x", "logit_bias": {"a": 1}}, "logit_bias", None, "token ids"),
         (COMPLETIONS, {"prompt": "x", "logit_bias": {"1": 101}}, "logit_bias", None, "-100 to 100"),
         (COMPLETIONS, {"prompt": "x", "logit_bias": {"259": 1}}, "logit_bias", None, "0 to 258"),
@@ -399,7 +474,7 @@ def test_what_a_template_refuses():
         (CHAT, {**HELLO, "tools": [{}]}, "tools", "unsupported_parameter", "not supported"),
         (CHAT, {**HELLO, "response_format": {"type": "json_object"}}, "response_format", "unsupported_parameter", ""),
         (CHAT, {**HELLO, "top_logprobs": 2}, "top_logprobs", None, "needs logprobs"),
-        (CHAT, {"messages": []}, "messages", None, "at least 1 item"),
+        (CHAT, {"messages": []}, "messages", None, "messages is []; it must have at least 1 item"),
         (CHAT, {"messages": [{"role": "king", "content": ""}]}, "messages[0].role", None, "'developer', 'system'"),
         (CHAT, {"messages": [{"role": "user", "content": 5}]}, "messages[0].content", None, "text or a list"),
         (
@@ -604,6 +679,7 @@ def test_a_defect_is_an_error_of_the_same_shape(monkeypatch):
     monkeypatch.setattr("engine.server.app.OutputText", lambda *arguments: 1 / 0)
     response = post(make_app(engine), COMPLETIONS, {"prompt": "Hi", "n": 2})
     assert (response.status_code, response.json()["error"]["code"]) == (500, "internal_error")
+    assert response.headers["connection"] == "close"  # as uvicorn does then, while clients would send more
     assert [stream.finish_reason for stream in engine.streams] == ["abort"] * 2
 
 

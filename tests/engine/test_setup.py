@@ -11,8 +11,11 @@ from running import SMALL, Models, engine, prompts, request, run
 from engine.config import EngineConfig
 from engine.core import EngineCore
 from engine.errors import UserError
+from engine.kv.groups import kv_groups
 from engine.memory import GIB, MemoryReport
-from engine.setup import choose_dtype, describe_model
+from engine.models.hf import model_config
+from engine.sampling import LogitsProcessor
+from engine.setup import _Builder, choose_dtype, describe_model
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +57,23 @@ def test_the_report_is_what_was_allocated(family, settings, models):
         assert memory.max_model_len == core.max_model_len == 256
         assert memory.blocks_per_sequence * core.config.max_num_seqs == memory.num_blocks
         assert memory.total_bytes is memory.activation_bytes is memory.other_bytes is None
+
+
+def test_a_gpu_keeps_room_for_the_token_counts_of_every_request():
+    """Which are made when the first penalised request comes, and the KV cache has taken the rest of the memory."""
+    described = model_config(tiny_config("llama").to_dict(), "tiny")
+    groups = kv_groups(described.layer_windows)
+
+    def reserved(max_num_seqs: int) -> int:
+        config = EngineConfig(model="x", **{**SMALL, "max_num_seqs": max_num_seqs}, enforce_eager=True)
+        cpu = torch.device("cpu")
+        builder = _Builder(config, described, None, cpu, torch.bfloat16, 256, (), groups)
+        return builder._tables_and_graphs_bytes()
+
+    processors = [LogitsProcessor(described.vocab_size, slots, torch.device("cpu")) for slots in (8, 20)]
+    counts, more_counts = (processor.counts.nbytes for processor in processors)
+    tables = 12 * 4 * 256 // 32
+    assert reserved(20) - reserved(8) == more_counts - counts + tables
 
 
 def test_pages_per_sequence_and_longest_context_by_default(models):

@@ -103,6 +103,9 @@ def test_retrieval_may_be_missing():
         (json.dumps({name: part for name, part in RECORD.items() if name != "variants"}), "variants"),
         (json.dumps(RECORD | {"variants": [{"name": "fp8"}]}), "variants.0."),
         (json.dumps(RECORD | {"variants": [variant("fp8", float("nan"), 1, 1, 1)]}), "variants.0.perplexity_ratio"),
+        (json.dumps(RECORD | {"variants": [variant("fp8", 1, 1, -1, 1)]}), "variants.0.perplexity_ratio.interval"),
+        # Ends the wrong way round would let a format pass by its lower one.
+        (json.dumps(RECORD | {"variants": [variant("fp8", 1.1, 1.2, 1.0, 1)]}), "variants.0.perplexity_ratio.interval"),
     ],
 )
 def test_other_files(tmp_path, text, where):
