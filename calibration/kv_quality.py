@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from calibration.command import exit_code
 from engine.bench.record import as_committed, commit, dumps, ensure_writable, write_text
 from engine.commands.arguments import ArgumentParser, integer
 from engine.errors import UserError
@@ -23,13 +24,7 @@ _QUICK_ATTENTION = (2, 512)
 
 def main(arguments: list[str]) -> int:
     """Run the command. Returns its exit code."""
-    try:
-        return run(arguments)
-    except UserError as error:
-        print(f"{_PROG}: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    return exit_code(_PROG, run, arguments)
 
 
 def run(arguments: list[str]) -> int:

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from calibration.command import exit_code
 from engine.bench.record import as_committed, commit
 from engine.commands.arguments import ArgumentParser, integer, number
 from engine.errors import UserError
@@ -25,13 +26,7 @@ _MIN_CONTEXT = 128  # more than the bytes of the samples' prompt
 
 def main(arguments: list[str]) -> int:
     """Run the command. Returns its exit code."""
-    try:
-        return run(arguments)
-    except UserError as error:
-        print(f"{_PROG}: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    return exit_code(_PROG, run, arguments)
 
 
 def run(arguments: list[str]) -> int:
