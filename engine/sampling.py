@@ -123,7 +123,8 @@ class LogitsProcessor:
     """Adjusts logits and takes log-probabilities, with the token counts of penalised requests.
 
     Attributes:
-        counts: int32 [max_num_seqs + 1, vocab], row i of slot i: see _IN_PROMPT. Made for the first penalised request.
+        counts: int32 [max_num_seqs + 1, vocab], row i of slot i: see _IN_PROMPT. Made at the first use: on a GPU
+            by the dummy steps at the start, on a CPU for the first penalised request.
     """
 
     def __init__(self, vocab_size: int, max_num_seqs: int, device: torch.device) -> None:

@@ -159,10 +159,16 @@ class Answer(ABC):
 
     def edges(self, continuation: Continuation, include_usage: bool) -> tuple[str, str]:
         """What stands before and behind the text of an event that has nothing but text."""
-        head = compact(self._head(self.chunk_name))[:-1]
-        before = f'data: {head},"choices":[{{"index":{continuation.index},{self._text_opening}'
-        usage = ',"usage":null' if include_usage else ""
-        return before, f'{self._text_closing},"logprobs":null,"finish_reason":null}}]{usage}}}\n\n'
+        before = self._before_text(continuation) + self._text_opening
+        after = f'{self._text_closing},"logprobs":null,"finish_reason":null{self._after_choice(include_usage)}'
+        return before, after
+
+    def _before_text(self, continuation: Continuation) -> str:
+        return f'data: {compact(self._head(self.chunk_name))[:-1]},"choices":[{{"index":{continuation.index},'
+
+    @staticmethod
+    def _after_choice(include_usage: bool) -> str:
+        return '}],"usage":null}\n\n' if include_usage else "}]}\n\n"
 
     def event(self, continuation: Continuation, piece: str, include_usage: bool) -> str:
         """Any event with a choice: text, log-probabilities, and at the end the reason for it."""
@@ -170,11 +176,8 @@ class Answer(ABC):
         if continuation.finish_reason is not None:
             ending += f',"stop_reason":{compact(continuation.text.stop_reason)}'
         text = f"{self._text_opening}{quoted(piece)}{self._text_closing}" if piece else self._no_text
-        usage = ',"usage":null' if include_usage else ""
-        return (
-            f'data: {compact(self._head(self.chunk_name))[:-1]},"choices":[{{"index":{continuation.index},{text},'
-            f'"logprobs":{compact(self._logprobs(continuation))},{ending}}}]{usage}}}\n\n'
-        )
+        logprobs = f'"logprobs":{compact(self._logprobs(continuation))}'
+        return f"{self._before_text(continuation)}{text},{logprobs},{ending}{self._after_choice(include_usage)}"
 
     def usage_event(self) -> bytes:
         """The event behind all choices."""

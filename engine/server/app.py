@@ -179,7 +179,7 @@ class Service:
             add_generation_prompt=request.add_generation_prompt is not False,
             variables=request.chat_template_kwargs,
         )
-        text, _ = read_chat(await self._in_thread(render))
+        text = read_chat(await self._in_thread(render))
         self._check_length(text, "messages")
         return await self._in_thread(encode_chat, self.tokenizer, text)
 
@@ -281,16 +281,17 @@ class Service:
         return JsonResponse(answer.whole())
 
 
-def read_chat(text: str) -> tuple[str, None]:
+def read_chat(text: str) -> str:
     """A rendered chat, checked as a prompt is.
 
     Raises:
         ApiError: it is empty, or no text.
     """
     try:
-        return read_prompt(text)
+        read_prompt(text)
     except UserError as error:
         raise ApiError(400, str(error), param="messages") from None
+    return text
 
 
 # ---- endpoints -----------------------------------------------------------------------------------------------------
