@@ -55,6 +55,19 @@ class PrefillBatch:
     host_query_lens: list[int]
 
 
+@dataclass(frozen=True)
+class Places:
+    """Where the KV of new tokens goes.
+
+    Attributes:
+        positions: int64 [num_tokens].
+        slots: of each KV group, as in `GroupBatch`.
+    """
+
+    positions: torch.Tensor
+    slots: tuple[torch.Tensor, ...]
+
+
 @dataclass
 class StepBatch:
     """One step.
@@ -90,6 +103,10 @@ class StepBatch:
     committed_lens: torch.Tensor | None = None
     next_flushed_lens: torch.Tensor | None = None
     attended: torch.Tensor | None = None
+
+    @property
+    def places(self) -> Places:
+        return Places(self.positions, tuple(group.slots for group in self.groups))
 
     @property
     def num_tokens(self) -> int:

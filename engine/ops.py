@@ -205,6 +205,7 @@ class Ops(ABC):
         seq_lens: torch.Tensor,
         num_tokens: int,
         page_size: int,
+        out: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """`kernels.cache.slot_mapping`: position and slot of each new token, int64 [num_tokens]; padding: 0 and -1."""
 
@@ -233,9 +234,10 @@ class TorchOps(Ops):
         result = (result if linear.bias is None else result + linear.bias.float()).to(dtype)
         return result if out is None else out.copy_(result)
 
-    def slot_mapping(self, block_tables, query_start, seq_lens, num_tokens, page_size):
-        positions = torch.zeros(num_tokens, dtype=torch.int64, device=seq_lens.device)
-        slots = torch.full_like(positions, -1)
+    def slot_mapping(self, block_tables, query_start, seq_lens, num_tokens, page_size, out=None):
+        positions, slots = out or (torch.empty(num_tokens, dtype=torch.int64) for _ in range(2))
+        positions.zero_()
+        slots.fill_(-1)
         owner = torch.repeat_interleave(torch.arange(len(seq_lens)), query_start.diff())
         count = owner.shape[0]  # rows behind are padding
         positions[:count] = (seq_lens - query_start[1:])[owner] + torch.arange(count)
@@ -321,8 +323,8 @@ class TritonOps(Ops):
         result = result.to(dtype) if linear.bias is None else result.to(dtype) + linear.bias
         return result if out is None else out.copy_(result)
 
-    def slot_mapping(self, block_tables, query_start, seq_lens, num_tokens, page_size):
-        return self.cache.slot_mapping(block_tables, query_start, seq_lens, num_tokens, page_size, check=False)
+    def slot_mapping(self, block_tables, query_start, seq_lens, num_tokens, page_size, out=None):
+        return self.cache.slot_mapping(block_tables, query_start, seq_lens, num_tokens, page_size, out=out, check=False)
 
 
 def ops_for(device: torch.device) -> Ops:

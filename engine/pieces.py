@@ -5,10 +5,13 @@ A step with prompt chunks has too many shapes to be captured whole. Launched ker
 10 ms, which a step of a thousand tokens does not take on the GPU. Attention alone looks at lengths, so the rest is
 captured for a few numbers of tokens, and a step uses the next larger one:
 
-    graph | attend | graph | attend | ...        attend: 2 to 4 launches; graph: one launch of 7 or 8 kernels
+    graph | attend | graph | attend | ...        attend: 1 to 3 launches; graph: one launch of 8 or 9 kernels
 
-All graphs work on the same few buffers, of which a step uses the first rows. Rows behind its tokens hold what earlier
-steps left there; they are computed with the others, and nobody looks at them.
+The writing of K and V is part of the graphs where it needs no more than each token's place, which a step puts in a
+buffer first; in the low-bit formats it needs lengths too, and is launched like attention.
+
+All graphs work on the same few buffers, of which a step uses the first rows. Rows behind its tokens have no place, and
+hold what earlier steps left there; they are computed with the others, and nobody looks at them.
 """
 
 from __future__ import annotations
@@ -18,6 +21,8 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
+
+from engine.batch import Places
 
 if TYPE_CHECKING:
     from engine.models.decoder import Decoder
@@ -45,7 +50,7 @@ def piece_sizes(weights: DecoderWeights, max_num_tokens: int) -> list[int]:
 class _Buffers:
     """What the graphs of all sizes share: [max_num_tokens, ...] each."""
 
-    def __init__(self, decoder: Decoder, num_tokens: int) -> None:
+    def __init__(self, decoder: Decoder, num_tokens: int, num_groups: int) -> None:
         config, embedding = decoder.config, decoder.weights.embedding
         heads = config.num_q_heads + 2 * config.num_kv_heads
 
@@ -53,6 +58,8 @@ class _Buffers:
             return torch.zeros(num_tokens, width, dtype=embedding.dtype, device=embedding.device)
 
         self.token_ids = torch.zeros(num_tokens, dtype=torch.int64, device=embedding.device)
+        self.positions = torch.zeros_like(self.token_ids)
+        self.slots = tuple(torch.full_like(self.token_ids, -1) for _ in range(num_groups))
         self.stream, self.hidden = make(config.hidden_size), make(config.hidden_size)
         self.qkv, self.attended = make(heads * config.head_dim), make(config.num_q_heads * config.head_dim)
 
@@ -63,6 +70,8 @@ class CapturedPieces:
     Attributes:
         size: tokens, padding included.
         attended: [size, num_q_heads, head_dim], where attention should put its result.
+        places: of all tokens, to be filled before `start`; padding has slot -1.
+        written: see `engine.models.decoder.Pieces`.
     """
 
     def __init__(self, decoder: Decoder, size: int, buffers: _Buffers, pool: object) -> None:
@@ -71,14 +80,22 @@ class CapturedPieces:
         self.attended = buffers.attended[:size].unflatten(1, (-1, decoder.config.head_dim))
         self._token_ids, self._attended = buffers.token_ids[:size], buffers.attended[:size]
         self._qkv, self._hidden = buffers.qkv[:size], buffers.hidden[:size]
+        self.places = Places(buffers.positions[:size], tuple(slots[:size] for slots in buffers.slots))
         stream, last = buffers.stream[:size], decoder.config.num_layers - 1
+        self.written = frozenset(index for index in range(last + 1) if decoder.attention.writes_by_place(index))
 
         def start() -> None:
             stream.copy_(decoder.embed(self._token_ids))
             decoder.start(stream, self._qkv)
+            write(0)
 
         def between(index: int) -> None:
             decoder.between(index, self._attended, stream, self._hidden if index == last else self._qkv)
+            write(index + 1)
+
+        def write(index: int) -> None:
+            if index in self.written:
+                decoder.write(index, self._qkv, self.places, keeps_key=True)
 
         # Compiles kernels and chooses products, which a capture must not.
         start()
@@ -123,8 +140,13 @@ def _captured(run: Callable[[], None], pool: object) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def capture_pieces(decoder: Decoder, sizes: Sequence[int], pool: object) -> list[CapturedPieces]:
-    """Pieces for these numbers of tokens, ascending; captured from the largest, whose memory the others use again."""
-    buffers = _Buffers(decoder, max(sizes))
+def capture_pieces(decoder: Decoder, sizes: Sequence[int], num_groups: int, pool: object) -> list[CapturedPieces]:
+    """Pieces for these numbers of tokens, ascending; captured from the largest, whose memory the others use again.
+
+    Args:
+        num_groups: KV groups.
+        pool: of CUDA graphs.
+    """
+    buffers = _Buffers(decoder, max(sizes), num_groups)
     captured = [CapturedPieces(decoder, size, buffers, pool) for size in sorted(sizes, reverse=True)]
     return captured[::-1]

@@ -5,7 +5,7 @@ A step goes through four stages, all of them queued on one stream:
     upload     slots, lengths, new pages and prompt tokens, packed in one pinned copy
     gather     block tables and the decodes' input tokens, from per-slot state that stays on the device (`engine.slots`)
     forward    the decoder; for a step of decodes only as one CUDA graph of the next larger size, for other steps of up
-               to 2,048 tokens with everything but attention in graphs (`engine.pieces`)
+               to a few thousand tokens with everything but attention in graphs (`engine.pieces`)
     sample     into the per-slot state, where the next step finds its input, and to the host; behind a graph once more
                for the requests that ask for more of their logits than a graph gives (`engine.sampling`)
 
@@ -148,8 +148,9 @@ class ModelRunner:
         host = _pack(step, self.block_size, self._num_groups)
         if start is not None:
             start.record()  # what the host does before is not the GPU's time
-        batch, sample_slots, sample_positions = self._batch(step, host)
-        hidden = self._forward(batch)
+        pieces = self._pieces_for(int(host.query_start[-1]))
+        batch, sample_slots, sample_positions = self._batch(step, host, pieces)
+        hidden = self.decoder.forward(batch, pieces)
         if not sample_slots.numel():
             return PendingTokens(sample_slots.new_empty(0, dtype=torch.int64), start)
         logits = self.decoder.logits(hidden, batch.sampled_rows)
@@ -157,14 +158,16 @@ class ModelRunner:
             return self._sample_as_asked(step, logits, sample_slots, sample_positions, None, start)
         return PendingTokens(self._sample(logits, sample_slots, sample_positions, filtered=False), start)
 
-    def _forward(self, batch: StepBatch) -> torch.Tensor:
-        pieces = next((pieces for pieces in self._pieces if pieces.size >= batch.num_tokens), None)
-        if pieces is not None:
-            batch.attended = pieces.attended
-        return self.decoder.forward(batch, pieces)
+    def _pieces_for(self, num_tokens: int) -> CapturedPieces | None:
+        return next((pieces for pieces in self._pieces if pieces.size >= num_tokens), None)
 
-    def _batch(self, step: Step, host: _Packed) -> tuple[StepBatch, torch.Tensor, torch.Tensor]:
-        """Upload a step. Also returns slot and position of each token that will be sampled, int64 [num_samples]."""
+    def _batch(
+        self, step: Step, host: _Packed, pieces: CapturedPieces | None
+    ) -> tuple[StepBatch, torch.Tensor, torch.Tensor]:
+        """Upload a step, for these pieces.
+
+        Also returns slot and position of each token that will be sampled, int64 [num_samples].
+        """
         arrays = [host.slots, host.seq_lens, host.query_start, host.decode_pages, host.prefill_pages, host.token_ids]
         arrays += [host.prefill_start, host.prefill_contexts, host.sampled_rows, host.sampled_seqs]
         uploaded = self._upload.send(arrays)
@@ -184,8 +187,10 @@ class ModelRunner:
             if width:
                 table[:, :width].index_copy_(0, prefill_slots, prefill_pages[group])
             of_step = table[:, :columns].index_select(0, slots)
-            positions, token_slots = self.ops.slot_mapping(of_step, query_start, seq_lens, num_tokens, page_size)
-            groups.append(GroupBatch(of_step, token_slots))
+            out = None if pieces is None else (pieces.places.positions, pieces.places.slots[group])
+            rows = num_tokens if pieces is None else pieces.size
+            positions, token_slots = self.ops.slot_mapping(of_step, query_start, seq_lens, rows, page_size, out)
+            groups.append(GroupBatch(of_step, token_slots[:num_tokens]))
         prefill = None
         if step.prefill_requests:
             prefill = PrefillBatch(
@@ -200,7 +205,7 @@ class ModelRunner:
             )
         batch = StepBatch(
             token_ids=torch.cat([self.slots.last_token[decode_slots], token_ids.long()]),
-            positions=positions,
+            positions=positions[:num_tokens],
             seq_lens=seq_lens,
             query_start=query_start,
             num_decode_seqs=num_decodes,
@@ -209,6 +214,7 @@ class ModelRunner:
             groups=tuple(groups),
             prefill=prefill,
             sampled_rows=sampled_rows.long(),
+            attended=None if pieces is None else pieces.attended,
         )
         self._set_residuals(batch, slots)
         sampled_seqs = sampled_seqs.long()
@@ -304,8 +310,10 @@ class ModelRunner:
                 next_block += pages
             dummy = _Dummy([0] * length, trash, tables)
             (step.decode_requests if len(step.decode_requests) < num_decodes else step.prefill_requests).append(dummy)
-        batch, _, _ = self._batch(step, _pack(step, self.block_size, self._num_groups))
-        hidden = self._forward(batch)
+        host = _pack(step, self.block_size, self._num_groups)
+        pieces = self._pieces_for(int(host.query_start[-1]))
+        batch, _, _ = self._batch(step, host, pieces)
+        hidden = self.decoder.forward(batch, pieces)
         rows = torch.arange(num_samples, device=self.device) % batch.num_tokens
         logits = self.decoder.logits(hidden, rows)
         slots = torch.full_like(rows, trash)
@@ -364,7 +372,7 @@ class ModelRunner:
         # All sizes share it: whoever reads logits does so before the next step.
         self._logits = weight.new_empty(max(sizes), weight.shape[0])
         if num_tokens:
-            self._pieces = capture_pieces(self.decoder, num_tokens, pool)
+            self._pieces = capture_pieces(self.decoder, num_tokens, self._num_groups, pool)
         for size in sorted(sizes, reverse=True):
             length = _Inputs.length(size, self._num_groups)
             inputs = torch.zeros(length, dtype=torch.int32, device=self.device)

@@ -6,7 +6,7 @@ from typing import Protocol
 
 import torch
 
-from engine.batch import StepBatch
+from engine.batch import Places, StepBatch
 from engine.kv.cache import KVCache
 from engine.models.config import ModelConfig
 
@@ -21,24 +21,41 @@ class Attention(Protocol):
         same batch size has run once outside a capture.
         """
 
-    def forward(
+    def writes_by_place(self, layer: int) -> bool:
+        """Whether `write` looks at nothing of a step but its places, so that it may be captured without the step."""
+
+    def write(
         self,
         layer: int,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        batch: StepBatch,
+        places: Places,
         rope: tuple[torch.Tensor, torch.Tensor] | None,
-    ) -> torch.Tensor:
-        """Rotate query and key, write key and value into the cache, attend.
+        *,
+        keeps_key: bool,
+    ) -> None:
+        """Rotate query and key, write key and value into the cache.
 
         Args:
-            layer: whose window and cache to use.
-            query: [num_tokens, num_q_heads, head_dim]; may be rotated in place. Like key and value a view with any
-                strides of tokens and heads that are multiples of 16 bytes, such as a slice of the fused projection.
-            key, value: [num_tokens, num_kv_heads, head_dim]; the key may be rotated in place.
-            batch: that of `begin_step`.
+            layer: whose cache to write to.
+            query: [num_tokens, num_q_heads, head_dim], rotated in place. Like key and value a view with any strides of
+                tokens and heads that are multiples of 16 bytes, such as a slice of the fused projection.
+            key, value: [num_tokens, num_kv_heads, head_dim].
+            places: that of `begin_step`'s batch; if the layer writes by place, any.
             rope: cos and sin, float32 [max_position, rotary_dim / 2]; None if query and key are rotated already.
+            keeps_key: the key is rotated in place too, which prompt chunks need; without it, what it then holds is not
+                said.
+        """
+
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, batch: StepBatch
+    ) -> torch.Tensor:
+        """Attention of the new tokens to the cache and to each other, behind `write`.
+
+        Args:
+            query, key, value: as `write` left them.
+            batch: that of `begin_step`.
 
         Returns:
             [num_tokens, num_q_heads, head_dim], contiguous, valid until the next call. Padding rows hold anything

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from engine.batch import StepBatch
+from engine.batch import Places, StepBatch
 from engine.kv.cache import KVCache, LayerCache
 from engine.models.config import ModelConfig
 from kernels.pages import PageLayout
@@ -79,34 +79,40 @@ class TorchAttention:
         self._cache = cache
         self._pieces: list[_Piece] = []
         self._sources: dict[tuple[int, PageLayout], list[_Source]] = {}
-        self._slots: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+        self._batch: StepBatch | None = None
 
     def begin_step(self, batch: StepBatch) -> None:
+        self._batch = batch
         self._pieces = _pieces(batch)
         self._sources = {}
-        self._slots = []
-        page_size = self._cache.layers[0].layout.page_size
-        for group in batch.groups:
-            rows = (group.slots >= 0).nonzero()[:, 0]
-            slots = group.slots[rows]
-            self._slots.append((rows, slots // page_size, slots % page_size))
 
-    def forward(
+    def writes_by_place(self, layer: int) -> bool:
+        return not self._cache.layers[layer].layout.is_low_bit
+
+    def write(
         self,
         layer: int,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        batch: StepBatch,
+        places: Places,
         rope: tuple[torch.Tensor, torch.Tensor] | None,
-    ) -> torch.Tensor:
+        *,
+        keeps_key: bool,
+    ) -> None:
         cache = self._cache.layers[layer]
         if rope is not None:
-            query, key = (rotate(x, *rope, batch.positions) for x in (query, key))
+            for x in (query, key):
+                x.copy_(rotate(x, *rope, places.positions))
         if cache.layout.is_low_bit:
-            self._write_pages(cache, key, value, batch)
+            self._write_pages(cache, key, value, self._batch)
         else:
-            self._write_tokens(cache, key, value)
+            self._write_tokens(cache, key, value, places.slots[cache.group])
+
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, batch: StepBatch
+    ) -> torch.Tensor:
+        cache = self._cache.layers[layer]
         out = torch.zeros(query.shape, dtype=query.dtype, device=query.device)
         sources = self._sources_of(cache, batch)
         for piece, source in zip(self._pieces, sources, strict=True):
@@ -120,10 +126,11 @@ class TorchAttention:
             out[piece.rows] = result.to(out.dtype)
         return out
 
-    def _write_tokens(self, cache: LayerCache, key: torch.Tensor, value: torch.Tensor) -> None:
+    def _write_tokens(self, cache: LayerCache, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor) -> None:
         """Formats whose tokens are stored one by one: all rows at once."""
-        rows, pages, offsets = self._slots[cache.group]
+        rows = (slots >= 0).nonzero()[:, 0]
         layout = cache.layout
+        pages, offsets = slots[rows] // layout.page_size, slots[rows] % layout.page_size
         words, scales = layout.words_view(cache.pages), layout.scale_views(cache.pages)
         for i, (name, x) in enumerate((("k_scale", key[rows]), ("v_scale", value[rows]))):
             if layout.is_float:

@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from engine.batch import PrefillBatch, StepBatch
+from engine.batch import Places, PrefillBatch, StepBatch
 from engine.errors import UserError
 from engine.kv.cache import FLOAT_NAMES, KVCache, LayerCache, scratch_bytes, scratch_layout
 from engine.models.config import ModelConfig
@@ -130,11 +130,13 @@ class TritonAttention:
         self._decodes: _Decodes | None = None
         self._runs: dict[tuple[int, PageLayout], list[_Run]] = {}
         self._out: torch.Tensor | None = None
+        self._batch: StepBatch | None = None
 
     # ---- once per step -----------------------------------------------------------------------------------------------
 
     def begin_step(self, batch: StepBatch) -> None:
         config, device = self._config, batch.token_ids.device
+        self._batch = batch
         dtype = self._scratch_layout.word_dtype
         # One buffer for all layers. Padding, which no kernel writes, is in steps without prompt chunks only.
         make = torch.zeros if batch.prefill is None else torch.empty
@@ -226,42 +228,30 @@ class TritonAttention:
 
     # ---- once per layer ----------------------------------------------------------------------------------------------
 
-    def forward(
+    def writes_by_place(self, layer: int) -> bool:
+        return not self._cache.layers[layer].layout.is_low_bit
+
+    def write(
         self,
         layer: int,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        batch: StepBatch,
+        places: Places,
         rope: tuple[torch.Tensor, torch.Tensor] | None,
-    ) -> torch.Tensor:
-        cache = self._cache.layers[layer]
-        self._write(cache, query, key, value, batch, rope)
-        if self._decodes is not None:
-            self._decode(layer, cache, query)
-        if batch.prefill is not None:
-            for run in self._runs[cache.group, cache.layout]:
-                self._prefill(layer, cache, run, query, key, value)
-        return self._out
-
-    def _write(
-        self,
-        cache: LayerCache,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        batch: StepBatch,
-        rope: tuple[torch.Tensor, torch.Tensor] | None,
+        *,
+        keeps_key: bool,
     ) -> None:
+        cache = self._cache.layers[layer]
         arguments: dict[str, torch.Tensor | None] = {}
         if rope is not None:
-            # Prompt chunks attend to the rotated keys; so as not to allocate, a partial RoPE wants them too.
-            needs_key = batch.prefill is not None or 2 * rope[0].shape[1] < key.shape[2]
-            arguments = {"cos": rope[0], "sin": rope[1], "query": query, "rotated_key": key if needs_key else None}
-        group = batch.groups[cache.group]
+            # So as not to allocate, a partial RoPE wants the rotated keys too.
+            keeps_key |= 2 * rope[0].shape[1] < key.shape[2]
+            arguments = {"cos": rope[0], "sin": rope[1], "query": query, "rotated_key": key if keeps_key else None}
         if cache.layout.is_low_bit:
+            batch = self._batch
             arguments |= {
-                "block_tables": group.block_tables,
+                "block_tables": batch.groups[cache.group].block_tables,
                 "query_start": batch.query_start,
                 "seq_lens": batch.seq_lens,
                 "residual": cache.residual,
@@ -274,11 +264,22 @@ class TritonAttention:
             value,
             cache.pages,
             cache.layout,
-            slots=group.slots,
-            positions=batch.positions,
+            slots=places.slots[cache.group],
+            positions=places.positions,
             **arguments,
             check=self._check,
         )
+
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, batch: StepBatch
+    ) -> torch.Tensor:
+        cache = self._cache.layers[layer]
+        if self._decodes is not None:
+            self._decode(layer, cache, query)
+        if batch.prefill is not None:
+            for run in self._runs[cache.group, cache.layout]:
+                self._prefill(layer, cache, run, query, key, value)
+        return self._out
 
     def _decode(self, layer: int, cache: LayerCache, query: torch.Tensor) -> None:
         decodes = self._decodes

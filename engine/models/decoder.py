@@ -3,7 +3,8 @@
     start     residual = embed(tokens)
               qkv      = QKV(norm(residual))
     each layer:
-      attend             attention(rotated q, k, v)              norms of q and k first, in some families
+      write              cache <- rotated k, v                   norms of q and k first, in some families
+      attend             attention(rotated q, k, v, cache)
       between out      = output(attended)
               out      = norm(out)                               in families with sandwich norms
               gate_up  = gate_up(norm(residual += out))
@@ -14,19 +15,20 @@
 A sum and the norm behind it are one kernel, and the residual stream is updated in place. All 16-bit tensors are rounded
 once per kernel; norms, RoPE, activation and softmax are computed in float32.
 
-Only `attend` looks at a step's lengths. `start` and `between` know the number of tokens and nothing else of it, so that
-they can be captured in CUDA graphs once per number of tokens (`engine.pieces`).
+Only `attend` looks at a step's lengths, and `write` in the low-bit formats. The rest knows the number of tokens and the
+places of their KV, so that it can be captured in CUDA graphs once per number of tokens (`engine.pieces`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Set
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from engine.batch import StepBatch
+from engine.batch import Places, StepBatch
 from engine.models.config import ModelConfig
-from engine.models.modules import DecoderLayer, DecoderWeights
+from engine.models.modules import DecoderWeights
 from engine.models.rope import rope_tables
 from engine.ops import Ops
 
@@ -35,7 +37,13 @@ if TYPE_CHECKING:
 
 
 class Pieces(Protocol):
-    """What a decoder does outside of attention, for one step."""
+    """What a decoder does outside of attention, for one step.
+
+    Attributes:
+        written: layers of which `start` and `between` have also done `Decoder.write`.
+    """
+
+    written: Set[int]
 
     def start(self, token_ids: torch.Tensor) -> torch.Tensor:
         """`Decoder.embed` and `Decoder.start`."""
@@ -82,9 +90,13 @@ class Decoder:
         """
         pieces = pieces or LaunchedPieces(self)
         self.attention.begin_step(batch)
+        places, keeps_key = batch.places, batch.prefill is not None
         out = pieces.start(batch.token_ids)
-        for index, layer in enumerate(self.weights.layers):
-            attended = self._attend(index, layer, out[: batch.num_tokens], batch)
+        for index in range(len(self.weights.layers)):
+            qkv = out[: batch.num_tokens]
+            if index not in pieces.written:
+                self.write(index, qkv, places, keeps_key=keeps_key)
+            attended = self.attention.attend(index, *self._split(qkv), batch).flatten(1)
             out = pieces.between(index, attended)
         return out
 
@@ -124,19 +136,28 @@ class Decoder:
         behind = layers[index + 1]
         return ops.norm_linear(x, behind.input_norm, behind.qkv, residual=stream, out=out, **norm)
 
-    def _attend(self, index: int, layer: DecoderLayer, qkv: torch.Tensor, batch: StepBatch) -> torch.Tensor:
-        """Attention of one layer: [num_tokens, num_q_heads · head_dim].
+    def write(self, index: int, qkv: torch.Tensor, places: Places, *, keeps_key: bool) -> None:
+        """Norms of the heads, where the family has them, RoPE, and K and V into the cache.
 
         RoPE is left to the kernel that writes K and V, unless heads are normalised first: then one kernel does both.
+
+        Args:
+            qkv: [num_tokens, ...], see `start`; query, and if keeps_key the key, are changed in place.
         """
-        heads = qkv.view(qkv.shape[0], -1, self.config.head_dim)
-        query, key, value = heads.split(self._heads, dim=1)
+        query, key, value = self._split(qkv)
+        layer = self.weights.layers[index]
         rope = self._ropes[self.config.layer_ropes[index]]
         if layer.query_norm is not None:
             norms = {"query_norm": layer.query_norm, "key_norm": layer.key_norm}
-            self.ops.qk_norm_rope(query, key, *rope, batch.positions, **norms, **self._norm)
+            self.ops.qk_norm_rope(query, key, *rope, places.positions, **norms, **self._norm)
             rope = None
-        return self.attention.forward(index, query, key, value, batch, rope).flatten(1)
+        self.attention.write(index, query, key, value, places, rope, keeps_key=keeps_key)
+
+    def _split(self, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Query, key and value, [num_tokens, heads of it, head_dim] each."""
+        heads = qkv.view(qkv.shape[0], -1, self.config.head_dim)
+        query, key, value = heads.split(self._heads, dim=1)
+        return query, key, value
 
     def logits(
         self, hidden: torch.Tensor, rows: torch.Tensor | None = None, out: torch.Tensor | None = None
@@ -157,6 +178,8 @@ class Decoder:
 
 class LaunchedPieces:
     """`Pieces` launched kernel by kernel."""
+
+    written: Set[int] = frozenset()
 
     def __init__(self, decoder: Decoder) -> None:
         self._decoder = decoder

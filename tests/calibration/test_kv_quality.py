@@ -429,7 +429,9 @@ def attend(attention, step: int, query, key, value, tables) -> torch.Tensor:
         next_flushed_lens=ints([(step + 1) // PAGE * PAGE] * 2),
     )
     attention.begin_step(batch)
-    return attention.forward(0, query[step].clone(), key[step].clone(), value[step].clone(), batch, None).clone()
+    new = (query[step].clone(), key[step].clone(), value[step].clone())
+    attention.write(0, *new, batch.places, None, keeps_key=False)
+    return attention.attend(0, *new, batch).clone()
 
 
 def attended(query, key, value, kind: str) -> torch.Tensor:

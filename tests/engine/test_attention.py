@@ -122,7 +122,8 @@ class World:
         for layer in range(self.config.num_layers):
             query, key, value = self.random_qkv(batch.num_tokens)
             expected, plain = self._expect(layer, work, len(decodes), query, key, value, batch)
-            out = self.backend.forward(layer, query, key, value, batch, self.rope)
+            self.backend.write(layer, query, key, value, batch.places, self.rope, keeps_key=bool(prefills))
+            out = self.backend.attend(layer, query, key, value, batch)
             assert out.shape == query.shape
             assert out.isfinite().all()  # padding too
             self._compare(out[: len(expected)], expected, plain, layer)
@@ -515,7 +516,11 @@ def test_a_captured_step_is_the_eager_one(kv_dtype):
 
     def layers() -> list[torch.Tensor]:
         backend.begin_step(batch)
-        return [backend.forward(i, *qkv, batch, world.rope).clone() for i, qkv in enumerate(inputs)]
+        outs = []
+        for i, qkv in enumerate(inputs):
+            backend.write(i, *qkv, batch.places, world.rope, keeps_key=False)
+            outs.append(backend.attend(i, *qkv, batch).clone())
+        return outs
 
     def restore(state) -> None:
         for tensor, content in state:

@@ -42,11 +42,14 @@ class DenseAttention:
     def begin_step(self, batch: StepBatch) -> None:
         self.calls.append("begin_step")
 
-    def forward(self, layer, query, key, value, batch, rope):
-        self.calls.append(layer)
+    def write(self, layer, query, key, value, places, rope, *, keeps_key):
         self.ropes.append(rope)
         if rope is not None:
-            query, key = (rotate(x, *rope, batch.positions) for x in (query, key))
+            for x in (query, key):
+                x.copy_(rotate(x, *rope, places.positions))
+
+    def attend(self, layer, query, key, value, batch):
+        self.calls.append(layer)
         out, _ = attend(
             query,
             key,
@@ -66,7 +69,10 @@ class FirstTokenAttention:
     def begin_step(self, batch):
         pass
 
-    def forward(self, layer, query, key, value, batch, rope):
+    def write(self, layer, query, key, value, places, rope, *, keeps_key):
+        pass
+
+    def attend(self, layer, query, key, value, batch):
         return value.repeat_interleave(query.shape[1] // value.shape[1], dim=1)
 
 

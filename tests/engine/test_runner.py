@@ -354,10 +354,16 @@ def test_captured_pieces_are_those_launched(family, settings, models, monkeypatc
         with engine(models(family)[0], max_num_seqs=4, max_num_batched_tokens=64, **settings) as core:
             Rerun.num_replays = 0
             if sizes:
-                captured = core._runner._pieces = pieces.capture_pieces(core._runner.decoder, sizes, None)
+                groups = core._runner._num_groups
+                captured = core._runner._pieces = pieces.capture_pieces(core._runner.decoder, sizes, groups, None)
                 assert [each.size for each in captured] == list(sizes)
                 for buffer in (captured[-1]._qkv, captured[-1]._hidden, captured[-1]._attended):
                     buffer.fill_(torch.nan)
+                captured[-1].places.positions.fill_(3)
+                for slots in captured[-1].places.slots:  # somebody's page, which padding must not be written to
+                    slots.fill_(core.config.block_size)
+                by_place = settings.get("kv_cache_dtype") != "int4"
+                assert captured[0].written == (set(range(core.model_config.num_layers)) if by_place else set())
             requests = [
                 request(core, i, prompt, max_tokens=6, temperature=i % 2)
                 for i, prompt in enumerate(prompts((1, 15, 16, 17, 47, 90)))
