@@ -47,6 +47,7 @@ from kernels.interpreting import INTERPRETING
 from kernels.reference.elementwise import ACTIVATIONS
 
 DTYPES = (torch.bfloat16, torch.float16)
+FP8 = torch.float8_e4m3fn
 NORM_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_ROWS = 16
 MAX_ROWS_WITHOUT_TENSOR_CORES = 4  # beyond, arithmetic and not memory would be the limit
@@ -111,6 +112,23 @@ def config_for(num_rows: int, n: int, k: int, *, with_norm: bool = False) -> Ski
             return config
     most = MAX_ROWS_WITHOUT_TENSOR_CORES if with_norm else MAX_ROWS
     raise ValueError(f"x has {num_rows} rows; it must have 1 to {most}")
+
+
+# The same for fp8 numbers, always with tensor cores.
+FP8_CONFIGS = (
+    (8, 2**25, SkinnyConfig(32, 512, 4, 4, tensor_cores=True)),
+    (8, None, SkinnyConfig(64, 256, 4, 6, tensor_cores=True)),
+    (16, None, SkinnyConfig(64, 256, 4, 6, tensor_cores=True)),
+)
+
+
+def config_for_fp8(num_rows: int, n: int, k: int) -> SkinnyConfig:
+    """As `config_for`, for `skinny_linear_fp8`: the same within 1 to 8 and within 9 to 16 rows."""
+    return next(
+        config
+        for most_rows, most_elements, config in FP8_CONFIGS
+        if num_rows <= most_rows and (most_elements is None or n * k <= most_elements)
+    )
 
 
 # ---- what both kernels do ------------------------------------------------------------------------------------------
@@ -299,9 +317,9 @@ def rows_kernel(
 
 
 @triton.jit
-def _prefetch(weight_rows, K: tl.constexpr, COLUMNS: tl.constexpr):
-    """Ask for the first COLUMNS of these rows, of 16-bit elements, to be brought to the L2."""
-    lines = tl.minimum(tl.arange(0, COLUMNS // 64) * 64, K - 1)
+def _prefetch(weight_rows, K: tl.constexpr, COLUMNS: tl.constexpr, LINE: tl.constexpr):
+    """Ask for the first COLUMNS of these rows, LINE of them in 128 bytes, to be brought to the L2."""
+    lines = tl.minimum(tl.arange(0, COLUMNS // LINE) * LINE, K - 1)
     ptrs = (weight_rows[:, None] + lines[None, :]).to(tl.int64)
     tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [ptrs], tl.int32, False, 1)
 
@@ -311,6 +329,8 @@ def tensor_kernel(
     x_ptr,
     weight_ptr,
     bias_ptr,
+    x_scale_ptr,  # of fp8 codes, one number for each row; None for 16-bit numbers
+    weight_scale_ptr,
     out_ptr,
     num_rows,
     n,
@@ -332,11 +352,12 @@ def tensor_kernel(
 
     A tile is [K_SLICES, BLOCK_N, BLOCK_K / K_SLICES] where warps share k: a batch of small products.
     """
-    weight_rows = weight_ptr + _weight_rows(n, GATE_UP, BLOCK_N) * weight_stride
+    weight_row = _weight_rows(n, GATE_UP, BLOCK_N)
+    weight_rows = weight_ptr + weight_row * weight_stride
     rows = tl.arange(0, ROWS)
     if PDL:
         # The pipeline's own first loads would stand behind the wait, as those of x must; so the L2 is asked here.
-        _prefetch(weight_rows, K, PREFETCH)
+        _prefetch(weight_rows, K, PREFETCH, 64 if weight_scale_ptr is None else 128)
         gdc_launch_dependents()
         gdc_wait()
     if K_SLICES > 1:
@@ -366,6 +387,9 @@ def tensor_kernel(
         sums = tl.dot(tile, x, sums)
     if K_SLICES > 1:
         sums = tl.sum(sums, axis=0)
+    if weight_scale_ptr is not None:
+        x_scale = tl.load(x_scale_ptr + rows, mask=rows < num_rows, other=0.0)
+        sums *= tl.load(weight_scale_ptr + weight_row)[:, None] * x_scale[None, :]
     _store(sums, bias_ptr, out_ptr, num_rows, n, out_stride, GATE_UP, GELU_TANH, BLOCK_N, ROWS)
 
 
@@ -450,7 +474,47 @@ def skinny_gate_up(
     return out
 
 
-def _launch(x, weight, bias, norm, out, activation, pdl, config) -> None:
+def skinny_linear_fp8(
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    bias: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+    pdl: bool = False,
+    config: SkinnyConfig | None = None,
+    check: bool = True,
+) -> torch.Tensor:
+    """(codes · weightᵀ) · scale · weight_scaleᵀ + bias for 1 to 16 rows: a product of fp8 numbers (W8A8).
+
+    What `torch._scaled_mm` computes with a scale per row and column, whose tiles are made for many rows.
+
+    Args:
+        codes: float8_e4m3fn [num_rows, k], as `kernels.quantise` makes them; rows may stand apart.
+        scale: float32 [num_rows], or [num_rows, 1].
+        weight: float8_e4m3fn [n, k]; rows may stand apart. Full speed needs 16-byte aligned rows.
+        weight_scale: float32 [n].
+        dtype: of the result, bf16 or fp16.
+        bias: [n] of that dtype, or None; added in float32.
+        out: [num_rows, n] of that dtype, or None for a new tensor.
+        pdl, check: as in `skinny_linear`; the weight's scale must be as old as the weight.
+        config: with tensor cores; chosen by the shape if None.
+
+    Raises:
+        ValueError: an argument of the wrong shape, dtype, device or stride, or a configuration that does not fit.
+    """
+    if check:
+        _check_fp8(codes, scale, weight, weight_scale, dtype, bias, out, config)
+    if out is None:
+        out = torch.empty(codes.shape[0], weight.shape[0], dtype=dtype, device=codes.device)
+    config = config or config_for_fp8(codes.shape[0], *weight.shape)
+    _launch(codes, weight, bias, None, out, None, pdl, config, (scale, weight_scale))
+    return out
+
+
+def _launch(x, weight, bias, norm, out, activation, pdl, config, scales=(None, None)) -> None:
     num_rows, k = x.shape
     n = weight.shape[0]
     if num_rows == 0:
@@ -474,6 +538,7 @@ def _launch(x, weight, bias, norm, out, activation, pdl, config) -> None:
             x,
             weight,
             bias,
+            *scales,
             out,
             num_rows,
             n,
@@ -526,6 +591,35 @@ def _check(width_name, x, weight, norm, out, width, config, least_block_n=1) -> 
         _check_config(config, num_rows, norm is not None, least_block_n)
 
 
+def _check_fp8(codes, scale, weight, weight_scale, dtype, bias, out, config) -> None:
+    checks.tensors(codes=codes, scale=scale, weight=weight, weight_scale=weight_scale)
+    device = codes.device
+    checks.tensor("codes", codes, shape=(None, None), dtypes=(FP8,), device=device)
+    num_rows, k = codes.shape
+    if num_rows > MAX_ROWS:
+        raise ValueError(f"codes has {num_rows} rows; it must have at most {MAX_ROWS}")
+    if k < 1:
+        raise ValueError("codes has 0 columns; it must have at least 1")
+    shape = (num_rows, 1) if scale.dim() == 2 else (num_rows,)
+    checks.tensor("scale", scale, shape=shape, dtypes=(torch.float32,), device=device)
+    checks.tensor("weight", weight, shape=(None, k), dtypes=(FP8,), device=device)
+    n = weight.shape[0]
+    if n < 1:
+        raise ValueError("weight has 0 rows; it must have at least 1")
+    checks.tensor("weight_scale", weight_scale, shape=(n,), dtypes=(torch.float32,), device=device)
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype is {dtype}; it must be bfloat16 or float16")
+    for name, tensor, shape in (("bias", bias, (n,)), ("out", out, (num_rows, n))):
+        if tensor is not None:
+            checks.tensor(name, tensor, shape=shape, dtypes=(dtype,), device=device)
+    if out is not None:
+        checks.no_overlap("out", out)
+    if config is not None:
+        _check_config(config, num_rows, False, 1, least_k=32)
+        if not config.tensor_cores:
+            raise ValueError("config has no tensor_cores; for fp8 it must")
+
+
 def _check_norm(norm, num_rows, k, device) -> None:
     if not isinstance(norm, tuple) or len(norm) != 3:
         raise ValueError("norm must be a tuple of weight, eps and weight_offset")
@@ -538,11 +632,11 @@ def _check_norm(norm, num_rows, k, device) -> None:
     checks.positive("norm's eps", norm[1])
 
 
-def _check_config(config, num_rows, has_norm, least_block_n) -> None:
+def _check_config(config, num_rows, has_norm, least_block_n, least_k=16) -> None:
     if not isinstance(config, SkinnyConfig):
         raise ValueError(f"config is {config!r}; it must be a SkinnyConfig")
     least_n = 16 if config.tensor_cores else least_block_n
-    least_k = 16 * config.k_slices if config.tensor_cores else 8
+    least_k = least_k * config.k_slices if config.tensor_cores else 8
     for name, least in (("block_n", least_n), ("block_k", least_k), ("num_warps", 1)):
         value = getattr(config, name)
         checks.integer(f"config's {name}", value, least)

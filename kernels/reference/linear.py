@@ -53,3 +53,26 @@ def skinny_gate_up(
     gate_up = skinny_linear(_wide(x), weight, norm=norm)
     result = silu_mul(gate_up, activation=activation)
     return result.to(x.dtype) if out is None else out.copy_(result)
+
+
+def skinny_linear_fp8(
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    bias: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """(codes · weightᵀ) · scale · weight_scaleᵀ + bias, in float64, rounded once.
+
+    Args:
+        codes: float8_e4m3fn [num_rows, k]. scale: float32 [num_rows] or [num_rows, 1].
+        weight: float8_e4m3fn [n, k]. weight_scale: float32 [n].
+        dtype: of the result. bias: [n], or None. out: [num_rows, n], or None for a new tensor.
+    """
+    result = codes.double() @ weight.double().T * scale.double().reshape(-1, 1) * weight_scale.double()
+    if bias is not None:
+        result = result + bias.double()
+    return result.to(dtype) if out is None else out.copy_(result)

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from kernels import skinny
 from kernels.aot import Compiled
-from kernels.reference import elementwise, linear
-from kernels.skinny import SkinnyConfig, skinny_gate_up, skinny_linear
+from kernels.reference import elementwise, linear, quantise
+from kernels.skinny import SkinnyConfig, skinny_gate_up, skinny_linear, skinny_linear_fp8
 
 ROW_CONFIGS = [SkinnyConfig(1, 256, 1, 1), SkinnyConfig(4, 128, 1, 2), SkinnyConfig(8, 64, 4, 3)]
 TENSOR_CONFIGS = [
@@ -106,6 +106,44 @@ def test_default_configurations(num_rows, device, dtype):
     check(num_rows, 50, 96, 0, None, device, dtype, activation="silu")
 
 
+def fp8_numbers(rows: int, cols: int, gap: int, device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes with rows `gap` elements apart and NaN in between, and their scales."""
+    quantised = quantise.quantise_tokens_fp8(torch.randn(rows, cols, device=device).bfloat16())
+    buffer = torch.full((rows, cols + gap), float("nan"), device=device).to(torch.float8_e4m3fn)
+    view = buffer[:, :cols]
+    view.copy_(quantised[0])
+    return view, quantised[1]
+
+
+def check_fp8(num_rows, n, k, gap, config, device, dtype, with_bias=False):
+    torch.manual_seed(num_rows + n * k)
+    codes, scale = fp8_numbers(num_rows, k, gap, device)
+    weight, weight_scale = fp8_numbers(n, k, gap, device)
+    weight_scale = weight_scale.reshape(-1)
+    bias = torch.randn(n, device=device).to(dtype) if with_bias else None
+    buffer = torch.full((num_rows, n + gap), 7.0, dtype=dtype, device=device)
+    out = buffer[:, :n]
+    skinny_linear_fp8(codes, scale, weight, weight_scale, dtype=dtype, bias=bias, out=out, config=config)
+    exact = linear.skinny_linear_fp8(codes, scale, weight, weight_scale, dtype=torch.float64, bias=bias)
+    # Products are exact; their sum is float32's at best, and on tensor cores of fp8 has 14 bits.
+    terms = linear.skinny_linear_fp8(
+        codes.float().abs().to(codes.dtype), scale, weight.float().abs().to(weight.dtype), weight_scale,
+        dtype=torch.float64,
+    )  # fmt: skip
+    assert ((out.double() - exact).abs() <= torch.finfo(dtype).eps * exact.abs() + 2**-13 * terms + 1e-6).all()
+    assert (buffer[:, n:] == 7).all()
+
+
+@settings(max_examples=30)
+@given(
+    num_rows=st.integers(1, 16),
+    config=st.sampled_from([None, *(config for config in TENSOR_CONFIGS if config.block_k >= 32 * config.k_slices)]),
+    **shapes,
+)
+def test_fp8(num_rows, n, k, gap, config, with_bias, device, dtype):
+    check_fp8(num_rows, n, k, gap, config, device, dtype, with_bias=with_bias)
+
+
 def test_norm_does_not_overflow(device):
     """Products of x and the norm's weight may exceed what fp16 holds, their norm does not."""
     x = torch.full((1, 32), 6e4, dtype=torch.float16, device=device)
@@ -170,6 +208,24 @@ def test_real_sizes(num_rows, n, k, dtype, device):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize(("n", "k"), [(6144, 4096), (4096, 14336), (28672, 4096), (1008, 3584)])
+@pytest.mark.parametrize("num_rows", [1, 2, 7, 8, 9, 16])
+def test_real_sizes_fp8(num_rows, n, k, device):
+    check_fp8(num_rows, n, k, 0, None, device, torch.bfloat16, with_bias=True)
+
+
+@pytest.mark.gpu
+def test_fp8_rows_have_the_same_bits_beside_any_others(device):
+    codes, scale = fp8_numbers(16, 4096, 0, device)
+    weight, weight_scale = fp8_numbers(6144, 4096, 0, device)
+    for rows in (range(1, 9), range(9, 17)):
+        whole = skinny_linear_fp8(codes[: rows[-1]], scale[: rows[-1]], weight, weight_scale.reshape(-1))
+        for num_rows in rows:
+            part = skinny_linear_fp8(codes[:num_rows], scale[:num_rows], weight, weight_scale.reshape(-1))
+            assert torch.equal(part, whole[:num_rows])
+
+
+@pytest.mark.gpu
 def test_a_row_has_the_same_bits_beside_any_others(device, dtype):
     x, weight = torch.randn(16, 4096, device=device).to(dtype), torch.randn(6144, 4096, device=device).to(dtype)
     norm = (torch.randn(4096, device=device), 1e-5, 0.0)
@@ -225,7 +281,25 @@ def test_bad_arguments_are_named(device, dtype):
     x, weight = torch.zeros(2, 64, device=device, dtype=dtype), torch.zeros(32, 64, device=device, dtype=dtype)
     norm_weight = torch.ones(64, device=device)
     small = SkinnyConfig(4, 128, 1, 2)
+    codes, scale = fp8_numbers(2, 64, 0, device)
+    w8, w8_scale = fp8_numbers(32, 64, 0, device)
+    w8_scale = w8_scale.reshape(-1)
     for message, call in [
+        ("codes is a list", lambda: skinny_linear_fp8([1], scale, w8, w8_scale)),
+        ("codes is ", lambda: skinny_linear_fp8(x, scale, w8, w8_scale)),
+        ("codes has 32 rows; it must have at most 16", lambda: skinny_linear_fp8(w8, w8_scale, w8, w8_scale)),
+        ("codes has 0 columns", lambda: skinny_linear_fp8(codes[:, :0], scale, w8[:, :0], w8_scale)),
+        (r"scale has shape \[1\]", lambda: skinny_linear_fp8(codes, w8_scale[:1], w8, w8_scale)),
+        (r"weight has shape \[32, 32\]", lambda: skinny_linear_fp8(codes, scale, w8[:, :32], w8_scale)),
+        ("weight has 0 rows", lambda: skinny_linear_fp8(codes, scale, w8[:0], w8_scale[:0])),
+        (r"weight_scale has shape \[2\]", lambda: skinny_linear_fp8(codes, scale, w8, w8_scale[:2])),
+        ("dtype is torch.float32", lambda: skinny_linear_fp8(codes, scale, w8, w8_scale, dtype=torch.float32)),
+        (r"bias has shape \[2\]", lambda: skinny_linear_fp8(codes, scale, w8, w8_scale, bias=x[0, :2].bfloat16())),
+        ("config has no tensor_cores; for fp8", lambda: skinny_linear_fp8(codes, scale, w8, w8_scale, config=small)),
+        (
+            "config's block_k is 16",
+            lambda: skinny_linear_fp8(codes, scale, w8, w8_scale, config=SkinnyConfig(16, 16, 1, 1, True)),
+        ),
         ("x is a NoneType", lambda: skinny_linear(None, weight)),
         ("weight is a list", lambda: skinny_linear(x, [1])),
         ("weight is a list", lambda: skinny_gate_up(x, [1])),
@@ -280,6 +354,7 @@ def _compile(config: SkinnyConfig, rows: int, **changed) -> Compiled:
     if config.tensor_cores:
         kernel = skinny.tensor_kernel
         constants |= {"K_SLICES": config.k_slices, "PREFETCH": skinny.prefetched_columns(config)}
+        constants |= {"x_scale_ptr": None, "weight_scale_ptr": None}
     else:
         kernel = skinny.rows_kernel
         signature["eps"] = "fp32"
