@@ -304,9 +304,14 @@ class TritonOps(Ops):
     def product_fp8(
         self, quantised: Quantised, linear: Linear, dtype: torch.dtype, out: torch.Tensor | None = None
     ) -> torch.Tensor:
+        codes, scale = quantised
+        if self.use_skinny and self.skinny.is_faster_fp8(codes.shape[0], *linear.weight.shape):
+            more = {"dtype": dtype, "bias": linear.bias, "out": out}
+            return self.skinny.skinny_linear_fp8(
+                codes, scale, linear.weight, linear.scale, **more, pdl=True, check=False
+            )
         # One scale per row and per column. Both sizes of the weight must be multiples of 16, and with such scales
         # torch writes bfloat16 only, to which it adds no other bias.
-        codes, scale = quantised
         is_native = dtype == torch.bfloat16
         result = torch._scaled_mm(
             codes,

@@ -122,6 +122,11 @@ FP8_CONFIGS = (
 )
 
 
+def is_faster_fp8(num_rows: int, n: int, k: int) -> bool:
+    """Whether `skinny_linear_fp8` was faster here than `torch._scaled_mm` on an H200."""
+    return num_rows <= MAX_ROWS
+
+
 def config_for_fp8(num_rows: int, n: int, k: int) -> SkinnyConfig:
     """As `config_for`, for `skinny_linear_fp8`: the same within 1 to 8 and within 9 to 16 rows."""
     return next(
