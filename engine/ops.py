@@ -305,7 +305,7 @@ class TritonOps(Ops):
         self, quantised: Quantised, linear: Linear, dtype: torch.dtype, out: torch.Tensor | None = None
     ) -> torch.Tensor:
         codes, scale = quantised
-        if self.use_skinny and self.skinny.is_faster_fp8(codes.shape[0], *linear.weight.shape):
+        if self.use_skinny and codes.shape[0] <= self.skinny.MAX_ROWS:
             more = {"dtype": dtype, "bias": linear.bias, "out": out}
             return self.skinny.skinny_linear_fp8(
                 codes, scale, linear.weight, linear.scale, **more, pdl=True, check=False

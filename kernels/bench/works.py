@@ -25,10 +25,11 @@ from kernels.quantise import quantise_tokens_fp8, rms_norm_fp8, silu_mul_fp8
 from kernels.reference.attention import attention, in_a_row
 from kernels.reference.pages import gather, quantisation_error
 from kernels.sampling import sample, verify
-from kernels.skinny import skinny_gate_up, skinny_linear
+from kernels.skinny import MAX_ROWS, skinny_gate_up, skinny_linear, skinny_linear_fp8
 
 Q_HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 EPS = 1e-6
+FEW_ROWS = 256  # of which a product takes as long as its weight takes to be read, or not much longer
 
 
 @dataclass(frozen=True)
@@ -479,10 +480,11 @@ def silu_mul_fp8_work(bench: Bench, *, tokens: int, intermediate: int) -> Work:
     return Work(sets, implementations, bytes=moved, same=("two steps",), compared=_dequantised)
 
 
-def product_fp8_work(bench: Bench, *, rows: int, n: int, k: int, few: bool) -> Work:
-    """The product that the engine runs on fp8 weights, torch's own, beside that of the same numbers in 16 bits.
+def product_fp8_work(bench: Bench, *, rows: int, n: int, k: int) -> Work:
+    """The product that the engine runs on fp8 weights, beside that of the same numbers in 16 bits.
 
-    `few` rows are counted by the bytes of the weight, others by FLOPs, for which fp8 has no measured limit.
+    Up to MAX_ROWS rows are ours, beside torch's, and count the bytes of the weight. More are torch's own and count
+    FLOPs, for which fp8 has no measured limit; those of few rows are shown by bytes too.
     """
 
     def operand(*shape: int) -> tuple[torch.Tensor, ...]:
@@ -490,11 +492,13 @@ def product_fp8_work(bench: Bench, *, rows: int, n: int, k: int, few: bool) -> W
         return *quantised, _dequantised(quantised).to(bench.dtype)
 
     sets = [(operand(rows, k), operand(n, k)) for _ in range(num_sets(float(n * k)))]
-    implementations = {
-        OURS: lambda s: peers.product_fp8(*s[0][:2], *s[1][:2]),
-        "bfloat16": lambda s: functional.linear(s[0][2], s[1][2]),
-    }
-    work = {"bytes": float(n * k)} if few else {"flops": 2.0 * rows * n * k}
+    theirs = {"scaled_mm": lambda s: peers.product_fp8(*s[0][:2], *s[1][:2])}
+    if rows <= MAX_ROWS:
+        ours = {OURS: lambda s: skinny_linear_fp8(*s[0][:2], s[1][0], s[1][1].view(-1), pdl=True, check=False)} | theirs
+    else:
+        ours = {OURS: theirs["scaled_mm"]}
+    implementations = ours | {"bfloat16": lambda s: functional.linear(s[0][2], s[1][2])}
+    work = {"bytes": float(n * k)} if rows <= FEW_ROWS else {"flops": 2.0 * rows * n * k}
     return Work(sets, implementations, **work, floor=("read",), same=("bfloat16",))
 
 

@@ -652,11 +652,12 @@ def test_rms_norm_fp8_case(small, bench):
         call(work.sets[1])
 
 
-@pytest.mark.parametrize("few", [True, False])
-def test_fp8_product_case(few, small, bench):
-    work = works.product_fp8_work(bench, rows=3, n=48, k=64, few=few)
+@pytest.mark.parametrize("rows", [3, 17, 300])
+def test_fp8_product_case(rows, small, bench):
+    work = works.product_fp8_work(bench, rows=rows, n=48, k=64)
     run_all(work)
-    assert (work.bytes, work.flops) == ((48 * 64, None) if few else (None, 2 * 3 * 48 * 64))
+    assert (work.bytes, work.flops) == ((48 * 64, None) if rows < 300 else (None, 2 * rows * 48 * 64))
+    assert ("scaled_mm" in work.implementations) == (rows == 3)
 
 
 @pytest.mark.parametrize("settings", cases.SAMPLING.values(), ids=cases.SAMPLING)

@@ -125,12 +125,22 @@ def check_fp8(num_rows, n, k, gap, config, device, dtype, with_bias=False):
     out = buffer[:, :n]
     skinny_linear_fp8(codes, scale, weight, weight_scale, dtype=dtype, bias=bias, out=out, config=config)
     exact = linear.skinny_linear_fp8(codes, scale, weight, weight_scale, dtype=torch.float64, bias=bias)
-    # Products are exact; their sum is float32's at best, and on tensor cores of fp8 has 14 bits.
+    # Products are exact; their sum is float32's at best, and on tensor cores of fp8 has 14 bits. With more than 8 rows
+    # the sum is what Hopper's wgmma keeps over all of k, which adds up: there a peer says what to expect.
     terms = linear.skinny_linear_fp8(
         codes.float().abs().to(codes.dtype), scale, weight.float().abs().to(weight.dtype), weight_scale,
         dtype=torch.float64,
     )  # fmt: skip
-    assert ((out.double() - exact).abs() <= torch.finfo(dtype).eps * exact.abs() + 2**-13 * terms + 1e-6).all()
+    error, bound = (out.double() - exact).abs(), torch.finfo(dtype).eps * exact.abs() + 2**-13 * terms + 1e-6
+    if device.type == "cuda" and num_rows > 8 and k % 16 == n % 16 == gap == 0:
+        peer = torch._scaled_mm(
+            codes, weight.t(), scale_a=scale.reshape(-1, 1), scale_b=weight_scale[None], bias=bias, out_dtype=dtype,
+            use_fast_accum=True,
+        )  # fmt: skip
+        theirs = (peer.double() - exact).abs()
+        assert error.max() <= 1.3 * theirs.max() and error.mean() <= 1.1 * theirs.mean()
+    else:
+        assert (error <= bound).all()
     assert (buffer[:, n:] == 7).all()
 
 
@@ -229,7 +239,8 @@ def test_fp8_rows_have_the_same_bits_beside_any_others(device):
 def test_a_row_has_the_same_bits_beside_any_others(device, dtype):
     x, weight = torch.randn(16, 4096, device=device).to(dtype), torch.randn(6144, 4096, device=device).to(dtype)
     norm = (torch.randn(4096, device=device), 1e-5, 0.0)
-    for rows, more in [(range(1, 5), {}), (range(5, 9), {}), (range(9, 17), {}), (range(1, 5), {"norm": norm})]:
+    plain, normed = (range(1, 3), range(3, 9), range(9, 17)), (range(1, 3), range(3, 5))
+    for rows, more in [*((rows, {}) for rows in plain), *((rows, {"norm": norm}) for rows in normed)]:
         for product in (skinny_linear, skinny_gate_up):
             expected = product(x[: rows[-1]], weight, **more)
             for num_rows in rows:
