@@ -23,6 +23,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from kernels import checks
 from kernels.decode_plan import RECORD, DecodePlan, plan_decode, sequence
 from kernels.interpreting import INTERPRETING
+from kernels.launching import Launcher
 from kernels.pages import MAX_QUERY_LEN, PageLayout
 from kernels.planes import LN_2, LOG2_E, USE_ASM, columns_of, exp2, plane, reciprocal, shift, soft_cap_of
 from kernels.planes import log2 as log2_of
@@ -546,7 +547,7 @@ def decode_attention(
     lse = torch.empty(num_tokens, num_q_heads, dtype=torch.float32, device=query.device) if return_lse else None
     scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
     config, words = plan.config, layout.words
-    _decode_kernel[(plan.num_programs,)](
+    _decode_launcher[(plan.num_programs,)](
         query,
         cache.view(layout.word_dtype),
         block_tables,
@@ -590,10 +591,13 @@ def decode_attention(
     return (out, lse) if return_lse else out
 
 
+_decode_launcher, _merge_launcher = Launcher(_decode_kernel), Launcher(_merge_kernel)
+
+
 def _merge(plan: DecodePlan, out: torch.Tensor, lse: torch.Tensor | None) -> None:
     """Launch the merge of all units in pieces."""
     grid, block_rows, block_channels, pieces = plan.merging_tiles
-    _merge_kernel[grid](
+    _merge_launcher[grid](
         plan.table,
         plan.merging,
         out,

@@ -34,6 +34,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from kernels.interpreting import num_multiprocessors
+from kernels.launching import Launcher
 from kernels.planes import LOG2_E
 from kernels.prefill_grid import PagedContext, cut, pack_for
 
@@ -715,7 +716,7 @@ def launch(
     )
     programs = min(grid.num_ranks, num_multiprocessors(query.device))
     counter = query_start.new_zeros(1) if programs < grid.num_ranks else query_start.new_empty(1)
-    _prefill_hopper_kernel[(programs,)](
+    _launcher[(programs,)](
         _query_descriptor(query, shape),
         _rows_descriptor(key, shape, config.block_n),
         _rows_descriptor(value, shape, config.block_n),
@@ -739,14 +740,15 @@ def launch(
         window or 0,
         2 * softmax_scale * LOG2_E.value / soft_cap if soft_cap else 0.0,
         soft_cap * LOG2_E.value if soft_cap else 0.0,
-        shape,
+        c=shape,
         num_warps=4,
         maxnreg=MAX_REGISTERS,
     )
 
 
-# Making these takes longer than all else that a launch does on the host.
+# Making these takes longer than all else that a launch does on the host, and hashing them takes long enough.
 _shape = cache(Shape)
+_launcher = Launcher(_prefill_hopper_kernel, by_identity=("c",))
 
 
 @cache
@@ -755,7 +757,13 @@ def _layout(box: tuple[int, ...], dtype: gl.dtype) -> gl.NVMMASharedLayout:
 
 
 def _descriptor(tensor: torch.Tensor, shape: list[int], strides: list[int], box: list[int]) -> TensorDescriptor:
-    return TensorDescriptor(tensor, shape, strides, box, _layout(tuple(box), GLUON_DTYPES[tensor.dtype]))
+    layout = _layout(tuple(box), GLUON_DTYPES[tensor.dtype])
+    # As the constructor would, without its checks: those of `prefill_attention` are more and can be left out.
+    made = TensorDescriptor.__new__(TensorDescriptor)
+    made.base, made.shape, made.strides, made.block_shape, made.layout, made.padding = (
+        tensor, shape, strides, box, layout, "zero",
+    )  # fmt: skip
+    return made
 
 
 def _rows_descriptor(tensor: torch.Tensor, c: Shape, rows: int) -> TensorDescriptor:

@@ -346,7 +346,7 @@ def names(module, program, num_programs):
 
 
 class OnCpu:
-    """Stands where a module's Gluon kernel stands, and is launched like it: `kernel[(programs,)](*args)`.
+    """Stands where a module's Gluon kernel stands, and is launched like it: `kernel[(programs,)](*args, c=shape)`.
 
     Args:
         module: where the kernel and the functions that it calls are.
@@ -357,8 +357,8 @@ class OnCpu:
         self.module, self.kernel = module, getattr(module, name)
 
     def __getitem__(self, grid):
-        def run(*args, **options):
-            *args, shape = args
+        def run(*args, c, **options):
+            shape = c
             constants = {field.name: getattr(shape, field.name).value for field in fields(shape)}
             constants["dtype"] = np.float16
             shape = types.SimpleNamespace(

@@ -49,7 +49,7 @@ def config_for(request, monkeypatch) -> Callable:
     if request.param is hopper_config:
         if not HAS_CUDA:
             kernel = gluon_on_cpu.OnCpu(prefill_hopper, "_prefill_hopper_kernel")
-            monkeypatch.setattr(prefill_hopper, "_prefill_hopper_kernel", kernel)
+            monkeypatch.setattr(prefill_hopper, "_launcher", kernel)
             monkeypatch.setattr(prefill_hopper, "num_multiprocessors", lambda device: 3)
         elif not prefill_hopper.is_hopper(torch.device("cuda", torch.cuda.current_device())):
             pytest.skip("not a Hopper GPU")
