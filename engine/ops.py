@@ -310,20 +310,19 @@ class TritonOps(Ops):
             return self.skinny.skinny_linear_fp8(
                 codes, scale, linear.weight, linear.scale, **more, pdl=True, check=False
             )
-        # One scale per row and per column. Both sizes of the weight must be multiples of 16, and with such scales
-        # torch writes bfloat16 only, to which it adds no other bias.
-        is_native = dtype == torch.bfloat16
+        # One scale per row and per column. Both sizes of the weight must be multiples of 16. With such scales torch
+        # writes bfloat16 only, and not for every shape has cuBLAS a product that adds the bias.
+        is_whole = dtype == torch.bfloat16 and linear.bias is None
         result = torch._scaled_mm(
             codes,
             linear.weight.t(),
             scale_a=scale,
             scale_b=linear.scale[None],
-            bias=linear.bias if is_native else None,
             out_dtype=torch.bfloat16,
             use_fast_accum=True,
-            **({"out": out} if is_native and out is not None else {}),
+            **({"out": out} if is_whole and out is not None else {}),
         )
-        if is_native:
+        if is_whole:
             return result
         result = result.to(dtype) if linear.bias is None else result.to(dtype) + linear.bias
         return result if out is None else out.copy_(result)
