@@ -24,6 +24,10 @@ TICKS_PER_SECOND = 10**15
 MAX_STEP_SECONDS = 3600.0
 
 
+# The most steps whose durations are listed one by one.
+_LISTED_STEPS = 64
+
+
 class Evidence(StrEnum):
     """What a predicted step time rests on."""
 
@@ -110,6 +114,45 @@ class TableRun(DecodeRun):
         return [(duration, 0, 1) for duration in self.durations[:steps]]
 
 
+class DelayedRun(DecodeRun):
+    """Another run, each step of which takes the same while longer."""
+
+    __slots__ = ("_delay", "_run", "steps")
+
+    def __init__(self, run: DecodeRun, delay: int) -> None:
+        self._run = run
+        self._delay = delay
+        self.steps = run.steps
+
+    def cumulative(self, steps: int) -> int:
+        return self._run.cumulative(steps) + self._delay * steps
+
+    def segments(self, steps: int) -> Sequence[tuple[int, int, int]]:
+        return [(first + self._delay, increment, count) for first, increment, count in self._run.segments(steps)]
+
+
+def delayed(run: DecodeRun, delay: int) -> DecodeRun:
+    """The run with `delay` ticks more in every step."""
+    return DelayedRun(run, delay) if delay else run
+
+
+def floored(run: DecodeRun, floor: int) -> DecodeRun:
+    """The run with no step shorter than `floor` ticks; possibly fewer of its steps."""
+    shortest = longest = floor
+    for first, increment, count in run.segments(run.steps):
+        last = first + increment * (count - 1)
+        shortest, longest = min(shortest, first, last), max(longest, first, last)
+    if shortest >= floor:
+        return run
+    if longest <= floor:
+        return AffineRun(floor, 0, run.steps)
+    steps = min(run.steps, _LISTED_STEPS)
+    durations: list[int] = []
+    for first, increment, count in run.segments(steps):
+        durations += [max(floor, first + increment * j) for j in range(count)]
+    return TableRun(durations)
+
+
 class StepTime(ABC):
     """Predicts step times. Same shape, same time: it holds no state that a prediction changes."""
 
@@ -120,7 +163,11 @@ class StepTime(ABC):
 
     @abstractmethod
     def predict(self, step: StepShape) -> float:
-        """Seconds from the start of a step to its sampled tokens, for a step with at least one request."""
+        """Seconds from the start of a step to its sampled tokens, for a step with at least one request.
+
+        Where `host_ticks` says how long the host takes to launch the step, the step starts on the device then, and
+        this is its time there.
+        """
 
     def ticks(self, step: StepShape) -> int:
         """`predict` in ticks, at least 1 so that the clock cannot stall.
@@ -130,12 +177,29 @@ class StepTime(ABC):
         """
         return to_ticks(self.predict(step), step)
 
+    def host_ticks(self, step: StepShape) -> int:
+        """Ticks from the decision to run a step to the end of its launch; the device starts it then at the earliest.
+
+            host     | host_ticks(n) |  waits for n - 1    | host_ticks(n + 1) |
+            device   |          step n - 1                 |        step n          | step n + 1 ...
+                                                           |<------ ticks(n) ------>|
+
+        The host's work between a step's end and the next decision, which is to update the scheduler, is part of it:
+        the simulator decides at the very instant at which a step's tokens are on the host. Work that the host does
+        while the device already computes (a launch in pieces) is not; where the device waits for it, it is the
+        step's own time.
+
+        For steps of decodes alone it must not depend on the contexts: a leap over many steps asks once. 0, the default,
+        where `predict` has the host's time in it.
+        """
+        return 0
+
     def decode_run(self, contexts: list[int], steps: int) -> DecodeRun:
         """The next `steps` plain decode steps of a batch with these context lengths, or as many as it cares to cover.
 
         Step j must last exactly `ticks(StepShape(decode_contexts=[c + j for c in contexts]))`.
         """
-        shapes = (StepShape(decode_contexts=[c + j for c in contexts]) for j in range(min(steps, 64)))
+        shapes = (StepShape(decode_contexts=[c + j for c in contexts]) for j in range(min(steps, _LISTED_STEPS)))
         return TableRun([self.ticks(shape) for shape in shapes])
 
 

@@ -431,15 +431,22 @@ class Scheduler:
 
         Within them nothing is admitted or preempted, and nothing finishes before the last. `advance` may be called
         with any number up to this one. 0 means that the next step must be scheduled singly.
+
+        One step may be in flight if it decodes exactly these requests too. The tokens that it samples count as
+        sampled: a request of which it samples the last token is in no further step, so there are no steady ones.
         """
-        running = self.running
-        if not running or self._in_flight or self.config.num_lookahead_tokens:
+        running, in_flight = self.running, len(self._in_flight)
+        if not running or in_flight > 1 or self._drains or self.config.num_lookahead_tokens:
             return 0
+        if in_flight:
+            step = self._in_flight[0]
+            if step.decode_requests != running or step.prefill_requests or step.verify_requests:
+                return 0
         steps = self.config.max_model_len
         for request in running:
             if request.num_computed_tokens < request.num_prefill_tokens or request.num_draft_tokens:
                 return 0
-            left = request.max_output_tokens - request.num_output_tokens
+            left = request.max_output_tokens - request.num_output_tokens - in_flight
             if left < steps:
                 steps = left
         if self.waiting:
@@ -486,11 +493,17 @@ class Scheduler:
     def advance(self, steps: int) -> list[Request]:
         """Do `steps` plain decode steps at once: the result is that of as many `schedule` and `update` calls.
 
+        With a step in flight, each of them is scheduled before the one ahead of it is updated::
+
+            schedule n + 1, update n, schedule n + 2, update n + 1, ...        `steps` of both
+
+        and the last one is left in flight. It takes the place of step n, whose object is moved on to become it.
+
         Args:
             steps: 1 to `steady_steps()`.
 
         Returns:
-            The requests that finished, all of them in the last of the steps.
+            The requests that finished, all of them in the last of the steps; none with a step in flight.
         """
         self._cross_page_boundaries(steps)
         self.num_steps += steps
@@ -503,6 +516,9 @@ class Scheduler:
                 assert output == request.max_output_tokens, f"advance({steps}) goes beyond steady_steps()"
                 request.status = RequestStatus.FINISHED_LENGTH
                 finished.append(request)
+        for step in self._in_flight:
+            step.step_id += steps
+            step.shape.decode_contexts = [context + steps for context in step.shape.decode_contexts]
         if finished:
             self._retire(finished)
         return finished
@@ -519,10 +535,10 @@ class Scheduler:
         if self._enable_prefix_caching:
             for index, request in enumerate(running):
                 if request.num_hashed_blocks < len(request.block_hashes):
-                    computed = request.num_computed_tokens
-                    if computed // block_size > request.num_hashed_blocks:
+                    settled = request.num_computed_tokens - request.num_in_flight_tokens
+                    if settled // block_size > request.num_hashed_blocks:
                         commits.append((1 << _STEP_SHIFT) + index)  # hashes that came after their blocks were full
-                    fill = block_size - computed % block_size
+                    fill = block_size - settled % block_size
                     commits += range((fill << _STEP_SHIFT) + index, end + (1 << _STEP_SHIFT), stride)
         if commits or (new_pages and self.kv.has_sliding_groups):
             self._cross_one_by_one(new_pages, commits)
@@ -532,7 +548,8 @@ class Scheduler:
 
     def _cross_one_by_one(self, new_pages: list[int], commits: list[int]) -> None:
         """The same where the order of taking, releasing and committing matters."""
-        # A block fills at the end of one step, before anything is allocated for the next.
+        # A block fills at the end of one step, before anything is allocated for the next, or with a step in flight for
+        # the one after that.
         events = sorted(
             [(event >> _STEP_SHIFT, 0, event & _INDEX_MASK) for event in commits]
             + [(event >> _STEP_SHIFT, 1, event & _INDEX_MASK) for event in new_pages]
@@ -545,7 +562,7 @@ class Scheduler:
                 room = self.kv.allocate(request, request.num_computed_tokens + 1)
                 assert room, "steady_steps promised free blocks"
             else:
-                self.kv.commit(request, request.num_computed_tokens)
+                self.kv.commit(request, request.num_computed_tokens - request.num_in_flight_tokens)
         for request, base in zip(self.running, bases, strict=True):
             request.num_computed_tokens = base
         self._head_is_blocked = False

@@ -10,9 +10,9 @@ import math
 
 import simpy
 
-from engine.scheduling import Request, RequestStatus, Scheduler, Step
+from engine.scheduling import Request, RequestStatus, Scheduler, Step, StepShape
 from planner.simulation.log import MAX_GAP, ReplicaLog
-from planner.step_time import DecodeRun, StepTime
+from planner.step_time import DecodeRun, StepTime, delayed
 
 # Order of events at one instant: a step's end is seen by what arrives at that very instant, and the next step starts
 # only after everything has arrived.
@@ -63,7 +63,10 @@ class SimulatedRequest(Request):
 
 
 class Replica:
-    """Runs steps back to back while it has requests."""
+    """Runs steps back to back while it has requests, one at a time."""
+
+    # Whether every request keeps the instant of its last token; otherwise that is the end of the previous step.
+    _keeps_last_token = False
 
     def __init__(
         self,
@@ -79,6 +82,8 @@ class Replica:
         self.step_time = step_time
         self.log = log
         self.num_speculative_tokens = num_speculative_tokens
+        if num_speculative_tokens:
+            self._keeps_last_token = True
         self.leap = leap
         self._idle = True
         self._starting = False
@@ -107,7 +112,7 @@ class Replica:
             self._start_soon()
         elif self._run is not None and not blocked:
             # It may join the batch at the next step boundary. Behind a blocked queue it could not.
-            self._cut(self._run.steps_until(self.env.now - self._began))
+            self._cut_at_next_boundary()
 
     def abort(self, request: SimulatedRequest) -> None:
         """The client gives up now, unless the request has ended."""
@@ -135,8 +140,8 @@ class Replica:
         if self.leap:
             steps = scheduler.steady_steps()
             if steps > 1:
-                contexts = [request.num_computed_tokens for request in scheduler.running]
-                self._run = run = self.step_time.decode_run(contexts, steps)
+                run, host = self._decode_run(steps)
+                self._run = run = delayed(run, host)
                 self._run_steps = run.steps
                 self._wait(run.cumulative(run.steps))
                 return
@@ -144,7 +149,13 @@ class Replica:
         if step is None:
             self._idle = True
         else:
-            self._wait(self.step_time.ticks(step.shape))
+            self._wait(self.step_time.host_ticks(step.shape) + self.step_time.ticks(step.shape))
+
+    def _decode_run(self, steps: int) -> tuple[DecodeRun, int]:
+        """The next `steps` steps of the running requests on the device, or fewer, and the host's time for each."""
+        contexts = [request.num_computed_tokens for request in self.scheduler.running]
+        host = self.step_time.host_ticks(StepShape(decode_contexts=contexts))
+        return self.step_time.decode_run(contexts, steps), host
 
     def _schedule(self) -> Step | None:
         """The scheduler's next step, with what it admitted and preempted noted; None if it has nothing to run."""
@@ -171,8 +182,9 @@ class Replica:
         self._generation += 1
         Timer(self.env, ticks, STEP_END, self._end, self._generation)
 
-    def _cut(self, steps: int) -> None:
-        """End the leap under way after fewer steps."""
+    def _cut_at_next_boundary(self) -> None:
+        """End the leap under way with the step that is in flight now."""
+        steps = self._run.steps_until(self.env.now - self._began)
         if steps < self._run_steps:
             self._run_steps = steps
             self._generation += 1
@@ -232,11 +244,14 @@ class Replica:
             if live:
                 self.log.decoded(now - self._began, 0, 1, live)
             finished = self.scheduler.update(step)
+        self._prefilled(step)
+        if finished:
+            self._finish(finished)
+
+    def _prefilled(self, step: Step) -> None:
         for request, (count, context) in zip(step.prefill_requests, step.shape.prefills, strict=True):
             if context + count >= request.num_prefill_tokens and request.status is not RequestStatus.ABORTED:
                 self._sampled_after_prefill(request)
-        if finished:
-            self._finish(finished)
 
     def _sampled_after_prefill(self, request: SimulatedRequest) -> None:
         now = self.env.now
@@ -245,10 +260,10 @@ class Replica:
             self.log.requests.first_token(request, now)
         else:
             self.log.decoded(min(now - request.last_token, MAX_GAP), 0, 1, 1)
-        request.last_token = now if self.num_speculative_tokens else -1
+        request.last_token = now if self._keeps_last_token else -1
 
     def _update_speculative(self, step: Step) -> list[SimulatedRequest]:
-        scheduler, now, k = self.scheduler, self.env.now, self.num_speculative_tokens
+        scheduler, k = self.scheduler, self.num_speculative_tokens
         num_sampled = []
         for request, (query, _) in zip(step.verify_requests, step.shape.verifies, strict=True):
             accepted = request.accepted[request.round]
@@ -258,19 +273,23 @@ class Replica:
             rounds = len(num_sampled)
             self.log.verified(rounds, sum([q for q, _ in step.shape.verifies]) - rounds, sum(num_sampled) - rounds)
         finished = scheduler.update(step, num_sampled)
+        self._decoded(step.decode_requests + step.verify_requests, self.env.now)
+        for request in step.requests():
+            if request.status is RequestStatus.RUNNING:
+                scheduler.set_drafts(request, k)
+        return finished
+
+    def _decoded(self, requests: list[SimulatedRequest], now: int) -> None:
+        """Requests that keep their last token's instant have got another token."""
         # Nearly all of them sampled at the end of the previous step too, and see the same gap.
         gaps: dict[int, int] = {}
-        for request in step.decode_requests + step.verify_requests:
+        for request in requests:
             if request.status is not RequestStatus.ABORTED:
                 gap = now - request.last_token
                 gaps[gap] = gaps.get(gap, 0) + 1
                 request.last_token = now
         for gap, batch in gaps.items():
             self.log.decoded(min(gap, MAX_GAP), 0, 1, batch)
-        for request in step.requests():
-            if request.status is RequestStatus.RUNNING:
-                scheduler.set_drafts(request, k)
-        return finished
 
     def _finish(self, finished: list[SimulatedRequest]) -> None:
         now, scheduler = self.env.now, self.scheduler

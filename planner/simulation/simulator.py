@@ -14,6 +14,7 @@ from planner.errors import UserError
 from planner.simulation.acceptance import AcceptanceProcess, AcceptanceSampler
 from planner.simulation.log import ReplicaLog, RequestLog, SloWatch
 from planner.simulation.metrics import Outcome, SimulationResult, evaluate
+from planner.simulation.pipeline import PipelinedReplica
 from planner.simulation.replica import ABORT, Replica, SimulatedRequest, Timer
 from planner.simulation.router import make_router
 from planner.simulation.slo import SLO
@@ -51,6 +52,9 @@ class System:
         replicas: engines behind the router.
         router: a name in `planner.simulation.router.ROUTERS`.
         speculation: None for plain decoding.
+        pipeline_depth: steps in flight at once: 1, each is scheduled when the one before has ended, or 2, the next one
+            is launched while it runs, as the engine does on a GPU. 2 only without speculation: the engine verifies a
+            step's drafts before it schedules another.
     """
 
     scheduler: SchedulerConfig
@@ -59,6 +63,7 @@ class System:
     replicas: int = 1
     router: str = "round-robin"
     speculation: Speculation | None = None
+    pipeline_depth: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,16 +110,7 @@ def simulate(workload: Workload, system: System, options: SimulationOptions | No
     if options.stop_when_slo_is_lost and options.slo.limits():
         watch = SloWatch(options.slo, warmup_s, workload.arrival_s, workload.output_tokens)
     requests = RequestLog(len(workload), watch)
-    k = system.speculation.num_speculative_tokens if system.speculation else 0
-    if k < 0:
-        raise UserError(f"num_speculative_tokens must not be negative, not {k}")
-    replicas = []
-    for _ in range(_checked_replicas(system.replicas)):
-        try:
-            scheduler = Scheduler(system.scheduler, system.cache)
-        except ValueError as error:
-            raise UserError(str(error)) from None
-        replicas.append(Replica(env, scheduler, system.step_time, ReplicaLog(requests), k, options.leap))
+    replicas = _replicas(env, system, requests, options.leap)
     env.process(_arrivals(env, workload, system, options, replicas, requests))
     env.run()
     _check_conservation(workload, requests, replicas)
@@ -129,6 +125,31 @@ def simulate(workload: Workload, system: System, options: SimulationOptions | No
         step_time=system.step_time.description,
     )
     return evaluate(outcome, options.slo, warmup_s, options.seed)
+
+
+def _replicas(env: simpy.Environment, system: System, requests: RequestLog, leap: bool) -> list[Replica]:
+    k = system.speculation.num_speculative_tokens if system.speculation else 0
+    if k < 0:
+        raise UserError(f"num_speculative_tokens must not be negative, not {k}")
+    if system.pipeline_depth not in (1, 2):
+        raise UserError(f"pipeline_depth must be 1 or 2 steps in flight, not {system.pipeline_depth}")
+    if k and system.pipeline_depth > 1:
+        raise UserError(
+            f"a pipeline_depth of {system.pipeline_depth} goes with plain decoding only: with speculation the next "
+            "step is scheduled when the drafts of the one before are verified"
+        )
+    replicas: list[Replica] = []
+    for _ in range(_checked_replicas(system.replicas)):
+        try:
+            scheduler = Scheduler(system.scheduler, system.cache)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        log = ReplicaLog(requests)
+        if system.pipeline_depth == 1:
+            replicas.append(Replica(env, scheduler, system.step_time, log, k, leap))
+        else:
+            replicas.append(PipelinedReplica(env, scheduler, system.step_time, log, leap=leap))
+    return replicas
 
 
 def _arrivals(

@@ -957,6 +957,50 @@ def test_steady_until_the_first_finish():
     assert scheduler.steady_steps() == 0, "nothing runs"
 
 
+def test_steady_with_a_step_in_flight():
+    """b ends in its 7th token: a step in flight that samples it is the last one with b in it."""
+    scheduler = decoding({"a": (4, 10), "b": (6, 7)})
+    a, b = scheduler.running
+    step = scheduler.schedule()
+    assert scheduler.steady_steps() == 5, "b has sampled 1 of 7, and samples another"
+    assert scheduler.advance(3) == []
+    assert (a.num_output_tokens, a.num_pending_tokens, a.num_tokens, a.num_computed_tokens) == (4, 1, 8, 8)
+    assert (step.step_id, shape(step)) == (4, ([], [7, 9], [])), "it is the last of the four steps now"
+    assert scheduler.steady_steps() == 2
+    assert scheduler.advance(2) == []
+    assert scheduler.steady_steps() == 0, "the step in flight samples the last of b"
+    following = scheduler.schedule()
+    assert shape(following) == ([], [10], [])
+    assert scheduler.update(step) == [b]
+    assert scheduler.steady_steps() == 2, "a has sampled 7 of 10, and samples another"
+    scheduler.advance(2)
+    assert scheduler.update(following) == [a]
+    assert scheduler.kv.pool.num_used == 0
+    assert scheduler.num_steps == 10 - 1 + 1
+
+
+def test_nothing_is_steady_behind_another_batch():
+    scheduler = decoding({"a": (4, 10)})
+    add(scheduler, "b", 6, 7)
+    mixed = scheduler.schedule()
+    assert shape(mixed) == ([(6, 0)], [4], [])
+    assert scheduler.steady_steps() == 0, "a prompt is in flight"
+    both = scheduler.schedule()
+    scheduler.update(mixed)
+    assert scheduler.steady_steps() == 5
+    c = add(scheduler, "c", 3, 9)
+    scheduler.update(both)
+    with_c = scheduler.schedule()
+    scheduler.abort(c)
+    assert scheduler.steady_steps() == 0, "the step in flight has a prompt that was aborted"
+    scheduler.update(with_c)
+    both = scheduler.schedule()
+    scheduler.abort(scheduler.running[0])
+    assert scheduler.steady_steps() == 0, "the step in flight has a request that was aborted"
+    scheduler.update(both)
+    assert scheduler.steady_steps() == 3, "b has sampled 4 of 7"
+
+
 def test_several_may_finish_in_the_last_step():
     scheduler = decoding({"a": (4, 5), "b": (6, 9), "c": (5, 5)})
     assert scheduler.steady_steps() == 4
@@ -1066,9 +1110,12 @@ def test_not_steady():
     assert scheduler.steady_steps() == 0, "a draft is to be verified"
     scheduler.set_drafts(a, 0)
     step = scheduler.schedule()
-    assert scheduler.steady_steps() == 0, "a step is in flight"
+    assert scheduler.steady_steps() == 8, "one step is in flight, and is of the same kind"
+    second = scheduler.schedule()
+    assert scheduler.steady_steps() == 0, "two steps are in flight"
     scheduler.update(step)
-    assert scheduler.steady_steps() == 8
+    scheduler.update(second)
+    assert scheduler.steady_steps() == 7
     assert decoding({"a": (4, 9)}, num_lookahead_tokens=1).steady_steps() == 0
 
 

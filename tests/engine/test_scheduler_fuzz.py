@@ -61,6 +61,7 @@ def snapshot(scheduler, requests):
                 r.request_id,
                 r.status,
                 r.num_computed_tokens,
+                r.num_in_flight_tokens,
                 r.num_tokens,
                 r.num_output_tokens,
                 r.num_preemptions,
@@ -93,8 +94,7 @@ def run(config, cache, load, leap, depth=1, drafts=0, seed=0):
                 added.add(index)
             elif index in added:
                 scheduler.abort(requests[index])
-            if depth == 1:
-                snapshots.append(snapshot(scheduler, requests))
+            snapshots.append(snapshot(scheduler, requests))
         steps = scheduler.steady_steps() if leap else 0
         if events:
             steps = min(steps, events[-1][0] - scheduler.num_steps - idle)
@@ -145,8 +145,9 @@ def assert_all_ended(requests, config):
 def test_leaping_equals_stepping(data):
     config, cache = data.draw(systems())
     load = data.draw(loads(config.max_model_len, cache.block_size, data.draw(st.booleans())))
-    stepped, requests = run(config, cache, load, leap=False)
-    leapt, _ = run(config, cache, load, leap=True)
+    depth = data.draw(st.integers(1, 2))
+    stepped, requests = run(config, cache, load, leap=False, depth=depth)
+    leapt, _ = run(config, cache, load, leap=True, depth=depth)
     assert leapt == stepped
     assert_all_ended(requests, config)
 
