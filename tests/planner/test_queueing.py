@@ -44,13 +44,14 @@ class Mixed(StepTime):
         return 1e-3 + 1e-4 * step.num_requests
 
 
-def serve(arrival_s, tokens, replicas: int = 1, warmup_s: float = 0.0, router: str = "round-robin") -> SimulationResult:
+def serve(
+    arrival_s, tokens, replicas: int = 1, warmup_s: float = 0.0, router: str = "round-robin", depth: int = 1
+) -> SimulationResult:
     workload = Workload("queue", np.asarray(arrival_s, float), np.asarray(tokens), np.ones(len(tokens), int))
     # One block holds any request.
     scheduler, cache = SchedulerConfig(MAX_TOKENS, 1, MAX_TOKENS), KVCacheConfig(3, MAX_TOKENS)
-    return simulate(
-        workload, System(scheduler, cache, PerToken(), replicas, router), SimulationOptions(warmup_s=warmup_s)
-    )
+    system = System(scheduler, cache, PerToken(), replicas, router, pipeline_depth=depth)
+    return simulate(workload, system, SimulationOptions(warmup_s=warmup_s))
 
 
 def exponential_tokens(rng: np.random.Generator, count: int) -> np.ndarray:
@@ -165,15 +166,17 @@ def lindley(arrival_s: np.ndarray, service_s: np.ndarray) -> np.ndarray:
     return waits
 
 
+@pytest.mark.parametrize("depth", [1, 2])
 @pytest.mark.parametrize("replicas", [1, 3])
-def test_sample_paths(replicas):
+def test_sample_paths(replicas, depth):
+    """Two steps in flight change nothing where a request is admitted when the one before it has left."""
     rng = np.random.default_rng(7)
     arrival_s = np.cumsum(rng.exponential(MEAN_TOKENS * TOKEN_S / 0.9 / replicas, 3000))
     tokens = exponential_tokens(rng, 3000)
     waits_s = np.concatenate(
         [lindley(arrival_s[first::replicas], tokens[first::replicas] * TOKEN_S) for first in range(replicas)]
     )
-    result = serve(arrival_s, tokens, replicas)
+    result = serve(arrival_s, tokens, replicas, depth=depth)
     statistics = [
         result.queue_ms.mean,
         result.queue_ms.p50,
@@ -236,14 +239,17 @@ def test_littles_law(rho, replicas):
     assert result.mean_waiting == pytest.approx(rate * result.queue_ms.mean / 1e3, rel=1e-9)
 
 
+@pytest.mark.parametrize("depth", [1, 2])
 @pytest.mark.parametrize("leap", [True, False])
 @pytest.mark.parametrize("num_blocks", [36, 2000])
-def test_littles_law_of_batches(num_blocks, leap):
+def test_littles_law_of_batches(num_blocks, leap, depth):
     """Batches, chunks and, in the smaller pool, preemptions: a preempted request waits again."""
     rng = np.random.default_rng(11)
     arrival_s = np.cumsum(rng.exponential(0.008, 400))
     workload = Workload("batches", arrival_s, rng.integers(1, 200, 400), rng.integers(1, 60, 400))
-    system = System(SchedulerConfig(64, 8, 260), KVCacheConfig(num_blocks, 16), Mixed(), replicas=2)
+    system = System(
+        SchedulerConfig(64, 8, 260), KVCacheConfig(num_blocks, 16), Mixed(), replicas=2, pipeline_depth=depth
+    )
     result = simulate(workload, system, SimulationOptions(warmup_s=0.0, leap=leap))
     assert (result.num_preemptions > 0) == (num_blocks == 36)
     assert_little(result)

@@ -278,15 +278,29 @@ def test_aborts_on_and_off_step_boundaries(instant_ms):
     assert stepped.num_steps == min(math.ceil(instant_ms), 30)
 
 
-def test_leaps_do_happen():
+@pytest.mark.parametrize(
+    ("depth", "host_us", "steps"),
+    [
+        # A prompt step at 0 and at 100 ms.
+        (1, 0, 2),
+        (1, 500, 2),
+        # Behind each of them the first decode of the new batch is scheduled singly too, and so is the step that
+        # follows the last one of a request while that is in flight: 300, 500, and none after the end.
+        (2, 0, 6),
+        (2, 500, 6),
+        (2, 5000, 6),
+    ],
+)
+def test_leaps_do_happen(depth, host_us, steps):
     single, leaping = Affine(2), Affine(2)
     workload = load([0, 0, 100], [4, 4, 4], [500, 800, 300])
-    stepped = run(workload, single, leap=False)
-    leapt = run(workload, leaping)
+    stepped, leapt = [
+        run(workload, Hosted(step_time, host_us, 0, 0), leap=leap, pipeline_depth=depth)
+        for step_time, leap in ((single, False), (leaping, True))
+    ]
     assert leapt.model_dump_json() == stepped.model_dump_json()
     assert single.single_steps == stepped.num_steps == 800
-    # A prompt step at 0 and at 100 ms.
-    assert leaping.single_steps == 2
+    assert leaping.single_steps == steps
 
 
 def test_a_known_case_preempts():
@@ -319,6 +333,53 @@ def test_gaps_add_up(case):
         assert result.itl_ms.mean * gaps == pytest.approx(between, rel=1e-9, abs=1e-9)
     else:
         assert result.itl_ms is None
+
+
+# ---- two steps in flight -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("leap", [True, False])
+@pytest.mark.parametrize(
+    ("host_ms", "ttft_ms", "e2el_ms"),
+    [
+        # Steps of 10 ms back to back from 0 on. That from 10 to 20 ms was scheduled at 0, that from 20 to 30 ms at
+        # 10 ms: B, come at 12 ms, is in that from 30 ms on, which is scheduled at 20 ms.
+        (0, (10, 40 - 12), (60, 50 - 12)),
+        # The same a millisecond later: only the first launch has nothing to hide behind.
+        (1, (11, 41 - 12), (61, 51 - 12)),
+        # The host is the slower one. Launches begin at 0, 15, 30, ... ms, their steps 15 ms later. A's first token is
+        # there at 25 ms, but the host launches the second step until 30 ms. B is in that one: it ends at 40 ms, to be
+        # seen at 45 ms. A ends with the sixth step, at 100 ms: the host has no seventh to launch and waits for it.
+        (15, (30, 45 - 12), (100, 60 - 12)),
+    ],
+)
+def test_two_steps_in_flight_by_hand(leap, host_ms, ttft_ms, e2el_ms):
+    step_time = Hosted(Affine(10), 1000 * host_ms, 0, 0)
+    result = run(load([0, 12], [4, 4], [6, 2]), step_time, leap=leap, pipeline_depth=2)
+    for metric, expected in ((result.ttft_ms, ttft_ms), (result.e2el_ms, e2el_ms)):
+        assert (metric.mean, metric.max) == pytest.approx((np.mean(expected), max(expected)))
+
+
+def test_an_arrival_while_nothing_more_can_be_scheduled():
+    """A's only token is in flight from 0 to 10 ms, and nothing else to launch: B waits for the end all the same."""
+    result = run(load([0, 3], [4, 4], [1, 1]), Affine(10), pipeline_depth=2)
+    assert (result.queue_ms.max, result.ttft_ms.max) == pytest.approx((7, 17))
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_the_hosts_time_is_hidden_behind_the_step_before(depth):
+    """100 steps of 2 ms, launched in 1 ms each: only the first launch is seen, or every one."""
+    result = run(load([0], [4], [100]), Hosted(Affine(2), 1000, 0, 0), pipeline_depth=depth)
+    assert result.e2el_ms.mean == pytest.approx({1: 100 * (1 + 2), 2: 1 + 100 * 2}[depth])
+
+
+@pytest.mark.parametrize(("instant_ms", "finished", "steps"), [(9, 0, 2), (19, 0, 3), (29, 1, 3), (30, 1, 3)])
+def test_aborts_wait_for_a_turn(instant_ms, finished, steps):
+    """A request of 3 steps of 10 ms. The first two are launched at 0; turns follow at 10, 20 and 30 ms."""
+    for leap in (True, False):
+        result = run(load([0], [4], [3]), Affine(10), leap=leap, pipeline_depth=2, client_timeout_s=instant_ms / 1000)
+        assert (result.num_finished, result.num_steps) == (finished, steps)
+        assert result.duration_s == pytest.approx({9: 0.01, 19: 0.02, 29: 0.03, 30: 0.03}[instant_ms])
 
 
 # ---- seeds ---------------------------------------------------------------------------------------------------------
@@ -666,6 +727,9 @@ def test_clients_that_give_up_are_no_success():
         ({"client_timeout_s": math.nan}, "timeout"),
         ({"client_timeout_s": [1.0, 2.0]}, "timeout"),
         ({"enable_chunked_prefill": False, "max_num_batched_tokens": 8}, "chunked prefill"),
+        ({"pipeline_depth": 0}, "pipeline_depth must be 1 or 2"),
+        ({"pipeline_depth": 3}, "pipeline_depth must be 1 or 2"),
+        ({"pipeline_depth": 2, "speculation": Speculation(1, AcceptanceProcess((0.5,)))}, "plain decoding only"),
         ({"speculation": Speculation(-1, AcceptanceProcess((0.5, 0.5)))}, "num_speculative_tokens"),
     ],
 )

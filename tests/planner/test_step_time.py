@@ -16,7 +16,17 @@ from planner.errors import UserError
 from planner.hardware import GpuSpec
 from planner.memory import KVCacheDtype
 from planner.roofline import RooflineAssumptions, RooflineStepTime, attended_pairs
-from planner.step_time import TICKS_PER_SECOND, AffineRun, DecodeRun, Evidence, StepTime, TableRun, to_ticks
+from planner.step_time import (
+    TICKS_PER_SECOND,
+    AffineRun,
+    DecodeRun,
+    Evidence,
+    StepTime,
+    TableRun,
+    delayed,
+    floored,
+    to_ticks,
+)
 
 # Rates of an H200 from its data sheet.
 BANDWIDTH = 4.8e12
@@ -72,6 +82,22 @@ def test_affine_run(first, increment, steps):
 @given(st.lists(small_or_huge, min_size=1, max_size=40))
 def test_table_run(durations):
     assert_run_is(TableRun(durations), durations)
+
+
+AFFINE_RUNS = st.builds(AffineRun, st.integers(1, 60), st.integers(0, 3), st.integers(1, 200))
+TABLE_RUNS = st.builds(TableRun, st.lists(st.integers(1, 60), min_size=1, max_size=90))
+
+
+@given(st.one_of(AFFINE_RUNS, TABLE_RUNS), st.integers(0, 100))
+def test_delayed_and_floored_runs(run, ticks):
+    durations = [run.cumulative(j + 1) - run.cumulative(j) for j in range(run.steps)]
+    assert_run_is(delayed(run, ticks), [duration + ticks for duration in durations])
+    at_least = floored(run, ticks)
+    assert_run_is(at_least, [max(duration, ticks) for duration in durations[: at_least.steps]])
+    if ticks <= min(durations) or ticks >= max(durations):
+        assert at_least.steps == run.steps
+    else:
+        assert 1 <= at_least.steps <= run.steps
 
 
 @given(st.integers(1, 10**13), st.integers(0, 10**10), st.integers(1, 10**6), st.integers(0, 10**25))
