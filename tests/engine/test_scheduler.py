@@ -1001,6 +1001,21 @@ def test_nothing_is_steady_behind_another_batch():
     assert scheduler.steady_steps() == 3, "b has sampled 4 of 7"
 
 
+def test_nothing_is_steady_while_steps_in_flight_drain():
+    """b finds no page for its next token, which stops all scheduling until nothing is in flight; b's end does not."""
+    scheduler = decoding({"a": (5, 6), "b": (3, 6)}, num_blocks=4, block_size=4, max_model_len=12)
+    a, b = scheduler.running
+    both, alone = scheduler.schedule(), scheduler.schedule()
+    assert names(alone.decode_requests) == ["a"]
+    scheduler.abort(b)
+    scheduler.update(both)
+    assert scheduler.steady_steps() == 0
+    assert scheduler.schedule().is_empty
+    scheduler.update(alone)
+    assert names(scheduler.schedule().decode_requests) == ["a"]
+    assert scheduler.steady_steps() == 6 - a.num_output_tokens - 1
+
+
 def test_several_may_finish_in_the_last_step():
     scheduler = decoding({"a": (4, 5), "b": (6, 9), "c": (5, 5)})
     assert scheduler.steady_steps() == 4
