@@ -3,7 +3,7 @@
 from planner.simulation.acceptance import AcceptanceProcess
 from planner.simulation.log import SloLost
 from planner.simulation.metrics import Distribution, SimulationResult, Verdict
-from planner.simulation.simulator import SimulationOptions, Speculation, System, simulate
+from planner.simulation.simulator import SimulationOptions, Speculation, System, run, simulate
 from planner.simulation.slo import SLO
 
 __all__ = [
@@ -16,5 +16,6 @@ __all__ = [
     "Speculation",
     "System",
     "Verdict",
+    "run",
     "simulate",
 ]

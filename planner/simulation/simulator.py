@@ -102,19 +102,30 @@ def simulate(workload: Workload, system: System, options: SimulationOptions | No
     """
     options = options or SimulationOptions()
     warmup_s = warmup_seconds(workload, options)
+    return evaluate(run(workload, system, options), options.slo, warmup_s, options.seed)
+
+
+def run(workload: Workload, system: System, options: SimulationOptions | None = None) -> Outcome:
+    """What `simulate` measures, request by request.
+
+    Raises:
+        UserError, SloLost: as `simulate`.
+    """
+    options = options or SimulationOptions()
     limits = system.scheduler
     budget = None if limits.enable_chunked_prefill else limits.max_num_batched_tokens
     check_prompts(workload, limits.max_model_len, budget, options.reject_too_long)
     env = simpy.Environment(initial_time=0)
     watch = None
     if options.stop_when_slo_is_lost and options.slo.limits():
+        warmup_s = warmup_seconds(workload, options)
         watch = SloWatch(options.slo, warmup_s, workload.arrival_s, workload.output_tokens)
     requests = RequestLog(len(workload), watch)
     replicas = _replicas(env, system, requests, options.leap)
     env.process(_arrivals(env, workload, system, options, replicas, requests))
     env.run()
     _check_conservation(workload, requests, replicas)
-    outcome = Outcome(
+    return Outcome(
         workload=workload,
         requests=requests,
         replicas=[replica.log for replica in replicas],
@@ -124,7 +135,6 @@ def simulate(workload: Workload, system: System, options: SimulationOptions | No
         evidence=system.step_time.evidence,
         step_time=system.step_time.description,
     )
-    return evaluate(outcome, options.slo, warmup_s, options.seed)
 
 
 def _replicas(env: simpy.Environment, system: System, requests: RequestLog, leap: bool) -> list[Replica]:

@@ -1,0 +1,1 @@
+"""The commands of this room: `memwall calibrate` and `memwall validate`."""

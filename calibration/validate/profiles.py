@@ -1,0 +1,152 @@
+"""The step times for a record: a profile that was measured on what the record was served by."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from calibration.validate.records import EngineSettings, ServedRecord
+from engine.errors import UserError
+from planner.step_time import StepTime
+
+# The same settings leave the same memory for the KV cache, but for what the driver and its libraries take.
+_BLOCKS_TOLERANCE = 0.01
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """Step times, and what is said of them.
+
+    Attributes:
+        origin: where they come from, one line.
+        largest_piece: most tokens of a step that runs in pieces; None if unknown.
+        notes: what differs between profile and record without harm, one sentence each.
+    """
+
+    step_time: StepTime
+    origin: str
+    largest_piece: int | None = None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ProfileFacts:
+    """What of a profile has to agree with a record.
+
+    Attributes:
+        name: for messages.
+        num_kv_blocks: by KV dtype, of the dtypes that were measured.
+        engine: settings it was measured with.
+    """
+
+    name: str
+    model: str
+    gpu: str
+    quantization: str | None
+    num_kv_blocks: Mapping[str, int]
+    engine: Mapping[str, Any]
+
+
+def step_time_for(record: ServedRecord, path: Path | None = None) -> Predictor:
+    """The step times of a profile, or of the shipped one for the record's model, GPU and precision.
+
+    The one place that knows what a profile looks like.
+
+    Raises:
+        UserError: there is no such profile, or it was measured on something else.
+    """
+    try:
+        from planner.profile import ProfileStepTime, load_profile
+        from planner.profile.library import find_profile
+    except ModuleNotFoundError:
+        raise UserError("this installation of memwall reads no profiles; reinstall memwall") from None
+    engine = record.engine
+    if path is None:
+        path = find_profile(
+            model=engine.model,
+            gpu=engine.gpu,
+            quantization=engine.quantization,
+            kv_cache_dtype=engine.kv_cache_dtype,
+            tensor_parallel_size=engine.tensor_parallel_size,
+        )
+        if path is None:
+            raise UserError(f"no profile is shipped for {_what(engine)}; give one with --profile")
+    profile = load_profile(path)
+    facts = ProfileFacts(
+        name=path.name,
+        model=_of(profile, "model", "name"),
+        gpu=_of(profile, "gpu_name"),
+        quantization=_of(profile, "quantization"),
+        num_kv_blocks={str(dtype): _of(table, "num_kv_blocks") for dtype, table in _of(profile, "kv").items()},
+        engine={name: _of(profile, "engine", name) for name in (*_EQUAL, *_MEASURED_UP_TO, *_OF_MEMORY)},
+    )
+    notes = check_same(record, facts)
+    pieces = _of(profile, "engine", "piece_sizes")
+    step_time = ProfileStepTime(profile, engine.kv_cache_dtype)
+    return Predictor(step_time, step_time.description, max(pieces) if pieces else None, notes)
+
+
+def _of(profile: Any, *names: str) -> Any:
+    """A field within a field, of objects or mappings."""
+    for name in names:
+        profile = profile[name] if isinstance(profile, Mapping) else getattr(profile, name)
+    return profile
+
+
+# Settings that change the time of a step of the same shape, and those up to which steps were measured.
+_EQUAL = ("block_size", "enforce_eager", "async_scheduling")
+_MEASURED_UP_TO = ("max_num_batched_tokens", "max_num_seqs")
+# Settings that decide how many blocks there are.
+_OF_MEMORY = ("gpu_memory_utilization",)
+
+
+def check_same(record: ServedRecord, profile: ProfileFacts) -> tuple[str, ...]:
+    """What differs without harm, in sentences.
+
+    Raises:
+        UserError: something differs that step times or blocks depend on.
+    """
+    engine = record.engine
+
+    def refuse(what: str, of_profile: Any, of_record: Any) -> None:
+        raise UserError(
+            f"{record.name} was served with {what} {of_record}, but {profile.name} was measured with {of_profile}"
+        )
+
+    for what, one, other in (
+        ("model", profile.model, engine.model),
+        ("GPU", profile.gpu, engine.gpu or "a CPU"),
+        ("quantization", profile.quantization, engine.quantization),
+    ):
+        if one != other:
+            refuse(what, one, other)
+    blocks = profile.num_kv_blocks.get(engine.kv_cache_dtype)
+    if blocks is None:
+        refuse("a KV cache in", ", ".join(profile.num_kv_blocks), engine.kv_cache_dtype)
+    for name in _EQUAL:
+        if profile.engine[name] != getattr(engine, name):
+            refuse(name, profile.engine[name], getattr(engine, name))
+    for name in _MEASURED_UP_TO:
+        if getattr(engine, name) > profile.engine[name]:
+            refuse(name, profile.engine[name], getattr(engine, name))
+    notes = [
+        f"{record.name} was served with {name} {getattr(engine, name)}, {profile.name} was measured with "
+        f"{profile.engine[name]}; the record's counts"
+        for name in _MEASURED_UP_TO
+        if getattr(engine, name) != profile.engine[name]
+    ]
+    same_memory = engine.num_gpu_blocks_override is None and all(
+        profile.engine[name] == getattr(engine, name) for name in (*_OF_MEMORY, *_MEASURED_UP_TO)
+    )
+    if same_memory and abs(engine.num_kv_blocks - blocks) > _BLOCKS_TOLERANCE * blocks:
+        refuse("a number of KV blocks of", blocks, engine.num_kv_blocks)
+    if engine.num_kv_blocks != blocks:
+        notes.append(f"{record.name} had {engine.num_kv_blocks:,} KV blocks, {profile.name} {blocks:,}; the record's count")
+    return tuple(notes)
+
+
+def _what(engine: EngineSettings) -> str:
+    weights = f", {engine.quantization} weights" if engine.quantization else ""
+    return f"{engine.model} on {engine.gpu or 'a CPU'}{weights} with {engine.kv_cache_dtype} KV"

@@ -1,0 +1,131 @@
+"""A served workload through the simulator: the record's arrivals, lengths and settings, predicted step times."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from calibration.validate.records import EngineSettings, Lives
+from engine.scheduling import KVCacheConfig, SchedulerConfig, StepShape
+from planner.errors import UserError
+from planner.simulation import SimulationOptions, System, run
+from planner.step_time import TICKS_PER_SECOND, DecodeRun, StepTime
+from planner.workload import Workload
+
+
+@dataclass(frozen=True)
+class SimulatedStep:
+    """A step that the simulator decided, in order; seconds on the device, and of the host before it."""
+
+    shape: StepShape
+    device_s: float
+    host_s: float
+
+
+@dataclass(frozen=True, eq=False)
+class SimulatedRun:
+    """What the simulator predicts of a run.
+
+    Attributes:
+        steps: None where they were not asked for.
+    """
+
+    lives: Lives
+    steps: list[SimulatedStep] | None = None
+
+
+class _Noting(StepTime):
+    """Another model's step times, and every step that was asked for, in order."""
+
+    def __init__(self, inner: StepTime) -> None:
+        self._inner = inner
+        self.evidence, self.description = inner.evidence, inner.description
+        self.steps: list[SimulatedStep] = []
+
+    def predict(self, step: StepShape) -> float:
+        return self._inner.predict(step)
+
+    def ticks(self, step: StepShape) -> int:
+        ticks, host = self._inner.ticks(step), self._inner.host_ticks(step)
+        self.steps.append(SimulatedStep(step, ticks / TICKS_PER_SECOND, host / TICKS_PER_SECOND))
+        return ticks
+
+    def host_ticks(self, step: StepShape) -> int:
+        return self._inner.host_ticks(step)
+
+    def decode_run(self, contexts: list[int], steps: int) -> DecodeRun:
+        return self._inner.decode_run(contexts, steps)
+
+
+def simulate_run(name: str, lives: Lives, engine: EngineSettings, step_time: StepTime, *, steps: bool) -> SimulatedRun:
+    """The same requests on a simulated engine with the same settings.
+
+    Args:
+        name: of the workload, for messages.
+        lives: only arrivals and lengths are used.
+        steps: keep them, which costs that every step is simulated by itself.
+
+    Raises:
+        UserError: settings that no scheduler takes, or if the two sides differ in blocks or lengths.
+    """
+    system = system_of(engine, step_time)
+    noting = _Noting(step_time)
+    if steps:
+        system = system_of(engine, noting)
+    outcome = run(workload_of(name, lives, engine), system, SimulationOptions(warmup_s=0.0, leap=not steps))
+    log = outcome.requests
+    if outcome.num_kv_blocks != engine.num_kv_blocks:
+        raise UserError(f"{name}: {outcome.num_kv_blocks} KV blocks were simulated, the engine had {engine.num_kv_blocks}")
+    if not np.array_equal(log.output_tokens, lives.output_tokens):
+        index = int(np.flatnonzero(log.output_tokens != lives.output_tokens)[0])
+        raise UserError(
+            f"{name}: request {index + 1} got {lives.output_tokens[index]} tokens from the engine and "
+            f"{log.output_tokens[index]} in the simulation, so the two did not serve the same workload"
+        )
+    arrival_s = lives.arrival_s
+    predicted = Lives(
+        arrival_s,
+        arrival_s + log.queue_s,
+        arrival_s + log.ttft_s,
+        arrival_s + log.e2el_s,
+        lives.input_tokens,
+        lives.output_tokens,
+        log.preemptions,
+    )
+    return SimulatedRun(predicted, noting.steps if steps else None)
+
+
+def workload_of(name: str, lives: Lives, engine: EngineSettings) -> Workload:
+    """The requests of a run. With a prefix cache each has a prompt of its own, which it finds again if preempted."""
+    own = {}
+    if engine.enable_prefix_caching:
+        own = {
+            "prefix_block_hashes": tuple(np.empty(0, np.int64) for _ in range(len(lives))),
+            "prefix_block_tokens": engine.block_size,
+        }
+    return Workload(name, lives.arrival_s, lives.input_tokens, lives.output_tokens, **own)
+
+
+def system_of(engine: EngineSettings, step_time: StepTime) -> System:
+    """The simulator's engine with a record's settings.
+
+    Raises:
+        UserError: settings that no scheduler takes.
+    """
+    try:
+        scheduler = SchedulerConfig(
+            max_num_batched_tokens=engine.max_num_batched_tokens,
+            max_num_seqs=engine.max_num_seqs,
+            max_model_len=engine.max_model_len,
+            enable_chunked_prefill=engine.enable_chunked_prefill,
+        )
+        cache = KVCacheConfig(
+            num_blocks=engine.num_kv_blocks + 1,  # and the null block
+            block_size=engine.block_size,
+            windows=engine.windows,
+            enable_prefix_caching=engine.enable_prefix_caching,
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    return System(scheduler, cache, step_time, pipeline_depth=engine.pipeline_depth)
