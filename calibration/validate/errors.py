@@ -37,7 +37,7 @@ MIXED_STEP_LIMITS = {"median": 0.02, "p90": 0.05}
 
 
 def metrics_of(lives: Lives) -> dict[str, float]:
-    """"ttft_ms.p50" and the like, the throughputs and the preemptions; a metric that no request has is left out."""
+    """ "ttft_ms.p50" and the like, the throughputs and the preemptions; a metric that no request has is left out."""
     found = latencies(lives.columns(), [])
     flat = {
         f"{name}.{statistic}": found[name][statistic]

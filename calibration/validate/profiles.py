@@ -143,7 +143,9 @@ def check_same(record: ServedRecord, profile: ProfileFacts) -> tuple[str, ...]:
     if same_memory and abs(engine.num_kv_blocks - blocks) > _BLOCKS_TOLERANCE * blocks:
         refuse("a number of KV blocks of", blocks, engine.num_kv_blocks)
     if engine.num_kv_blocks != blocks:
-        notes.append(f"{record.name} had {engine.num_kv_blocks:,} KV blocks, {profile.name} {blocks:,}; the record's count")
+        notes.append(
+            f"{record.name} had {engine.num_kv_blocks:,} KV blocks, {profile.name} {blocks:,}; the record's count"
+        )
     return tuple(notes)
 
 

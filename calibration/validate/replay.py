@@ -76,7 +76,9 @@ def simulate_run(name: str, lives: Lives, engine: EngineSettings, step_time: Ste
     outcome = run(workload_of(name, lives, engine), system, SimulationOptions(warmup_s=0.0, leap=not steps))
     log = outcome.requests
     if outcome.num_kv_blocks != engine.num_kv_blocks:
-        raise UserError(f"{name}: {outcome.num_kv_blocks} KV blocks were simulated, the engine had {engine.num_kv_blocks}")
+        raise UserError(
+            f"{name}: {outcome.num_kv_blocks} KV blocks were simulated, the engine had {engine.num_kv_blocks}"
+        )
     if not np.array_equal(log.output_tokens, lives.output_tokens):
         index = int(np.flatnonzero(log.output_tokens != lives.output_tokens)[0])
         raise UserError(

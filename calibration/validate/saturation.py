@@ -1,12 +1,12 @@
 """The request rate that an engine sustains: beyond it the queue grows for as long as the load lasts.
 
     saturation point = the largest service rate over the load levels, at least one of which is past the knee
-    service rate     = output tokens given out from the first third of the arrivals on until the last arrival,
-                       per second, over the mean output tokens of a request
-    past the knee    = the service rate is below 95 % of what arrived in that stretch, and at the end there are more
-                       requests in the system than at its start
+    service rate     = output tokens given out in the second half of the arrivals, per second, over the mean output
+                       tokens of a request
+    past the knee    = requests queue up: over the last quarter of the arrivals twice as many as over the second one,
+                       and at least 4, wait for their first token on average
 
-The first third is the batch filling up; behind the last arrival it drains, and neither says what is sustained. Tokens
+The first half is the batch filling up; behind the last arrival it drains, and neither says what is sustained. Tokens
 rather than requests are counted, each request's spread evenly between its first and its last, as a few hundred
 requests that end or do not end just before the last arrival would decide.
 """
@@ -21,8 +21,8 @@ import numpy as np
 from calibration.validate.errors import relative_error
 from calibration.validate.records import Lives
 
-_FILLING = 1 / 3
-_KEPT_UP = 0.95
+_FILLING = 1 / 2
+_GROWTH, _MIN_WAITING = 2.0, 4.0
 # The stretch must hold enough requests for their mean to say anything.
 _MIN_REQUESTS = 20
 
@@ -56,8 +56,8 @@ def service(lives: Lives) -> Service | None:
     span = end - start
     served = (tokens_until(lives, end) - tokens_until(lives, start)) / mean / span
     offered = lives.output_tokens[arrived].sum() / mean / span
-    grown = _in_system(lives, end) - _in_system(lives, start)
-    return Service(float(offered), float(served), bool(served < _KEPT_UP * offered and grown > 0))
+    early, late = mean_waiting(lives, end / 4, end / 2), mean_waiting(lives, end * 3 / 4, end)
+    return Service(float(offered), float(served), late >= max(_MIN_WAITING, _GROWTH * early))
 
 
 def tokens_until(lives: Lives, instant: float) -> float:
@@ -68,8 +68,10 @@ def tokens_until(lives: Lives, instant: float) -> float:
     return float((has_first * (1 + share * (lives.output_tokens - 1))).sum())
 
 
-def _in_system(lives: Lives, instant: float) -> int:
-    return int(((lives.arrival_s <= instant) & (lives.last_token_s > instant)).sum())
+def mean_waiting(lives: Lives, start: float, end: float) -> float:
+    """Requests that have arrived and have no token yet, on average from `start` to `end`."""
+    waits = np.minimum(lives.first_token_s, end) - np.maximum(lives.arrival_s, start)
+    return float(np.maximum(waits, 0.0).sum() / (end - start))
 
 
 def saturation(measured: Sequence[Service], predicted: Sequence[Service]) -> Saturation:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from typing import Any
 
 from calibration.validate import state
@@ -53,7 +54,7 @@ class Level:
         simulated: of each run.
         draws: metrics of the load under drawn step times, by the place of the first run with that load.
         comparisons: of every metric, then of running requests and KV blocks.
-        requests: by latency, of each run.
+        requests: by latency, of each run. repeats: of each later one, had the run before been the prediction.
         services: measured and predicted, of each run; empty of a load too short to tell.
         logs: of the runs whose steps were logged.
     """
@@ -64,6 +65,7 @@ class Level:
     draws: tuple[tuple[Mapping[str, float], ...], ...]
     comparisons: tuple[Comparison, ...]
     requests: Mapping[str, tuple[RequestErrors | None, ...]]
+    repeats: Mapping[str, tuple[RequestErrors | None, ...]]
     services: tuple[tuple[Service, Service], ...]
     logs: tuple[PredictedLog, ...]
     decompositions: tuple[Decomposition, ...]
@@ -149,7 +151,9 @@ def study(
     for level in levels:
         by_series.setdefault(level.record.engine.series, []).append(level)
     intervals = tuple(_intervals(level, by_series[level.record.engine.series]) for level in levels)
-    saturations = {_series_name(of[0].record): found for of in by_series.values() if (found := _saturation(of))}
+    names = _series_names([of[0].record for of in by_series.values()])
+    pairs = zip(names, by_series.values(), strict=True)
+    saturations = {name: found for name, of in pairs if (found := _saturation(of))}
     notes = dict.fromkeys(note for level in levels for note in _notes(level))
     return Study(
         tuple(levels),
@@ -197,16 +201,21 @@ def _level(record: ServedRecord, predictor: Predictor, num_draws: int, seed: int
         simulated,
         tuple(draws[index] for index in same),
         (*comparisons, *_state(record, simulated)),
-        {
-            "ttft_ms": tuple(request_errors(p.ttft_s, m.ttft_s) for p, m in pairs),
-            "tpot_ms": tuple(request_errors(p.tpot_s, m.tpot_s) for p, m in pairs),
-            "e2el_ms": tuple(request_errors(p.e2el_s, m.e2el_s) for p, m in pairs),
-        },
+        _request_errors(pairs),
+        _request_errors([(a, b) for (_, a), (_, b) in pairwise(pairs) if a.same_load(b)]),
         tuple((m, p) for m, p in services if m is not None and p is not None),
         logs,
         tuple(found for found in decompositions if found is not None),
         tuple(step_errors(logs)) if logs else (),
     )
+
+
+def _request_errors(pairs: Sequence[tuple[Lives, Lives]]) -> dict[str, tuple[RequestErrors | None, ...]]:
+    """By latency, of pairs of (predicted, measured)."""
+    return {
+        metric: tuple(request_errors(getattr(p, name), getattr(m, name)) for p, m in pairs)
+        for metric, name in (("ttft_ms", "ttft_s"), ("tpot_ms", "tpot_s"), ("e2el_ms", "e2el_s"))
+    }
 
 
 def _first_alike(runs: Sequence[ServedRun], index: int) -> int:
@@ -291,13 +300,20 @@ def _median_service(services: Sequence[tuple[Service, Service]]) -> tuple[Servic
     return median(measured), median(predicted)
 
 
-def _series_name(record: ServedRecord) -> str:
-    engine = record.engine
-    weights = f", {engine.quantization} weights" if engine.quantization else ""
-    return (
-        f"{engine.model}{weights}, {engine.kv_cache_dtype} KV in {engine.num_kv_blocks:,} blocks, max_num_seqs "
-        f"{engine.max_num_seqs}, max_num_batched_tokens {engine.max_num_batched_tokens}"
-    )
+def _series_names(records: Sequence[ServedRecord]) -> list[str]:
+    """One for each, with as much of the settings as tells them apart."""
+    names = []
+    for record in records:
+        engine = record.engine
+        weights = f", {engine.quantization} weights" if engine.quantization else ""
+        names.append(f"{engine.model}{weights}, {engine.kv_cache_dtype} KV")
+    if len(set(names)) == len(names):
+        return names
+    return [
+        f"{name}, {record.engine.num_kv_blocks:,} blocks, max_num_seqs {record.engine.max_num_seqs}, "
+        f"max_num_batched_tokens {record.engine.max_num_batched_tokens}, {record.engine.gpu or 'a CPU'}"
+        for name, record in zip(names, records, strict=True)
+    ]
 
 
 def _coverages(levels: Sequence[Level], intervals: Sequence[Mapping[str, Interval | None]]) -> dict[str, Coverage]:
@@ -348,7 +364,12 @@ def document(found: Study, **about: Any) -> dict[str, Any]:
         "is_met": found.is_met,
         "figures": [
             asdict(figure)
-            | {"errors": dict(figure.errors), "is_met": figure.is_met, "worst": figure.worst[1], "median": figure.median}
+            | {
+                "errors": dict(figure.errors),
+                "is_met": figure.is_met,
+                "worst": figure.worst[1],
+                "median": figure.median,
+            }
             for figure in found.figures
         ],
         "saturation": {name: asdict(one) for name, one in found.saturations.items()},
@@ -387,9 +408,8 @@ def _level_document(level: Level, intervals: Mapping[str, Interval | None]) -> d
             for one in level.comparisons
         },
         "requests": {name: [one and asdict(one) for one in of] for name, of in level.requests.items()},
+        "repeats": {name: [one and asdict(one) for one in of] for name, of in level.repeats.items()},
         "service": [{"measured": asdict(m), "predicted": asdict(p)} for m, p in level.services],
         "steps": [asdict(one) for one in level.steps],
         "decomposition": [asdict(one) for one in level.decompositions],
     }
-
-
