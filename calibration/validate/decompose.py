@@ -104,8 +104,8 @@ def decompose(run: ServedRun, log: PredictedLog, simulated: SimulatedRun, depth:
         return None
     places = Places.find(lives, log.steps)
     measured = metrics_of(lives)
-    on_host = walk(log.steps, log.measured_s, log.host_s, depth)
-    on_both = walk(log.steps, log.device_s, log.host_s, depth)
+    on_host = walk(log.steps, log.measured_s, log.host_s, log.wait_s, depth)
+    on_both = walk(log.steps, log.device_s, log.host_s, log.wait_s, depth)
     hosted, timed = (metrics_of(one.lives(lives, places)) for one in (on_host, on_both))
     whole = metrics_of(simulated.lives)
     queues = [

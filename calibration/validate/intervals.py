@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
-from scipy.stats import t as student
+from scipy.special import stdtrit
 
 from planner.step_time import StepTime
 
@@ -111,7 +111,7 @@ def interval(nominal: float, draws: Sequence[float], spread: Spread | None) -> I
     if spread is not None:
         quantiles = (np.arange(_NOISE_POINTS) + 0.5) / _NOISE_POINTS
         # Few repeats have a heavy tail, which is no reason to leave the range of numbers.
-        noise = np.exp(np.clip(spread.deviation * student.ppf(quantiles, spread.degrees), -5.0, 5.0))
+        noise = np.exp(np.clip(spread.deviation * stdtrit(spread.degrees, quantiles), -5.0, 5.0))
         values = np.outer(values, noise).ravel()
     # Hazen's: draw i of n stands for the quantile (i - 1/2) / n.
     low, high = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], method="hazen")

@@ -221,7 +221,7 @@ def read_bench_serve(path: Path) -> ServedRecord:
     try:
         (engine,), (result,) = document["engines"], document["results"]
         settings = _settings(engine, document["environment"])
-        runs = tuple(_run(run["requests"], run) for run in result["runs"])
+        runs = tuple(_run(path.name, run["requests"], run) for run in result["runs"])
         if not runs:
             raise UserError(f"{path.name} has no finished run")
         logs = _step_logs(path, name, len(runs))
@@ -270,11 +270,12 @@ def _settings(engine: Mapping[str, Any], environment: Mapping[str, Any]) -> Engi
     )
 
 
-def _run(columns: Mapping[str, Any], run: Mapping[str, Any]) -> ServedRun:
-    if any(columns["cached_tokens"]) and not any(columns["preemptions"]):
+def _run(name: str, columns: Mapping[str, Any], run: Mapping[str, Any]) -> ServedRun:
+    shared = sum(columns["cached_tokens"])
+    if shared:
         raise UserError(
-            f"{sum(columns['cached_tokens'])} prompt tokens were found in the prefix cache, and a record does not say "
-            "which requests share them; validate takes workloads without shared prefixes"
+            f"{name}: {shared:,} prompt tokens were found in the prefix cache, and a record does not say which "
+            "requests share them; validate takes workloads without shared prefixes"
         )
     times = {name: np.asarray(columns[name], np.float64) for name in _TIMES}
     counts = {name: np.asarray(columns[name], np.int64) for name in ("input_tokens", "output_tokens", "preemptions")}

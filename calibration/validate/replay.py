@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,17 +11,16 @@ from calibration.validate.records import EngineSettings, Lives
 from engine.scheduling import KVCacheConfig, SchedulerConfig, StepShape
 from planner.errors import UserError
 from planner.simulation import SimulationOptions, System, run
-from planner.step_time import TICKS_PER_SECOND, DecodeRun, StepTime
+from planner.step_time import TICKS_PER_SECOND, StepTime
 from planner.workload import Workload
 
 
 @dataclass(frozen=True)
 class SimulatedStep:
-    """A step that the simulator decided, in order; seconds on the device, and of the host before it."""
+    """A step that the simulator decided, and its time on the device."""
 
     shape: StepShape
     device_s: float
-    host_s: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,27 +35,18 @@ class SimulatedRun:
     steps: list[SimulatedStep] | None = None
 
 
-class _Noting(StepTime):
-    """Another model's step times, and every step that was asked for, in order."""
+def _noting(step_time: StepTime, steps: list[SimulatedStep]) -> StepTime:
+    """The same model, which appends every step whose time it is asked for, in order."""
+    noting, ticks_of = copy.copy(step_time), step_time.ticks
 
-    def __init__(self, inner: StepTime) -> None:
-        self._inner = inner
-        self.evidence, self.description = inner.evidence, inner.description
-        self.steps: list[SimulatedStep] = []
+    def ticks(shape: StepShape) -> int:
+        found = ticks_of(shape)
+        if not steps or steps[-1].shape is not shape:  # it may be asked twice
+            steps.append(SimulatedStep(shape, found / TICKS_PER_SECOND))
+        return found
 
-    def predict(self, step: StepShape) -> float:
-        return self._inner.predict(step)
-
-    def ticks(self, step: StepShape) -> int:
-        ticks, host = self._inner.ticks(step), self._inner.host_ticks(step)
-        self.steps.append(SimulatedStep(step, ticks / TICKS_PER_SECOND, host / TICKS_PER_SECOND))
-        return ticks
-
-    def host_ticks(self, step: StepShape) -> int:
-        return self._inner.host_ticks(step)
-
-    def decode_run(self, contexts: list[int], steps: int) -> DecodeRun:
-        return self._inner.decode_run(contexts, steps)
+    object.__setattr__(noting, "ticks", ticks)  # frozen ones too
+    return noting
 
 
 def simulate_run(name: str, lives: Lives, engine: EngineSettings, step_time: StepTime, *, steps: bool) -> SimulatedRun:
@@ -69,10 +60,8 @@ def simulate_run(name: str, lives: Lives, engine: EngineSettings, step_time: Ste
     Raises:
         UserError: settings that no scheduler takes, or if the two sides differ in blocks or lengths.
     """
-    system = system_of(engine, step_time)
-    noting = _Noting(step_time)
-    if steps:
-        system = system_of(engine, noting)
+    noted: list[SimulatedStep] = []
+    system = system_of(engine, _noting(step_time, noted) if steps else step_time)
     outcome = run(workload_of(name, lives, engine), system, SimulationOptions(warmup_s=0.0, leap=not steps))
     log = outcome.requests
     if outcome.num_kv_blocks != engine.num_kv_blocks:
@@ -95,7 +84,7 @@ def simulate_run(name: str, lives: Lives, engine: EngineSettings, step_time: Ste
         lives.output_tokens,
         log.preemptions,
     )
-    return SimulatedRun(predicted, noting.steps if steps else None)
+    return SimulatedRun(predicted, noted if steps else None)
 
 
 def workload_of(name: str, lives: Lives, engine: EngineSettings) -> Workload:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from engine.bench.step_log import LoggedStep
+from engine.scheduling import StepShape
 from planner.step_time import TICKS_PER_SECOND, StepTime
 
 DECODE, DECODE_EAGER = "decode, in a graph", "decode, eager"
@@ -42,9 +43,10 @@ class PredictedLog:
     """A recorded log and what a step-time model says of its steps.
 
     Attributes:
-        measured_s, device_s, host_s: float64 [n]: measured and predicted time on the device, predicted time of the
-            host before it; the latter is 0, and in the former, where the log knows no time on the device.
         kinds: of each step.
+        measured_s, device_s: float64 [n], measured and predicted time on the device.
+        host_s, wait_s: float64 [n], predicted time of the host to launch it, and from the decision to run it until the
+            device can begin. Where the log knows no time on the device both are 0, and that time has them in it.
     """
 
     steps: Sequence[LoggedStep]
@@ -52,20 +54,30 @@ class PredictedLog:
     measured_s: np.ndarray
     device_s: np.ndarray
     host_s: np.ndarray
+    wait_s: np.ndarray
 
 
 def predict_log(steps: Sequence[LoggedStep], step_time: StepTime, largest_piece: int | None) -> PredictedLog:
     """Every step of a log, predicted."""
     device = np.array([step_time.ticks(step.shape) for step in steps]) / TICKS_PER_SECOND
     host = np.array([step_time.host_ticks(step.shape) for step in steps]) / TICKS_PER_SECOND
+    wait = np.array([_alone_ticks(step_time, step.shape) for step in steps]) / TICKS_PER_SECOND - device
     is_whole = np.array([step.gpu_s is None for step in steps], bool)
     return PredictedLog(
         steps,
         [kind_of(step, largest_piece) for step in steps],
         np.array([device_s(step) for step in steps]),
-        device + np.where(is_whole, host, 0.0),
+        device + np.where(is_whole, wait, 0.0),
         np.where(is_whole, 0.0, host),
+        np.where(is_whole, 0.0, wait),
     )
+
+
+def _alone_ticks(step_time: StepTime, shape: StepShape) -> int:
+    """From the decision to run a step to its tokens, with nothing in flight."""
+    if shape.prefills and hasattr(step_time, "alone_ticks"):
+        return step_time.alone_ticks(shape)
+    return step_time.host_ticks(shape) + step_time.ticks(shape)
 
 
 @dataclass(frozen=True)

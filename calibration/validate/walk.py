@@ -2,8 +2,8 @@
 
 This takes the scheduler out of a comparison. The rules are the simulator's (`planner.simulation.pipeline`): a step is
 decided when the last but one has ended (with one in flight: when the last one has), launched by the host after that,
-and begins on the device when it is launched and the last one has ended. Where the engine had nothing to do between two
-steps, the pause is kept.
+and begins on the device when enough of it is launched and the last one has ended. Where the engine had nothing to do
+between two steps, the pause is kept.
 
 Arrivals move with it: a request comes as long after the last decision before it as it did on the engine. If they did
 not, a walk that is faster than the engine would wait for each of them, and what it gained would be lost again.
@@ -69,11 +69,12 @@ class Walk:
         )
 
 
-def walk(steps: Sequence[LoggedStep], device_s: np.ndarray, host_s: np.ndarray, depth: int) -> Walk:
+def walk(steps: Sequence[LoggedStep], device_s: np.ndarray, host_s: np.ndarray, wait_s: np.ndarray, depth: int) -> Walk:
     """
     Args:
         steps: as they were recorded; they say which was launched while the one before it ran.
-        device_s, host_s: float64 [n], how long each is to take.
+        device_s, host_s: float64 [n], how long each is to have the device, and the host for its launch.
+        wait_s: float64 [n], from a decision until the device can begin, if nothing else is in its way.
         depth: steps in flight at once.
     """
     starts, seen = np.zeros(len(steps)), np.zeros(len(steps))
@@ -88,6 +89,6 @@ def walk(steps: Sequence[LoggedStep], device_s: np.ndarray, host_s: np.ndarray, 
         if n and decided < end:
             # The last step may end while this one is launched; the host looks at its tokens afterwards.
             seen[n - 1] = max(end, launched)
-        end_before, end = end, max(launched, end) + device_s[n]
-        starts[n], seen[n] = decided, end
+        end_before, end = end, max(end, decided + wait_s[n]) + device_s[n]
+        starts[n], seen[n] = decided, max(end, launched)
     return Walk(starts, seen)
