@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,7 @@ class ProfileFacts:
 
 
 def step_time_for(record: ServedRecord, path: Path | None = None) -> Predictor:
-    """The step times of a profile, or of the shipped one for the record's model, GPU and precision.
+    """The step times of a profile, or of the shipped one that was measured on what served the record.
 
     The one place that knows what a profile looks like.
 
@@ -58,41 +58,45 @@ def step_time_for(record: ServedRecord, path: Path | None = None) -> Predictor:
         UserError: there is no such profile, or it was measured on something else.
     """
     try:
-        from planner.profile import ProfileStepTime, load_profile
-        from planner.profile.library import find_profile
-    except ModuleNotFoundError:
-        raise UserError("this installation of memwall reads no profiles; reinstall memwall") from None
+        from planner.profile.library import shipped_profiles
+        from planner.profile.schema import load_profile
+    except ModuleNotFoundError as error:
+        raise UserError(f"this installation of memwall reads no profiles ({error}); reinstall it") from None
+
+    def facts_of(profile: Any) -> ProfileFacts:
+        told = profile.record
+        engine = {name: getattr(told.engine, name) for name in (*_EQUAL, *_MEASURED_UP_TO, *_OF_MEMORY)}
+        blocks = {str(dtype): table.num_kv_blocks for dtype, table in told.kv.items()}
+        return ProfileFacts(profile.name, told.model.name, told.gpu_name, told.quantization, blocks, engine)
+
     engine = record.engine
     if path is None:
-        path = find_profile(
-            model=engine.model,
-            gpu=engine.gpu,
-            quantization=engine.quantization,
-            kv_cache_dtype=engine.kv_cache_dtype,
-            tensor_parallel_size=engine.tensor_parallel_size,
-        )
-        if path is None:
-            raise UserError(f"no profile is shipped for {_what(engine)}; give one with --profile")
-    profile = load_profile(path)
-    facts = ProfileFacts(
-        name=path.name,
-        model=_of(profile, "model", "name"),
-        gpu=_of(profile, "gpu_name"),
-        quantization=_of(profile, "quantization"),
-        num_kv_blocks={str(dtype): _of(table, "num_kv_blocks") for dtype, table in _of(profile, "kv").items()},
-        engine={name: _of(profile, "engine", name) for name in (*_EQUAL, *_MEASURED_UP_TO, *_OF_MEMORY)},
-    )
-    notes = check_same(record, facts)
-    pieces = _of(profile, "engine", "piece_sizes")
-    step_time = ProfileStepTime(profile, engine.kv_cache_dtype)
-    return Predictor(step_time, step_time.description, max(pieces) if pieces else None, notes)
+        profile = _chosen(record, [(each, facts_of(each)) for each in shipped_profiles()])
+    else:
+        profile = load_profile(path)
+    notes = check_same(record, facts_of(profile))
+    step_time = profile.step_time(engine.kv_cache_dtype, engine.max_num_seqs, engine.max_num_batched_tokens)
+    pieces = [size for size in profile.record.engine.piece_sizes if size <= engine.max_num_batched_tokens]
+    return Predictor(step_time, step_time.description, max(pieces, default=0), notes)
 
 
-def _of(profile: Any, *names: str) -> Any:
-    """A field within a field, of objects or mappings."""
-    for name in names:
-        profile = profile[name] if isinstance(profile, Mapping) else getattr(profile, name)
-    return profile
+def _chosen(record: ServedRecord, profiles: Sequence[tuple[Any, ProfileFacts]]) -> Any:
+    """The first of some profiles that fits a record.
+
+    Raises:
+        UserError: none does; if one is of its model, saying what it differs in.
+    """
+    reasons = []
+    for profile, facts in profiles:
+        try:
+            check_same(record, facts)
+        except UserError as error:
+            if facts.model == record.engine.model:
+                reasons.append(str(error))
+        else:
+            return profile
+    reason = f" ({reasons[0]})" if reasons else ""
+    raise UserError(f"no profile is shipped for {_what(record.engine)}{reason}; give one with --profile")
 
 
 # Settings that change the time of a step of the same shape, and those up to which steps were measured.

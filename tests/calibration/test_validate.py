@@ -13,13 +13,14 @@ from log_step_time import LogStepTime
 from virtual_engine import Affine, Scaled, Settings, load, served, write_record
 
 from calibration.validate.command import run
-from calibration.validate.profiles import Predictor, ProfileFacts, check_same
+from calibration.validate.profiles import Predictor, ProfileFacts, _chosen, check_same
 from calibration.validate.records import READERS, Lives, ServedRecord, ServedRun, read
 from calibration.validate.replay import simulate_run
 from calibration.validate.study import document, study
 from calibration.validate.walk import walk
 from engine.config import EngineConfig
 from engine.errors import UserError
+from engine.scheduling import StepShape
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 REAL = [ROOT / "records" / f"engine_h200_serve_{name}.json" for name in ("half", "high")]
@@ -294,6 +295,91 @@ def test_profiles_of_something_else_are_refused(record, facts, sentence):
     assert check_same(read(record), FACTS) == ()
     with pytest.raises(UserError, match=sentence):
         check_same(read(record), facts)
+
+
+def test_shipped_profiles_are_chosen_by_what_they_fit(record):
+    one = read(record)
+    profiles = [("other", replace(FACTS, model="other")), ("small", replace(FACTS, name="s.json", gpu="L4"))]
+    assert _chosen(one, [*profiles, ("right", FACTS)]) == "right"
+    with pytest.raises(UserError, match=r"no profile is shipped for toy on Toy GPU with bfloat16 KV \(.*GPU.*L4\)"):
+        _chosen(one, profiles)
+    with pytest.raises(UserError, match=r"no profile is shipped for .* KV; give one with --profile"):
+        _chosen(one, [])
+
+
+def llama_profile(settings, step_time):
+    """A profile whose points are what a step-time model says of them."""
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 64, "num_hidden_layers": 2}
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": 512,
+        "intermediate_size": 1024,
+        "vocab_size": 1000,
+        "max_position_embeddings": 4096,
+        "torch_dtype": "bfloat16",
+        "tie_word_embeddings": False,
+        **heads,
+    }
+
+    def point(prefills, decodes):
+        contexts = [context for context, count in decodes for _ in range(count)]
+        seconds = step_time.predict(StepShape(prefills, contexts))
+        times = dict.fromkeys(("step_s", "low_s", "high_s", "gpu_s", "alone_s"), seconds)
+        graph = len(contexts) if not prefills else None
+        return {"prefills": prefills, "decodes": decodes, **times, "samples": 9, "host_s": 1e-6, "graph_size": graph}
+
+    engine = settings.config
+    sizes = (16, 32, 64, 128, 256, 512)
+    tables = {
+        "num_kv_blocks": settings.num_blocks,
+        "kv_cache_bytes": 1 << 30,
+        "decode": [point([], [(context, batch)]) for batch in (1, 2, 4, 8, 16) for context in (16, 256, 512, 2000)],
+        "prefill": [point([(query, context)], []) for query in (1, *sizes) for context in (0, 512)],
+        "mixed": [point([(query, 0)], [(300, batch)]) for query in (10, 100, 400) for batch in (3, 12)],
+    }
+    names = ("max_num_batched_tokens", "max_num_seqs", "block_size", "gpu_memory_utilization", "enforce_eager")
+    return {
+        "version": 1,
+        "kind": "memwall-profile",
+        "gpu": None,
+        "gpu_name": "Toy GPU",
+        "gpu_memory_bytes": 1 << 36,
+        "limits": {"copy_bytes_per_s": 4e12, "matmul_flops_per_s": 7e14, "matmul_fp8_flops_per_s": None},
+        "model": {"name": "toy", "config": config, "num_parameters": 10**7, "dtype": "bfloat16"},
+        "quantization": None,
+        "engine": {
+            **{name: getattr(engine, name) for name in names},
+            "max_model_len": settings.max_model_len,
+            "enable_chunked_prefill": True,
+            "async_scheduling": True,
+            "graph_sizes": [1, 2, 4, 8, 16],
+            "piece_sizes": [],
+        },
+        "kv": {"bfloat16": tables},
+        "allreduce": [],
+    }
+
+
+def test_a_profile_file(tmp_path, capsys):
+    """From the file of a profile to the table: what it was measured on is known exactly."""
+    pytest.importorskip("planner.profile.schema")
+    settings, step_time = Settings(), Affine()
+    profile = tmp_path / "profile.json"
+    profile.write_text(json.dumps(llama_profile(settings, step_time)))
+    record = write_record(tmp_path / "a.json", settings, load(40, spacing_s=1.0), step_time)
+    out = tmp_path / "out.json"
+    assert run([str(record), "--profile", str(profile), "--json", str(out), "--runs", "4"]) == 0
+    assert "profile of toy on Toy GPU" in capsys.readouterr().out
+    (level,) = json.loads(out.read_text())["levels"]
+    for metric in ("ttft_ms.p50", "tpot_ms.mean", "e2el_ms.p90"):
+        assert abs(level["metrics"][metric]["error"]) < 0.05, metric
+        assert level["metrics"][metric]["interval"] is not None
+    small = write_record(tmp_path / "b.json", replace(settings, num_blocks=1500), load(10), step_time)
+    with pytest.raises(UserError, match="number of KV blocks of 1500, but .* was measured with 2000"):
+        run([str(small), "--profile", str(profile)])
+    with pytest.raises(UserError, match="no profile is shipped for toy"):
+        run([str(record)])
 
 
 def test_what_differs_without_harm_is_noted(record):
