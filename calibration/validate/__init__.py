@@ -1,6 +1,7 @@
 """`memwall validate`: what the simulator predicts of a served workload, beside what the engine did.
 
     records      what a benchmark measured: times of every request, step log, the engine's settings
+    external     runs of an engine that is not ours, as records
     profiles     the step times for a record, from a profile that fits it
     replay       the same arrivals and lengths through the simulator
     errors       the metrics of both sides and their errors; requests one by one; the limits to reach

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -65,7 +66,7 @@ class Gaps:
             device. Negative where the host saw the tokens of the step before late.
         late_launch: the same of the end of its launch, less the end of the step before; positive where the device
             may have waited.
-        host: median of the host's time for it.
+        host: median of the host's time for it, and what is predicted for the launch.
         total_s: of all gaps together, in seconds.
     """
 
@@ -73,7 +74,7 @@ class Gaps:
     count: int
     gap: tuple[float, float, float]
     late_launch: tuple[float, float, float]
-    host: float
+    host: tuple[float, float]
     total_s: float
 
 
@@ -152,15 +153,17 @@ def _key(shape: StepShape) -> tuple[object, ...]:
 
 def gaps(log: PredictedLog) -> list[Gaps]:
     """By kind of step, the commonest first."""
-    rows: dict[str, list[tuple[float, float, float]]] = {}
-    for before, step, kind, device in zip(log.steps, log.steps[1:], log.kinds[1:], log.measured_s[1:], strict=False):
+    rows: dict[str, list[tuple[float, float, float, float]]] = {}
+    for n, (before, step) in enumerate(pairwise(log.steps), 1):
         if step.start_s < before.end_s:
-            gap = step.end_s - before.end_s - device
-            rows.setdefault(kind, []).append((gap, step.start_s + step.host_s - before.end_s, step.host_s))
+            gap = step.end_s - before.end_s - log.measured_s[n]
+            late = step.start_s + step.host_s - before.end_s
+            rows.setdefault(log.kinds[n], []).append((gap, late, step.host_s, log.host_s[n]))
     found = []
     for kind, values in sorted(rows.items(), key=lambda pair: -len(pair[1])):
-        gap, late, host = np.array(values).T
+        gap, late, *hosts = np.array(values).T
         shares = (tuple(np.percentile(column, (10, 50, 90)) * 1e3) for column in (gap, late))
         low_to_high = (tuple(float(value) for value in share) for share in shares)
-        found.append(Gaps(kind, len(values), *low_to_high, float(np.median(host) * 1e3), float(gap.sum())))
+        host = tuple(float(np.median(column) * 1e3) for column in hosts)
+        found.append(Gaps(kind, len(values), *low_to_high, host, float(gap.sum())))
     return found

@@ -130,7 +130,7 @@ def _decomposition(found: Decomposition) -> str:
             gap.kind,
             f"{gap.count:,}",
             *(f"{value:+.3f}" for value in gap.gap),
-            f"{gap.host:.3f}",
+            *(f"{value:.3f}" for value in gap.host),
             *(f"{value:+.2f}" for value in gap.late_launch[1:]),
         ]
         for gap in found.gaps
@@ -145,7 +145,8 @@ def _decomposition(found: Decomposition) -> str:
         f"on average, median {queue.measured_p50:.2f} and {queue.predicted_p50:.2f}",
     ]
     if gaps:
-        header = ["period less device, ms", "count", "p10", "p50", "p90", "host p50", "launch late by p50", "p90"]
+        header = ["period less device, ms", "count", "p10", "p50", "p90"]
+        header += ["host p50", "predicted", "launch late by p50", "p90"]
         lines.append(columns(header, gaps))
     return "\n\n".join(lines)
 

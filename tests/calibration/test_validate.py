@@ -6,6 +6,7 @@ import sys
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,9 +14,10 @@ from log_step_time import LogStepTime
 from virtual_engine import Affine, Scaled, Settings, load, served, write_record
 
 from calibration.validate.command import run
+from calibration.validate.external import external_record
 from calibration.validate.profiles import Predictor, ProfileFacts, _chosen, check_same
 from calibration.validate.records import READERS, Lives, ServedRecord, ServedRun, read
-from calibration.validate.replay import simulate_run
+from calibration.validate.replay import simulate_run, system_of
 from calibration.validate.study import document, study
 from calibration.validate.walk import walk
 from engine.config import EngineConfig
@@ -376,7 +378,7 @@ def test_a_profile_file(tmp_path, capsys):
         assert abs(level["metrics"][metric]["error"]) < 0.05, metric
         assert level["metrics"][metric]["interval"] is not None
     small = write_record(tmp_path / "b.json", replace(settings, num_blocks=1500), load(10), step_time)
-    with pytest.raises(UserError, match="number of KV blocks of 1500, but .* was measured with 2000"):
+    with pytest.raises(UserError, match=r"number of KV blocks of 1500, but .* was measured with 2000"):
         run([str(small), "--profile", str(profile)])
     with pytest.raises(UserError, match="no profile is shipped for toy"):
         run([str(record)])
@@ -417,6 +419,32 @@ def test_another_source(tmp_path, record, monkeypatch):
     found = study_of(tmp_path / "x.theirs", Affine())
     assert found.levels[0].record.source == "another engine"
     assert all(one.error is None or abs(one.error) < 1e-3 for one in found.levels[0].comparisons)
+
+
+def test_an_external_engine(record):
+    """Seen from outside: neither steps, nor when a request was scheduled, nor preemptions."""
+    one = read(record)
+    lives, engine = one.runs[0].lives, one.engine
+    seen = SimpleNamespace(
+        name="w.json",
+        num_failed=1,
+        scheduled_s=None,
+        **{
+            name: getattr(lives, name)
+            for name in ("arrival_s", "first_token_s", "last_token_s", "input_tokens", "output_tokens")
+        },
+    )
+    seen = type("Run", (SimpleNamespace,), {"__len__": lambda self: len(self.arrival_s)})(**vars(seen))
+    deployment = SimpleNamespace(
+        kv_cache_dtype="bfloat16", enforce_eager=False, gpu_memory_utilization=0.9, tensor_parallel_size=1
+    )
+    found = SimpleNamespace(system=system_of(engine, Affine()), deployment=deployment)
+    external = external_record("w", "vllm bench serve", [seen, seen], found, "toy", "Toy GPU")
+    assert external.engine.pipeline_depth == engine.pipeline_depth == 2
+    assert external.engine.num_kv_blocks == engine.num_kv_blocks
+    (level,) = study([external], lambda record: Predictor(Affine(), "known"), num_draws=0).levels
+    assert all(one.error is None or abs(one.error) < 1e-3 for one in level.comparisons)
+    assert "left out 1 requests" in " ".join(study([external], lambda record: Predictor(Affine(), "")).notes)
 
 
 def test_simulation_with_and_without_steps_is_the_same(record):
@@ -490,6 +518,7 @@ for name in ("torch", "triton", "transformers", "safetensors"):
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from calibration.commands.validate import validate
 from calibration.validate.command import run
+from calibration.validate.external import external_record
 from calibration.validate.profiles import Predictor
 from calibration.validate.records import read
 from pathlib import Path
