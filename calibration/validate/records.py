@@ -224,7 +224,7 @@ def read_bench_serve(path: Path) -> ServedRecord:
         runs = tuple(_run(path.name, run["requests"], run) for run in result["runs"])
         if not runs:
             raise UserError(f"{path.name} has no finished run")
-        logs = _step_logs(path, name, len(runs))
+        logs = _step_logs(path, name, document["command"], len(runs))
         runs = tuple(
             run if log is None else _with_steps(path, number, run, log)
             for number, (run, log) in enumerate(zip(runs, logs, strict=True), 1)
@@ -290,14 +290,25 @@ def _run(name: str, columns: Mapping[str, Any], run: Mapping[str, Any]) -> Serve
 _TIMES = ("arrival_s", "scheduled_s", "first_token_s", "last_token_s")
 
 
-def _step_logs(path: Path, name: str, num_runs: int) -> list[list[LoggedStep] | None]:
-    """The step log of each run, named as the record with .steps before its ending."""
+def _step_logs(path: Path, name: str, command: str, num_runs: int) -> list[list[LoggedStep] | None]:
+    """The step log of each run, beside the record: named as the benchmark was told, or as the record with .steps."""
+    names = [*_told(command), f"{name}.steps.jsonl.gz", f"{name}.steps.jsonl"]
     found: list[list[LoggedStep] | None] = [None] * num_runs
-    for ending in (".jsonl.gz", ".jsonl"):
-        for index, log in enumerate(step_log_paths(path.with_name(f"{name}.steps{ending}"), num_runs)):
-            if found[index] is None and log.is_file():
+    for whole in (path.with_name(one) for one in names):
+        # A benchmark of several runs that was interrupted in its second has one run, and a log with a number.
+        numbered = step_log_paths(whole, max(num_runs, 2))
+        for index in range(num_runs):
+            logs = [numbered[index], *([whole] if num_runs == 1 else [])]
+            log = next((each for each in logs if each.is_file()), None)
+            if found[index] is None and log is not None:
                 found[index] = read_step_log(log)
     return found
+
+
+def _told(command: str) -> list[str]:
+    """The name after --step-log, if it was given one."""
+    given = re.search(r"--step-log[= ]('[^']*'|\S+)", command)
+    return [Path(given[1].strip("'")).name] if given else []
 
 
 def _with_steps(path: Path, number: int, run: ServedRun, steps: list[LoggedStep]) -> ServedRun:

@@ -259,9 +259,10 @@ def _as_known(lives: Lives, has_scheduled: bool) -> Lives:
 def _notes(level: Level) -> Iterable[str]:
     yield from level.predictor.notes
     if level.record.num_skipped:
+        count = level.record.num_skipped
         yield (
-            f"{level.record.name} left out {level.record.num_skipped} requests of its workload that the engine could "
-            "not run; neither side has them"
+            f"{level.record.name} left out {count} {'request' if count == 1 else 'requests'} of its workload that the "
+            "engine could not run; neither side has them"
         )
 
 

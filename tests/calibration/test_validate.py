@@ -1,6 +1,7 @@
 """`memwall validate` against engines whose step times are known, because they are made up."""
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -15,10 +16,12 @@ from virtual_engine import Affine, Scaled, Settings, load, served, write_record
 
 from calibration.validate.command import run
 from calibration.validate.external import external_record
+from calibration.validate.html import report
 from calibration.validate.profiles import Predictor, ProfileFacts, _chosen, check_same
 from calibration.validate.records import READERS, Lives, ServedRecord, ServedRun, read
 from calibration.validate.replay import simulate_run, system_of
 from calibration.validate.study import document, study
+from calibration.validate.text import text
 from calibration.validate.walk import walk
 from engine.config import EngineConfig
 from engine.errors import UserError
@@ -223,6 +226,22 @@ def test_the_step_log_of_another_run(tmp_path, record):
     other.with_name("b.steps.jsonl").rename(record.with_name("a.steps.jsonl"))
     with pytest.raises(UserError, match=r"step log beside a\.json is not that of its run 1"):
         read(record)
+
+
+@pytest.mark.parametrize(
+    ("command", "name"),
+    [
+        ("memwall bench serve toy --step-log 'my log.jsonl' --output a.json", "my log.jsonl"),
+        ("memwall bench serve toy --step-log=log.jsonl", "log.jsonl"),
+        ("memwall bench serve toy --repeat 2 --step-log log.jsonl", "log.1.jsonl"),  # interrupted in its second run
+        ("memwall bench serve toy", "a.steps.jsonl"),
+        ("memwall bench serve toy", "a.steps.1.jsonl"),
+    ],
+)
+def test_step_logs_are_found_by_their_names(record, command, name):
+    edited(record, lambda d: d.update(command=command))
+    record.with_name("a.steps.jsonl").rename(record.with_name(name))
+    assert len(read(record).runs[0].steps) > 10
 
 
 def test_a_record_without_steps(record):
@@ -444,7 +463,7 @@ def test_an_external_engine(record):
     assert external.engine.num_kv_blocks == engine.num_kv_blocks
     (level,) = study([external], lambda record: Predictor(Affine(), "known"), num_draws=0).levels
     assert all(one.error is None or abs(one.error) < 1e-3 for one in level.comparisons)
-    assert "left out 1 requests" in " ".join(study([external], lambda record: Predictor(Affine(), "")).notes)
+    assert "left out 1 request of" in " ".join(study([external], lambda record: Predictor(Affine(), "")).notes)
 
 
 def test_simulation_with_and_without_steps_is_the_same(record):
@@ -519,6 +538,7 @@ sys.path.insert(0, {str(Path(__file__).parent)!r})
 from calibration.commands.validate import validate
 from calibration.validate.command import run
 from calibration.validate.external import external_record
+from calibration.validate.html import report
 from calibration.validate.profiles import Predictor
 from calibration.validate.records import read
 from pathlib import Path
@@ -544,6 +564,35 @@ sys.exit(run([*records, "--json", out + "/v.json", "--html", out + "/v.html"], l
     tags.feed(page)
     assert tags.tags.count("svg") == 6 + 2  # two drawings for each latency, and the legend
     assert not tags.links and "script" not in tags.tags
+
+
+def test_dots_lie_where_they_should(tmp_path):
+    """Predicted exactly: on the line. 5 % slow: on the band's edge. Both axes have the same scale."""
+    settings, step_time = Settings(), Affine()
+    path = write_record(tmp_path / "a.json", settings, load(30, spacing_s=1.0), step_time, runs=1)
+    for factor in (1.0, 1.05):
+        page = report(study_of(path, Scaled(step_time, factor, factor)), "title")
+        drawings = re.findall(r"<svg width=\"340\".*?</svg>", page)
+        assert len(drawings) == 6
+        for drawing in drawings[::2]:
+            band = np.array(
+                re.findall(r"[ML]([\d.]+) ([\d.]+)", re.search(r'd="(M[^"]*Z)" fill="#999"', drawing)[1]), float
+            )
+            dots = np.array(re.findall(r"M([\d.]+) ([\d.]+)h0", drawing), float)
+            assert len(dots) in (29, 30)  # one of them may have a single token, and so no TPOT
+            assert (dots[:, 0] >= 58).all() and (dots[:, 0] <= 330).all()
+            assert (dots[:, 1] >= 10).all() and (dots[:, 1] <= 296).all()
+            across, up = (dots[:, 0] - 58) / 272, (296 - dots[:, 1]) / 286
+            edge = (296 - band[1, 1]) / 286  # of the band, at the left end of the axis
+            assert np.abs(up - across - (edge if factor > 1 else 0)).max() < 2e-3
+
+
+def test_one_request(tmp_path):
+    path = write_record(tmp_path / "a.json", Settings(), load(1), Affine(), runs=1)
+    found = study_of(path, Affine())
+    assert found.is_met and found.levels[0].services == ()
+    assert json.dumps(document(found), allow_nan=False)
+    assert "figures to reach" in text(found) and report(found, "t")
 
 
 def test_logs_are_fitted_exactly_where_they_are_linear():
