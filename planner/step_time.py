@@ -35,6 +35,8 @@ class Evidence(StrEnum):
     MEASURED = "measured"
     INTERPOLATED = "interpolated"
     EXTRAPOLATED = "extrapolated"
+    #: Another model's times, scaled to what an engine that was only seen from outside did.
+    SCALED = "scaled"
 
 
 class DecodeRun(ABC):

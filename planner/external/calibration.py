@@ -1,0 +1,266 @@
+"""A calibration from outside: the record that is saved, how it is made, and the step time it gives back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import Field, ValidationError
+
+from planner.errors import UserError
+from planner.external.errors import RunErrors, run_errors
+from planner.external.fit import Fit, fit_factors
+from planner.external.replay import Replayed, replay
+from planner.external.scaled import NAMES, SCALES, Factors, ScaledStepTime
+from planner.external.served_run import ServedRun
+from planner.external.server_facts import ServerFacts
+from planner.external.settings import ExternalSystem
+from planner.schema import Record
+from planner.step_time import StepTime
+
+VERSION = 1
+KIND = "memwall-external-calibration"
+
+
+class FactorRecord(Record):
+    """One factor with its 90 % interval."""
+
+    value: float
+    low: float
+    high: float
+    identified: bool = Field(description="whether the runs show it; if not, the base's value is kept")
+    alike: str | None = Field(default=None, description="the factor it cannot be told from")
+
+
+class RunRecord(Record):
+    """One served run."""
+
+    name: str
+    num_requests: int
+    num_failed: int
+    num_fitted: int
+    num_held_out: int
+    notes: tuple[str, ...]
+
+
+class ExternalCalibration(Record):
+    """Factors on a base step time, fitted to what somebody else's engine did."""
+
+    version: Literal[1] = VERSION
+    kind: Literal["memwall-external-calibration"] = KIND
+    command: str
+    date: str
+    model: str
+    gpu: str = Field(description="catalog id")
+    tensor_parallel_size: int
+    kv_cache_dtype: str
+    quantization: str | None
+    base: str = Field(description="description of the step time that is scaled")
+    factors: dict[str, FactorRecord]
+    settings: dict[str, Any] = Field(description="of the simulated server, by vLLM's names")
+    origin: dict[str, str] = Field(description="where each setting came from")
+    runs: tuple[RunRecord, ...]
+    held_out_share: float
+    before: RunErrors | None = Field(description="of the base, on the requests that were not fitted")
+    after: RunErrors | None = Field(description="of the scaled base, on the same requests")
+    fitted: RunErrors = Field(description="of the scaled base, on the requests that were fitted")
+    warnings: tuple[str, ...]
+
+    def as_factors(self) -> Factors:
+        """The point values."""
+        return Factors(**{name: record.value for name, record in self.factors.items()})
+
+    def step_time(self, base: StepTime) -> ScaledStepTime:
+        """The base step time, scaled; `factors.arrival_s` remains to be added to times to first token."""
+        names = ", ".join(run.name for run in self.runs)
+        return ScaledStepTime(base, self.as_factors(), names)
+
+    def check(self, model: str, gpu: str, tensor_parallel_size: int, kv_cache_dtype: str) -> None:
+        """Refuse another deployment than the one that was seen.
+
+        Raises:
+            UserError: naming what differs.
+        """
+        asked = {
+            "model": model,
+            "gpu": gpu,
+            "tensor_parallel_size": tensor_parallel_size,
+            "kv_cache_dtype": kv_cache_dtype,
+        }
+        for name, value in asked.items():
+            if getattr(self, name) != value:
+                raise UserError(f"the calibration is of {name} {getattr(self, name)}, not {value}")
+
+
+def calibrate_external(
+    runs: Sequence[ServedRun],
+    external: ExternalSystem,
+    facts: ServerFacts,
+    *,
+    held_out: float = 0.5,
+    quantization: str | None = None,
+    command: str = "",
+    date: str = "",
+    progress: Callable[[int], None] | None = None,
+) -> ExternalCalibration:
+    """Fit on the first part of each run, and test on the rest.
+
+    Args:
+        held_out: share of each run's requests, the last to arrive, that are tested on; 0 to fit to all.
+        command, date: provenance.
+
+    Raises:
+        UserError: too few requests, or settings that the runs contradict.
+    """
+    if not 0 <= held_out <= 0.9:
+        raise UserError(f"the held-out share is {held_out}; it must be from 0 to 0.9")
+    masks = [np.arange(len(run)) < round(len(run) * (1 - held_out)) for run in runs]
+    external, fit = _fitted(runs, external, masks, progress)
+    system = external.system
+    before = [replay(run, system) for run in runs]
+    after = [replay(run, system, fit.factors) for run in runs]
+    rest = [~mask for mask in masks]
+    deployment = external.deployment
+    fitted = run_errors(runs, after, masks)
+    assert fitted is not None, "fit_factors refuses runs without fitted requests"
+    return ExternalCalibration(
+        command=command,
+        date=date,
+        model=deployment.model.name,
+        gpu=deployment.gpu.id,
+        tensor_parallel_size=deployment.tensor_parallel_size,
+        kv_cache_dtype=str(deployment.kv_cache_dtype),
+        quantization=quantization,
+        base=system.step_time.description,
+        factors={name: _factor(fit, name) for name in NAMES},
+        settings={name: value for name, (value, _) in external.origin.items()}
+        | {"pipeline_depth": system.pipeline_depth},
+        origin={name: origin for name, (_, origin) in external.origin.items()},
+        runs=tuple(_run_record(run, mask) for run, mask in zip(runs, masks, strict=True)),
+        held_out_share=held_out,
+        before=run_errors(runs, before, rest),
+        after=run_errors(runs, after, rest),
+        fitted=fitted,
+        warnings=tuple(_warnings(runs, external, facts, fit, after)),
+    )
+
+
+def _fitted(
+    runs: Sequence[ServedRun],
+    external: ExternalSystem,
+    masks: Sequence[np.ndarray],
+    progress: Callable[[int], None] | None,
+) -> tuple[ExternalSystem, Fit]:
+    """The fit; where nothing says how many steps were in flight, of the number that fits better."""
+    fit = fit_factors(runs, external.system, masks, progress)
+    if external.depth_known:
+        return external, fit
+    other = external.with_depth(2)
+    deeper = fit_factors(runs, other.system, masks, progress)
+    return (other, deeper) if deeper.median_error < fit.median_error else (external, fit)
+
+
+def _factor(fit: Fit, name: str) -> FactorRecord:
+    estimate = fit.estimates[name]
+    return FactorRecord(
+        value=getattr(fit.factors, name),
+        low=estimate.low,
+        high=estimate.high,
+        identified=estimate.identified,
+        alike=estimate.alike,
+    )
+
+
+def _run_record(run: ServedRun, mask: np.ndarray) -> RunRecord:
+    num_fitted = int(mask.sum())
+    return RunRecord(
+        name=run.name,
+        num_requests=len(run),
+        num_failed=run.num_failed,
+        num_fitted=num_fitted,
+        num_held_out=len(run) - num_fitted,
+        notes=run.notes,
+    )
+
+
+def _warnings(
+    runs: Sequence[ServedRun], external: ExternalSystem, facts: ServerFacts, fit: Fit, after: Sequence[Replayed]
+) -> list[str]:
+    """What a reader should know before trusting the factors."""
+    warnings = []
+    if not external.depth_known:
+        depth = external.system.pipeline_depth
+        warnings.append(
+            f"nothing says whether the server schedules ahead; {depth} step{'s' * (depth > 1)} in flight fits better"
+        )
+    guessed = [name for name, (_, origin) in external.origin.items() if origin in ("vLLM's default", "the memory model")]
+    important = [name for name in guessed if name in ("max_num_seqs", "max_num_batched_tokens", "num_gpu_blocks")]
+    if important:
+        warnings.append(f"{', '.join(important)}: neither flag nor log says, so a default stands in; the factors absorb it")
+    hit_rates = [line.prefix_hit_rate for line in facts.stats if line.prefix_hit_rate is not None]
+    if hit_rates and hit_rates[-1] > 0.01:
+        warnings.append(
+            f"the server found {hit_rates[-1]:.0%} of prompt tokens in its prefix cache, which the runs do not show; the "
+            "prefill factor absorbs it, and holds for as much reuse only"
+        )
+    simulated = sum(result.num_preemptions for result in after)
+    told = facts.value("num_preemptions")
+    if told is not None and abs(told - simulated) > max(5, 0.25 * max(told, simulated)):
+        warnings.append(f"the server preempted {told} times, the simulator {simulated} times: check the KV blocks")
+    for name in NAMES:
+        estimate = fit.estimates[name]
+        if not estimate.identified and name in SCALES:
+            alike = f": here it looks like {estimate.alike}" if estimate.alike else ""
+            warnings.append(f"the runs do not show the factor {name}{alike}; the base's value is kept")
+    if not any((run.tpot_s > 0).any() for run in runs):
+        warnings.append("no answer has more than one token at a measurable pace, so nothing shows decoding")
+    return warnings
+
+
+def load_external(path: str | Path) -> ExternalCalibration:
+    """Read a saved calibration.
+
+    Raises:
+        UserError: no such file, no JSON, of another kind or version, or edited to nonsense.
+    """
+    path = Path(path)
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"there is no file {path}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path.name} cannot be read as JSON: {getattr(error, 'msg', error)}") from None
+    return parse_external(document, path.name)
+
+
+def parse_external(document: Any, file: str) -> ExternalCalibration:
+    """A calibration from parsed JSON, checked.
+
+    Raises:
+        UserError: one sentence naming the field.
+    """
+    if type(document) is not dict or document.get("kind") != KIND:
+        raise UserError(f'{file} is no calibration from outside: its kind is not "{KIND}"')
+    if document.get("version") != VERSION:
+        raise UserError(f"{file} is of version {document.get('version')!r}; this memwall reads version {VERSION}")
+    try:
+        calibration = ExternalCalibration.model_validate(document)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise UserError(f"{file}: {place}: {first['msg'].lower()}") from None
+    expected = {field.name for field in fields(Factors)}
+    if set(calibration.factors) != expected:
+        raise UserError(f"{file}: factors are {', '.join(sorted(calibration.factors))}, not {', '.join(sorted(expected))}")
+    for name, record in calibration.factors.items():
+        if not record.low <= record.value <= record.high:
+            raise UserError(f"{file}: factors.{name} is {record.value:g}, outside its interval")
+    try:
+        calibration.as_factors()
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from None
+    return calibration

@@ -1,0 +1,141 @@
+"""A base step time scaled by the few factors that an engine seen from outside reveals.
+
+    step = weights × (the base's time of the decodes, had they no context)
+         + kv      × (what their cached tokens add to that)
+         + prefill × (what the prompt chunks add to the decodes)
+         + step_s + request_s × requests
+
+The parts are differences of the base's own predictions, so that any `StepTime` is a base: the roofline, or a profile
+that was measured on another machine or for another model. A step without decodes counts one decode without context as
+its floor, the weights that every step reads.
+
+`arrival_s` is not part of any step: it is what a request takes on its way in and its first token on the way out, and
+adds to every TTFT alike.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, fields
+from typing import Protocol
+
+from engine.scheduling import StepShape
+from planner.errors import UserError
+from planner.step_time import TICKS_PER_SECOND, DecodeRun, Evidence, StepTime, TableRun
+
+# Scale factors as fractions of 2**20, so that a step's ticks are integers whichever way they are reached.
+_ONE = 1 << 20
+_LISTED_STEPS = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Factors:
+    """What scales a base step time; the defaults leave it as it is.
+
+    Attributes:
+        prefill: on the time that prompt chunks add to a step. Above 1 is slower than the base.
+        weights: on a decode step without its cached tokens: weights, launches, sampling.
+        kv: on the time that each cached token adds.
+        step_s: added to every step.
+        request_s: added for each request of a step.
+        arrival_s: added to every request's TTFT, outside of all steps.
+    """
+
+    prefill: float = 1.0
+    weights: float = 1.0
+    kv: float = 1.0
+    step_s: float = 0.0
+    request_s: float = 0.0
+    arrival_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if not math.isfinite(value):
+                raise UserError(f"the factor {name} is {value}, which is not a number")
+            if value <= 0 and name in SCALES:
+                raise UserError(f"the factor {name} is {value:g}; it scales a time and must be positive")
+            if abs(value) > 1e4:
+                raise UserError(f"the factor {name} is {value:g}, which no engine comes near")
+
+
+NAMES = tuple(field.name for field in fields(Factors))
+SCALES = ("prefill", "weights", "kv")
+
+
+class Scalable(Protocol):
+    """What a base must offer: ticks of any shape. Every `StepTime` does."""
+
+    def ticks(self, step: StepShape) -> int:
+        """Ticks of a step, at least 1."""
+
+
+class ScaledStepTime(StepTime):
+    """A `StepTime` that scales another one.
+
+    Attributes:
+        base: the step time that is scaled.
+        factors: by how much. `factors.arrival_s` is the caller's to add to the times to first token.
+    """
+
+    evidence = Evidence.SCALED
+
+    def __init__(self, base: StepTime, factors: Factors, source: str = "") -> None:
+        """
+        Args:
+            source: whose runs the factors were fitted to, for people.
+        """
+        self.base = base
+        self.factors = factors
+        origin = f" to {source}" if source else ""
+        self.description = f"{base.description}, scaled{origin}"
+        self._prefill = round(factors.prefill * _ONE)
+        self._weights = round(factors.weights * _ONE)
+        self._kv = round(factors.kv * _ONE)
+        self._step = round(factors.step_s * TICKS_PER_SECOND)
+        self._request = round(factors.request_s * TICKS_PER_SECOND)
+        self._floors: dict[tuple, int] = {}
+
+    def predict(self, step: StepShape) -> float:
+        return self.ticks(step) / TICKS_PER_SECOND
+
+    def ticks(self, step: StepShape) -> int:
+        contexts, verifies = step.decode_contexts, step.verifies
+        floor = self._floor(len(contexts), tuple(query for query, _ in verifies))
+        if contexts or verifies:
+            sampled = len(contexts) + sum(query for query, _ in verifies)
+            decodes = (
+                self.base.ticks(StepShape(decode_contexts=contexts, verifies=verifies, num_sampled=sampled))
+                if step.prefills
+                else self.base.ticks(step)
+            )
+        else:
+            decodes = floor
+        prefill = max(0, self.base.ticks(step) - decodes) if step.prefills else 0
+        return self._ticks(floor, decodes - floor, prefill, step.num_requests)
+
+    def host_ticks(self, step: StepShape) -> int:
+        return self.base.host_ticks(step)
+
+    def decode_run(self, contexts: list[int], steps: int) -> DecodeRun:
+        batch = len(contexts)
+        floor = self._floor(batch, ())
+        run = self.base.decode_run(contexts, min(steps, _LISTED_STEPS))
+        durations = []
+        for first, increment, count in run.segments(run.steps):
+            durations += [self._ticks(floor, first + increment * j - floor, 0, batch) for j in range(count)]
+        return TableRun(durations)
+
+    def _ticks(self, floor: int, cached: int, prefill: int, requests: int) -> int:
+        scaled = (self._weights * floor + self._kv * max(0, cached) + self._prefill * prefill) >> 20
+        return max(1, scaled + self._step + self._request * requests)
+
+    def _floor(self, decodes: int, verifies: tuple[int, ...]) -> int:
+        """Ticks of the base for these decodes and verifications if none had any context; of one decode for none."""
+        key = (decodes, verifies)
+        ticks = self._floors.get(key)
+        if ticks is None:
+            shape = StepShape(decode_contexts=[0] * decodes, verifies=[(query, 0) for query in verifies])
+            if not (decodes or verifies):
+                shape = StepShape(decode_contexts=[0])
+            self._floors[key] = ticks = self.base.ticks(shape)
+        return ticks
