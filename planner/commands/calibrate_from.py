@@ -62,7 +62,6 @@ _MEANING = {
     "prefill": "× what prompt chunks add to a step",
     "weights": "× a decode step without its cached tokens",
     "kv": "× what each cached token adds",
-    "step_s": "more in every step",
     "request_s": "more per request of a step",
     "arrival_s": "more before a first token, outside of steps",
 }
@@ -283,8 +282,8 @@ def _factors(calibration: ExternalCalibration) -> str:
 
 
 def _shown(name: str, record: FactorRecord) -> tuple[str, str]:
-    scale, digits = {"step_s": (1e3, 3), "request_s": (1e6, 2), "arrival_s": (1e3, 2)}.get(name, (1.0, 3))
-    unit = {"step_s": " ms", "request_s": " us", "arrival_s": " ms"}.get(name, "")
+    scale, digits = {"request_s": (1e6, 2), "arrival_s": (1e3, 2)}.get(name, (1.0, 3))
+    unit = {"request_s": " us", "arrival_s": " ms"}.get(name, "")
     value, low, high = (f"{number * scale:.{digits}f}" for number in (record.value, record.low, record.high))
     return f"{value}{unit}", f"{low} to {high}"
 

@@ -197,15 +197,19 @@ def _warnings(
         warnings.append(
             f"nothing says whether the server schedules ahead; {depth} step{'s' * (depth > 1)} in flight fits better"
         )
-    guessed = [name for name, (_, origin) in external.origin.items() if origin in ("vLLM's default", "the memory model")]
+    guessed = [
+        name for name, (_, origin) in external.origin.items() if origin in ("vLLM's default", "the memory model")
+    ]
     important = [name for name in guessed if name in ("max_num_seqs", "max_num_batched_tokens", "num_gpu_blocks")]
     if important:
-        warnings.append(f"{', '.join(important)}: neither flag nor log says, so a default stands in; the factors absorb it")
+        warnings.append(
+            f"{', '.join(important)}: neither flag nor log says, so a default stands in; the factors absorb it"
+        )
     hit_rates = [line.prefix_hit_rate for line in facts.stats if line.prefix_hit_rate is not None]
     if hit_rates and hit_rates[-1] > 0.01:
         warnings.append(
-            f"the server found {hit_rates[-1]:.0%} of prompt tokens in its prefix cache, which the runs do not show; the "
-            "prefill factor absorbs it, and holds for as much reuse only"
+            f"the server found {hit_rates[-1]:.0%} of prompt tokens in its prefix cache, which the runs do not show; "
+            "the prefill factor absorbs it, and holds for as much reuse only"
         )
     simulated = sum(result.num_preemptions for result in after)
     told = facts.value("num_preemptions")
@@ -255,7 +259,9 @@ def parse_external(document: Any, file: str) -> ExternalCalibration:
         raise UserError(f"{file}: {place}: {first['msg'].lower()}") from None
     expected = {field.name for field in fields(Factors)}
     if set(calibration.factors) != expected:
-        raise UserError(f"{file}: factors are {', '.join(sorted(calibration.factors))}, not {', '.join(sorted(expected))}")
+        raise UserError(
+            f"{file}: factors are {', '.join(sorted(calibration.factors))}, not {', '.join(sorted(expected))}"
+        )
     for name, record in calibration.factors.items():
         if not record.low <= record.value <= record.high:
             raise UserError(f"{file}: factors.{name} is {record.value:g}, outside its interval")

@@ -34,8 +34,10 @@ class RunErrors(Record):
     e2el: MetricError
 
 
-def run_errors(runs: Sequence[ServedRun], replayed: Sequence[Replayed], masks: Sequence[np.ndarray]) -> RunErrors | None:
-    """Errors over the requests that the masks (bool [n] per run) choose, all runs together; None if they choose none."""
+def run_errors(
+    runs: Sequence[ServedRun], replayed: Sequence[Replayed], masks: Sequence[np.ndarray]
+) -> RunErrors | None:
+    """Errors over the requests that the masks (bool [n] per run) choose, all runs together; None for no request."""
     if not any(mask.any() for mask in masks):
         return None
     metrics = {}

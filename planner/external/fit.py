@@ -1,9 +1,10 @@
 """Fit the factors of `ScaledStepTime` to served runs, with the simulator in the loop.
 
 The simulator replays each run's own arrivals and lengths; the residuals are log(simulated / served) of every fitted
-request's TTFT and TPOT. Gauss-Newton with central differences minimises them under a robust loss, in units of a broad
-prior around the base's values. The prior does two things: it keeps what the data do not show at the base, and it is
-the yardstick of whether they do. A factor that the data narrow to less than half of its prior counts as identified;
+request's TTFT and TPOT. Clipped at what their spread makes likely, they are projected on features of the requests
+(`planner.external.moments`), and Gauss-Newton with central differences brings these moments to nothing, in units of a
+broad prior around the base's values. The prior does two things: it keeps what the data do not show at the base, and it
+is the yardstick of whether they do. A factor that the data narrow to less than half of its prior counts as identified;
 any other is held at the base's value and reported with the prior's interval.
 
 Requests of one busy spell err together, so standard errors come from blocks of consecutive requests (the sandwich
@@ -19,6 +20,7 @@ import numpy as np
 
 from engine.scheduling import StepShape
 from planner.errors import UserError
+from planner.external.moments import orthonormal, tpot_features, ttft_features
 from planner.external.replay import Replayed, replay
 from planner.external.scaled import NAMES, SCALES, Factors
 from planner.external.served_run import ServedRun
@@ -28,19 +30,20 @@ from planner.step_time import TICKS_PER_SECOND
 MIN_REQUESTS = 20
 # Standard deviations of the prior: scales within a factor of two, mostly; host constants of what engines show.
 _SCALE_SD = 0.7
-_STEP_SHARE = 0.1  # of a decode step without context
-_REQUEST_SHARE = 0.002
+_REQUEST_SHARE = 0.002  # of a decode step without context
 _ARRIVAL_SD_S = 0.05
 _IDENTIFIED = 0.5
 _NORMAL_90 = 1.645
 
-# Steps of the central differences, in the prior's standard deviations: wide enough that batches do not just jump.
-_DIFFERENCES = (0.05, 0.05, 0.05, 0.2, 0.2, 0.1)
-# A constant must lower the loss (half a chi-squared) by this much to be in the model.
-_WORTH = 4.0
+# Central differences start from this step (in the prior's standard deviations) and double it until the moments move by
+# more than requests jumping from one step to the next can make them.
+_FIRST_DIFFERENCE = 0.05
+_LAST_DIFFERENCE = 1.0
+_CLEAR_MOVE = 10.0
 _MAX_ITERATIONS = 12
-_GOOD_ENOUGH = 1e-3
-_HUBER = 1.345
+_GOOD_ENOUGH = 0.02
+_CLIP = 2.5
+_MISFIT_CAP = 4.0
 _MIN_NOISE = 0.005
 _BLOCKS = 20
 _LOST = 20.0  # the log ratio of a request that never ended
@@ -105,46 +108,23 @@ def fit_factors(
     problem = _Problem([_needed(run, mask) for run, mask in zip(runs, masks, strict=True)], system, progress)
     solver = _Solver(problem)
     solver.start(problem.first_guess())
-    active = _scales(solver)
-    for i in range(len(SCALES), len(NAMES)):
-        active = _with_constant(solver, active, i)
-    spread = dict(zip(active, solver.spread(active).tolist(), strict=True))
-    estimates = {}
-    for i, name in enumerate(NAMES):
-        identified = spread.get(i, 1.0) <= _IDENTIFIED
-        sd = spread[i] if identified else 1.0
-        estimates[name] = problem.estimate(i, float(solver.x[i]), sd, identified, solver.alike.get(i))
-    error = float(np.median(np.abs(solver.residuals)))
-    return Fit(problem.factors(solver.x), estimates, error, count, problem.num_simulations, problem.num_quiet)
-
-
-def _scales(solver: _Solver) -> list[int]:
-    """Fit the three scales, and hold those at the base's value that the runs do not show."""
-    active = list(range(len(SCALES)))
+    active = list(range(len(NAMES)))
     while True:
         solver.minimise(active)
         spread = solver.spread(active)
         weakest = int(spread.argmax())
         if spread[weakest] <= _IDENTIFIED or len(active) == 1:
-            return active
-        solver.note_alike(active[weakest], active)
-        dropped = active.pop(weakest)
-        solver.hold(dropped)
-
-
-def _with_constant(solver: _Solver, active: list[int], i: int) -> list[int]:
-    """Add a host constant if the runs show it, it takes none of the others away, and it lowers the loss by enough."""
-    before = solver.state()
-    wider = [*active, i]
-    solver.minimise(wider)
-    spread = solver.spread(wider)
-    gain = (before.loss - solver.loss_in(before)) * before.residuals.size
-    if spread.max() <= _IDENTIFIED and gain > _WORTH:
-        return wider
-    if spread[-1] > _IDENTIFIED or spread[:-1].max() > _IDENTIFIED:
-        solver.note_alike(i, wider)
-    solver.restore(before)
-    return active
+            break
+        solver.hold(active.pop(weakest), active)
+    # Whatever is held may be off by as much as the prior allows, and the others make up for it: so all of them count.
+    spread = solver.full_spread()
+    estimates = {}
+    for i, name in enumerate(NAMES):
+        identified = i in active
+        sd = float(spread[i]) if identified else 1.0
+        estimates[name] = problem.estimate(i, float(solver.x[i]), sd, identified, solver.alike.get(i))
+    error = float(np.median(np.abs(np.concatenate(solver.residuals))))
+    return Fit(problem.factors(solver.x), estimates, error, count, problem.num_simulations, problem.num_quiet)
 
 
 def _needed(run: ServedRun, mask: np.ndarray) -> tuple[ServedRun, np.ndarray]:
@@ -171,6 +151,19 @@ def quiet_requests(run: ServedRun) -> np.ndarray:
     return (latest_before <= run.arrival_s) & (next_arrival >= run.last_token_s)
 
 
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """One metric of one run.
+
+    Attributes:
+        basis: float64 [n, features], orthonormal.
+        blocks: int64 [n]: requests of one busy spell.
+    """
+
+    basis: np.ndarray
+    blocks: np.ndarray
+
+
 class _Problem:
     """Parameters in units of the prior's standard deviation, and the residuals that they leave."""
 
@@ -186,39 +179,30 @@ class _Problem:
         self.num_quiet = sum(int((quiet_requests(run) & mask).sum()) for run, mask in runs)
         self._progress = progress
         floor_s = system.step_time.ticks(StepShape(decode_contexts=[0])) / TICKS_PER_SECOND
-        self._units = np.array(
-            [_SCALE_SD, _SCALE_SD, _SCALE_SD, _STEP_SHARE * floor_s, _REQUEST_SHARE * floor_s, _ARRIVAL_SD_S]
-        )
+        self._units = np.array([*[_SCALE_SD] * len(SCALES), _REQUEST_SHARE * floor_s, _ARRIVAL_SD_S])
         self._floor_s = floor_s
-        self.blocks = self._block_numbers()
+        self.parts = self._parts()
 
-    def _block_numbers(self) -> np.ndarray:
-        """int64 [residuals]: the block of each residual; a block is a run of consecutive requests."""
-        numbers, first = [], 0
+    def _parts(self) -> list[_Part]:
+        """What the residuals fall into: TTFT and TPOT of each run, in the order of `residuals`."""
+        parts, first = [], 0
+        blocks_each = max(4, _BLOCKS // len(self.runs))
         for run, mask in self.runs:
             places = np.flatnonzero(mask)
-            size = max(1, -(-places.size // max(2, _BLOCKS // len(self.runs))))
-            block = first + np.arange(places.size) // size
+            size = max(1, -(-places.size // blocks_each))
+            blocks = first + np.arange(places.size) // size
             several = run.output_tokens[places] > 1
-            numbers += [block, block[several]]
-            first = int(block[-1]) + 1
-        return np.concatenate(numbers)
-
-    @property
-    def kinds(self) -> np.ndarray:
-        """int64 [residuals]: run and metric of each, as each has its own noise."""
-        kinds = []
-        for number, (run, mask) in enumerate(self.runs):
-            several = int((run.output_tokens[mask] > 1).sum())
-            kinds += [np.full(int(mask.sum()), 2 * number), np.full(several, 2 * number + 1)]
-        return np.concatenate(kinds)
+            parts.append(_Part(orthonormal(ttft_features(run)[places]), blocks))
+            if several.any():
+                parts.append(_Part(orthonormal(tpot_features(run)[places[several]]), blocks[several]))
+            first = int(blocks[-1]) + 1
+        return parts
 
     def factors(self, x: np.ndarray) -> Factors:
         values = x * self._units
         named = dict(zip(NAMES, values.tolist(), strict=True))
         named |= {name: float(np.exp(np.clip(named[name], -4.6, 4.6))) for name in SCALES}
-        # Steps cannot take less than nothing, and a request is not answered before it is sent.
-        named["step_s"] = max(named["step_s"], -0.5 * self._floor_s * named["weights"])
+        # The base may have too much per request, but not all of it; no request is answered before it is sent.
         named["request_s"] = max(named["request_s"], -0.005 * self._floor_s)
         named["arrival_s"] = max(named["arrival_s"], 0.0)
         return Factors(**named)
@@ -234,7 +218,8 @@ class _Problem:
             values[0] = 1.0 if NAMES[i] in SCALES else 0.0
         return Estimate(*values, identified, None if identified else alike)
 
-    def residuals(self, x: np.ndarray) -> np.ndarray:
+    def residuals(self, x: np.ndarray) -> list[np.ndarray]:
+        """log(simulated / served) of each part."""
         factors = self.factors(x)
         parts = []
         for run, mask in self.runs:
@@ -243,7 +228,7 @@ class _Problem:
             parts += _residuals(run, replayed, mask)
         if self._progress is not None:
             self._progress(self.num_simulations)
-        return np.concatenate(parts)
+        return parts
 
     def first_guess(self) -> np.ndarray:
         """From requests that were alone, where there are some; else the base, all of it slower or faster."""
@@ -276,12 +261,13 @@ def _residuals(run: ServedRun, replayed: Replayed, mask: np.ndarray) -> list[np.
         (run.tpot_s, replayed.tpot_s, several),
     ):
         ratio = np.log(np.maximum(simulated[chosen], tiny) / np.maximum(served[chosen], tiny))
-        parts.append(np.nan_to_num(ratio, nan=_LOST))
+        if ratio.size:
+            parts.append(np.nan_to_num(ratio, nan=_LOST))
     return parts
 
 
 class _Solver:
-    """Gauss-Newton under a Huber loss and a standard normal prior on x."""
+    """Gauss-Newton on the moments, with a standard normal prior on x."""
 
     def __init__(self, problem: _Problem) -> None:
         self.problem = problem
@@ -289,31 +275,28 @@ class _Solver:
         self.loss = np.inf
         self.alike: dict[int, str] = {}
         self._jacobian: np.ndarray | None = None
+        self._steps = np.full(len(NAMES), _FIRST_DIFFERENCE)
 
     def start(self, x: np.ndarray) -> None:
         self.x = x
         self.residuals = self.problem.residuals(x)
-        self._kinds = self.problem.kinds
         self._rescale()
 
     def _rescale(self) -> None:
-        """The noise of each kind of residual, from its median distance from the median."""
-        self._noise = np.ones_like(self.residuals)
-        for kind in np.unique(self._kinds):
-            chosen = self._kinds == kind
-            values = self.residuals[chosen]
-            spread = 1.4826 * float(np.median(np.abs(values - np.median(values))))
-            self._noise[chosen] = max(spread, _MIN_NOISE)
+        """The noise of each part: its median distance from nothing, so that far off a clip does not hide the slope."""
+        self._noise = [max(1.4826 * float(np.median(np.abs(part))), _MIN_NOISE) for part in self.residuals]
         self.loss = self._loss(self.residuals, self.x)
 
-    def _loss(self, residuals: np.ndarray, x: np.ndarray) -> float:
-        size = np.abs(residuals / self._noise)
-        robust = np.where(size <= _HUBER, 0.5 * size**2, _HUBER * (size - 0.5 * _HUBER))
-        return float((robust.sum() + 0.5 * (x**2).sum()) / residuals.size)
+    def _clipped(self, residuals: list[np.ndarray]) -> list[np.ndarray]:
+        return [np.clip(part / noise, -_CLIP, _CLIP) for part, noise in zip(residuals, self._noise, strict=True)]
 
-    def _weights(self) -> np.ndarray:
-        size = np.maximum(np.abs(self.residuals / self._noise), _HUBER)
-        return _HUBER / size / self._noise**2
+    def _moments(self, residuals: list[np.ndarray]) -> np.ndarray:
+        """float64 [moments], each of unit variance if residuals were independent."""
+        clipped = self._clipped(residuals)
+        return np.concatenate([part.basis.T @ r for part, r in zip(self.problem.parts, clipped, strict=True)])
+
+    def _loss(self, residuals: list[np.ndarray], x: np.ndarray) -> float:
+        return 0.5 * float((self._moments(residuals) ** 2).sum() + (x**2).sum())
 
     def minimise(self, active: list[int]) -> None:
         """Iterate over the active parameters until nothing improves."""
@@ -328,26 +311,28 @@ class _Solver:
                 break
 
     def _differences(self, active: list[int]) -> np.ndarray:
-        columns = []
-        for i in active:
+        """float64 [moments, active]: how the moments move with the parameters."""
+        return np.stack([self._difference(i) for i in active], axis=1)
+
+    def _difference(self, i: int) -> np.ndarray:
+        while True:
+            step = self._steps[i]
             ahead, behind = self.x.copy(), self.x.copy()
-            difference = _DIFFERENCES[i]
-            ahead[i] += difference
-            behind[i] -= difference
-            moved = self.problem.residuals(ahead) - self.problem.residuals(behind)
-            # A request that changes its batch jumps; one jump must not pass for a slope.
-            columns.append(np.clip(moved / (2 * difference), -50.0, 50.0))
-        return np.stack(columns, axis=1)
+            ahead[i] += step
+            behind[i] -= step
+            moved = self._moments(self.problem.residuals(ahead)) - self._moments(self.problem.residuals(behind))
+            if step >= _LAST_DIFFERENCE or np.linalg.norm(moved) > _CLEAR_MOVE:
+                return moved / (2 * step)
+            self._steps[i] = min(2 * step, _LAST_DIFFERENCE)
 
     def _normal(self) -> np.ndarray:
-        weighted = self._jacobian * self._weights()[:, None]
-        return self._jacobian.T @ weighted + np.eye(self._jacobian.shape[1])
+        return self._jacobian.T @ self._jacobian + np.eye(self._jacobian.shape[1])
 
     def _step(self, active: list[int]) -> bool:
         """Move to a lower loss along the Gauss-Newton direction; False if there is none."""
-        gradient = self._jacobian.T @ (self._weights() * self.residuals) + self.x[active]
+        gradient = self._jacobian.T @ self._moments(self.residuals) + self.x[active]
         direction = -np.linalg.solve(self._normal(), gradient)
-        direction *= min(1.0, 1.5 / max(np.abs(direction).max(), 1e-12))
+        direction *= min(1.0, 1.0 / max(np.abs(direction).max(), 1e-12))
         for shorter in (1.0, 0.5, 0.25, 0.125):
             x = self.x.copy()
             x[active] += shorter * direction
@@ -361,12 +346,16 @@ class _Solver:
     def _covariance(self) -> tuple[np.ndarray, np.ndarray]:
         """Of the parameters in the last Jacobian: variances over blocks, and the inverse of the normal matrix."""
         inverse = np.linalg.inv(self._normal())
-        score = self._jacobian * (self._weights() * self.residuals)[:, None]
-        blocks = np.unique(self.problem.blocks)
-        sums = np.stack([score[self.problem.blocks == block].sum(axis=0) for block in blocks])
-        sums -= sums.mean(axis=0)
-        scale = blocks.size / max(1, blocks.size - 1)
-        sandwich = inverse @ (scale * sums.T @ sums + np.eye(len(inverse))) @ inverse
+        num_blocks = 1 + max(int(part.blocks.max()) for part in self.problem.parts)
+        columns = []
+        for part, clipped in zip(self.problem.parts, self._clipped(self.residuals), strict=True):
+            sums = np.zeros((num_blocks, part.basis.shape[1]))
+            np.add.at(sums, part.blocks, part.basis * clipped[:, None])
+            columns.append(sums)
+        scores = np.concatenate(columns, axis=1) @ self._jacobian
+        scores -= scores.mean(axis=0)
+        middle = scores.T @ scores * (num_blocks / max(1, num_blocks - 1))
+        sandwich = inverse @ (middle + np.eye(len(inverse))) @ inverse
         return np.maximum(np.diag(sandwich), np.diag(inverse)), inverse
 
     def spread(self, active: list[int]) -> np.ndarray:
@@ -374,42 +363,28 @@ class _Solver:
         variances, _ = self._covariance()
         return np.minimum(np.sqrt(variances), 1.0)
 
-    def note_alike(self, i: int, active: list[int]) -> None:
-        """Note the parameter that this one is hardest to tell from, of those in the last Jacobian."""
-        _, inverse = self._covariance()
-        place = active.index(i)
+    def full_spread(self) -> np.ndarray:
+        """Standard errors of all parameters, none of them taken as known.
+
+        Moments that stay away from nothing say that the model is not quite the engine: they widen all of them, by two
+        at most, as the blocks show part of it already.
+        """
+        everything = list(range(len(NAMES)))
+        self._jacobian = self._differences(everything)
+        moments = self._moments(self.residuals)
+        misfit = float((moments**2).sum()) / max(1, moments.size - len(everything))
+        return np.minimum(self.spread(everything) * np.clip(misfit, 1.0, _MISFIT_CAP) ** 0.5, 1.0)
+
+    def hold(self, i: int, rest: list[int]) -> None:
+        """Put a parameter back to the base's value, and note which of the rest it is hardest to tell from."""
+        inverse = self._covariance()[1]
+        both = sorted([*rest, i])
+        place = both.index(i)
         correlation = inverse[place] / np.sqrt(np.diag(inverse) * inverse[place, place])
         correlation[place] = 0.0
         nearest = int(np.abs(correlation).argmax())
         if abs(correlation[nearest]) > 0.3:
-            self.alike[i] = NAMES[active[nearest]]
-
-    def hold(self, i: int) -> None:
-        """Put a parameter back to the base's value."""
+            self.alike[i] = NAMES[both[nearest]]
         x = self.x.copy()
         x[i] = 0.0
         self.start(x)
-
-    def state(self) -> _State:
-        """What `restore` goes back to."""
-        return _State(self.x, self.residuals, self._noise, self.loss, self._jacobian)
-
-    def restore(self, state: _State) -> None:
-        self.x, self.residuals, self._noise = state.x, state.residuals, state.noise
-        self.loss, self._jacobian = state.loss, state.jacobian
-
-    def loss_in(self, state: _State) -> float:
-        """The present loss in the noise of an earlier state, to compare the two."""
-        noise, self._noise = self._noise, state.noise
-        loss = self._loss(self.residuals, self.x)
-        self._noise = noise
-        return loss
-
-
-@dataclass(frozen=True, slots=True)
-class _State:
-    x: np.ndarray
-    residuals: np.ndarray
-    noise: np.ndarray
-    loss: float
-    jacobian: np.ndarray | None

@@ -7,7 +7,7 @@ from typing import Any
 
 from planner.external.server_facts import Acceptance, Found
 
-_LINE = re.compile(r"^\s*(?:vllm|sglang):(\w+)(?:\{(.*)\})?\s+([-+\deE.]+|NaN|\+Inf)(?:\s+\d+)?\s*$")
+_LINE = re.compile(r"^\s*(?:vllm|sglang):(\w+)(?:\{(.*)\})?\s+(\d+(?:\.\d*)?(?:[eE][-+]?\d+)?)(?:\s+\d+)?\s*$")
 _LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
 _SPECULATION = "spec_decode_num_"
 

@@ -114,7 +114,9 @@ def _without_failures(table: Table, roles: dict[str, _Column]) -> tuple[Table, i
     kept = table.without(failed)
     answered = whole_numbers(kept, roles["output"].name, zero_allowed=True) > 0 if len(kept.frame) else np.empty(0)
     if not answered.any():
-        raise UserError(f"{table.file} has no request with an answer: no line has output tokens, a first and a last one")
+        raise UserError(
+            f"{table.file} has no request with an answer: no line has output tokens, a first and a last one"
+        )
     failed[np.flatnonzero(~failed)[~answered]] = True
     return table.without(failed), int(failed.sum())
 

@@ -3,7 +3,7 @@
     step = weights × (the base's time of the decodes, had they no context)
          + kv      × (what their cached tokens add to that)
          + prefill × (what the prompt chunks add to the decodes)
-         + step_s + request_s × requests
+         + request_s × requests
 
 The parts are differences of the base's own predictions, so that any `StepTime` is a base: the roofline, or a profile
 that was measured on another machine or for another model. A step without decodes counts one decode without context as
@@ -34,9 +34,9 @@ class Factors:
 
     Attributes:
         prefill: on the time that prompt chunks add to a step. Above 1 is slower than the base.
-        weights: on a decode step without its cached tokens: weights, launches, sampling.
+        weights: on a decode step without its cached tokens: reading weights, but also launches and the host's time
+            for a step, as both come with every step and a black box shows their sum.
         kv: on the time that each cached token adds.
-        step_s: added to every step.
         request_s: added for each request of a step.
         arrival_s: added to every request's TTFT, outside of all steps.
     """
@@ -44,7 +44,6 @@ class Factors:
     prefill: float = 1.0
     weights: float = 1.0
     kv: float = 1.0
-    step_s: float = 0.0
     request_s: float = 0.0
     arrival_s: float = 0.0
 
@@ -91,7 +90,6 @@ class ScaledStepTime(StepTime):
         self._prefill = round(factors.prefill * _ONE)
         self._weights = round(factors.weights * _ONE)
         self._kv = round(factors.kv * _ONE)
-        self._step = round(factors.step_s * TICKS_PER_SECOND)
         self._request = round(factors.request_s * TICKS_PER_SECOND)
         self._floors: dict[tuple, int] = {}
 
@@ -127,7 +125,7 @@ class ScaledStepTime(StepTime):
 
     def _ticks(self, floor: int, cached: int, prefill: int, requests: int) -> int:
         scaled = (self._weights * floor + self._kv * max(0, cached) + self._prefill * prefill) >> 20
-        return max(1, scaled + self._step + self._request * requests)
+        return max(1, scaled + self._request * requests)
 
     def _floor(self, decodes: int, verifies: tuple[int, ...]) -> int:
         """Ticks of the base for these decodes and verifications if none had any context; of one decode for none."""

@@ -36,7 +36,7 @@ def _sizes(text: str) -> tuple[int, ...]:
     return tuple(sorted({int(size) for size in re.findall(r"\d+", text)}))
 
 
-_INT, _REAL, _BOOL = r"(\d[\d,]*)", r"([\d.,]*\d)", r"(True|False|None)"
+_INT, _REAL, _BOOL = r"(\d[\d,]*)", r"(\d[\d,]*(?:\.\d+)?)", r"(True|False|None)"
 # In an engine-args dump a value follows its name as `name=value` (config) or `'name': value` (non-default args).
 _IS = r"['\"]?\s*[=:]\s*"
 
@@ -95,7 +95,8 @@ _STATS = re.compile(r"Running: (\d+) reqs")
 _SGLANG_STATS = re.compile(r"#running-req: (\d+)")
 _SPECULATION = re.compile(r"(?:SpecDecoding|Speculative) metrics: (.*)")
 _PREEMPTED = re.compile(
-    r"is preempted by PreemptionMode|num_cumulative_preemption|[Rr]etract(?:ing)? requests|Decode out of memory happened"
+    r"is preempted by PreemptionMode|num_cumulative_preemption|[Rr]etract(?:ing)? requests"
+    r"|Decode out of memory happened"
 )
 
 
@@ -147,7 +148,10 @@ def _read_line(line: str, number: int, facts: _Facts) -> None:
 
 def _field(line: str, pattern: str, scale: float = 1.0) -> float | None:
     match = re.search(pattern, line)
-    return None if match is None else _number(match[1]) * scale
+    try:
+        return None if match is None else _number(match[1]) * scale
+    except ValueError:  # dots without digits: the line was cut
+        return None
 
 
 def _stats(line: str, number: int) -> EngineStats | None:
@@ -207,7 +211,7 @@ class _Facts:
         self._speculation_line = line
         length = _field(metrics, r"Mean acceptance length: ([\d.]+)")
         rates = re.search(r"Per-position acceptance rate: ((?:[\d.]+(?:, )?)+)", metrics)
-        positions = [float(rate) for rate in re.findall(r"[\d.]+", rates[1])] if rates else []
+        positions = [float(rate) for rate in re.findall(r"\d+(?:\.\d+)?", rates[1])] if rates else []
         # A round drafts every position, so the rounds of the interval follow from the drafts.
         rounds = drafted / len(positions) if positions else 0.0
         if length is not None and not rounds and length > 1:

@@ -115,8 +115,8 @@ def external_system(
         memory = deployment.memory()
         if not memory.fits:
             raise UserError(
-                f"the memory model finds no room for the server's KV cache ({memory.reason}); give the number of blocks "
-                "that the server printed with --num-gpu-blocks-override, or its log"
+                f"the memory model finds no room for the server's KV cache ({memory.reason}); give the number of "
+                "blocks that the server printed with --num-gpu-blocks-override, or its log"
             )
         blocks = memory.num_kv_blocks + 1
         settings.origin["num_gpu_blocks"] = (blocks, "the memory model")

@@ -1,0 +1,94 @@
+"""`memwall calibrate-from`: what it prints and saves, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from importlib.metadata import EntryPoint
+
+import numpy as np
+import pytest
+
+from engine.scheduling import KVCacheConfig, SchedulerConfig
+from planner import cli
+from planner.catalog import load_gpu, load_model
+from planner.external.calibration import load_external
+from planner.external.replay import replay
+from planner.external.scaled import Factors
+from planner.external.served_run import served_run
+from planner.roofline import RooflineStepTime
+from planner.simulation import System
+
+COMMANDS = [EntryPoint("calibrate-from", "planner.commands.calibrate_from:calibrate_from", cli.GROUP)]
+LOG = """\
+Initializing a V1 LLM engine (v0.19.0) with config: model='meta-llama/Llama-3.1-8B', max_seq_len=8192
+non-default args: {'max_num_seqs': 128, 'max_num_batched_tokens': 2048}
+GPU KV cache size: 41,408 tokens
+"""
+
+
+@pytest.fixture
+def calibrate_from(memwall):
+    return lambda *arguments: memwall("calibrate-from", *arguments, commands=COMMANDS)
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory):
+    """A vLLM benchmark result of an engine 30 % slower than the roofline, with one failed request."""
+    rng = np.random.default_rng(0)
+    n = 60
+    arrival = np.cumsum(rng.exponential(0.5, n))
+    inputs, outputs = rng.integers(16, 1024, n), rng.integers(2, 100, n)
+    base = RooflineStepTime(load_model("llama-3.1-8b"), load_gpu("rtx4090"))
+    system = System(SchedulerConfig(2048, 128, 8192), KVCacheConfig(2588, 16), base, pipeline_depth=2)
+    run = served_run("r", arrival, inputs, outputs, arrival, arrival)
+    seen = replay(run, system, Factors(prefill=1.3, weights=1.3, kv=1.3))
+    gaps = [[float(tpot)] * (m - 1) for tpot, m in zip(seen.tpot_s, outputs.tolist(), strict=True)]
+    document = {
+        "request_throughput": 1.0,
+        "input_lens": [*inputs.tolist(), 7],
+        "output_lens": [*outputs.tolist(), 0],
+        "ttfts": [*seen.ttft_s.tolist(), 0.0],
+        "itls": [*gaps, []],
+        "errors": [""] * n + ["timed out"],
+        "start_times": [*arrival.tolist(), arrival[-1] + 1],
+    }
+    folder = tmp_path_factory.mktemp("external")
+    (folder / "result.json").write_text(json.dumps(document))
+    (folder / "server.log").write_text(LOG)
+    return folder / "result.json"
+
+
+def test_it_prints_what_it_found_and_saves_it(calibrate_from, result, tmp_path):
+    saved = tmp_path / "calibration.json"
+    log = result.parent / "server.log"
+    done = calibrate_from(result, "--system", "rtx4090", "--server-log", log, "--save", saved)
+    assert done.code == 0, done.err
+    for words in (
+        "1 failed ones left out",
+        "41,408 tokens",
+        "line 3",
+        "2,588",
+        "30 fitted, 30 held out",
+        "held out, scaled",
+        "prefill",
+        "arrival_s",
+    ):
+        assert words in done.out
+    calibration = load_external(saved)
+    assert calibration.gpu == "rtx4090" and calibration.settings["pipeline_depth"] == 2
+    assert calibration.as_factors().weights == pytest.approx(1.3, rel=0.05)
+    assert abs(calibration.after.tpot.mean) < 0.02 < abs(calibration.before.tpot.mean)
+    assert calibration.command.startswith("memwall") and "/" not in calibration.command.replace("://", "")
+
+
+def test_bad_input_is_one_sentence(calibrate_from, result, tmp_path):
+    calibrate_from(result).check_bad_input("--model")
+    calibrate_from(tmp_path / "none.json", "--model", "llama-3.1-8b").check_bad_input("there is no file")
+    (tmp_path / "note.txt").write_text("hello\n")
+    calibrate_from(result, "--server-log", tmp_path / "note.txt").check_bad_input(
+        "note.txt", "nothing in the server log"
+    )
+    short = tmp_path / "short.csv"
+    short.write_text("arrival_s,input_tokens,output_tokens,ttft_s,e2el_s\n0,5,5,0.1,0.3\n")
+    calibrate_from(short, "--model", "llama-3.1-8b").check_bad_input("answered request")
+    calibrate_from(result, "--model", "llama-3.1-8b", "--held-out", "1.5").check_bad_input("held-out share")

@@ -1,0 +1,201 @@
+"""Readers of served runs: three formats round trip, failures are counted, bad cells are named."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from planner.errors import UserError
+from planner.external.readers import read_served_runs
+from planner.external.served_run import ServedRun
+
+SECONDS = st.floats(0.001, 60.0, allow_nan=False)
+
+
+@st.composite
+def requests(draw):
+    """Rows of (arrival, input, output, ttft, gaps, failed), at least one of them answered."""
+    n = draw(st.integers(1, 12))
+    rows = []
+    for _ in range(n):
+        output = draw(st.integers(1, 6))
+        gaps = draw(st.lists(SECONDS, min_size=output - 1, max_size=output - 1))
+        rows.append((draw(SECONDS), draw(st.integers(1, 9000)), output, draw(SECONDS), gaps, draw(st.booleans())))
+    rows[draw(st.integers(0, n - 1))] = (1.0, 10, 2, 0.5, [0.25], False)
+    return rows
+
+
+def detail(rows, start_times=True, **more):
+    """The object that `vllm bench serve --save-detailed` writes."""
+    result = {
+        "request_throughput": 1.0,
+        "request_rate": "inf",
+        "input_lens": [row[1] for row in rows],
+        "output_lens": [0 if row[5] else row[2] for row in rows],
+        "ttfts": [0.0 if row[5] else row[3] for row in rows],
+        "itls": [[] if row[5] else row[4] for row in rows],
+        "generated_texts": ["" for _ in rows],
+        "errors": ["timed out" if row[5] else "" for row in rows],
+    }
+    if start_times:
+        result["start_times"] = [1e5 + row[0] for row in rows]
+    return result | more
+
+
+def check(run: ServedRun, rows) -> None:
+    """The run is the rows that were answered, by arrival."""
+    answered = sorted((row for row in rows if not row[5]), key=lambda row: row[0])
+    start = answered[0][0]
+    assert len(run) == len(answered)
+    assert run.num_failed == len(rows) - len(answered)
+    assert run.arrival_s == pytest.approx([row[0] - start for row in answered], abs=1e-9)
+    assert run.input_tokens.tolist() == [row[1] for row in answered]
+    assert run.output_tokens.tolist() == [row[2] for row in answered]
+    assert run.ttft_s == pytest.approx([row[3] for row in answered], abs=1e-9)
+    assert run.e2el_s == pytest.approx([row[3] + sum(row[4]) for row in answered], abs=1e-9)
+
+
+def written(tmp_path, name, text):
+    path = tmp_path / name
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+@settings(max_examples=60, deadline=None)
+@given(rows=requests(), appended=st.booleans())
+def test_vllm_result_round_trips(tmp_path_factory, rows, appended):
+    path = tmp_path_factory.mktemp("vllm") / "result.json"
+    text = json.dumps(detail(rows))
+    path.write_text(f"{text}\n{text}\n" if appended else text)
+    runs = read_served_runs(path)
+    assert len(runs) == (2 if appended else 1)
+    # Distinct arrivals only: the order of equal ones is not told.
+    if len({row[0] for row in rows}) == len(rows):
+        for run in runs:
+            check(run, rows)
+            gaps = [row[4] for row in sorted((row for row in rows if not row[5]), key=lambda row: row[0])]
+            assert [itl.tolist() for itl in run.itls] == gaps
+
+
+@settings(max_examples=60, deadline=None)
+@given(rows=requests(), as_csv=st.booleans(), durations=st.booleans(), unit=st.sampled_from(["s", "ms"]))
+def test_request_table_round_trips(tmp_path_factory, rows, as_csv, durations, unit):
+    if len({row[0] for row in rows}) != len(rows):
+        return
+    factor = 1000.0 if unit == "ms" else 1.0
+    table = []
+    for arrival, inputs, outputs, ttft, gaps, failed in rows:
+        e2el = ttft + sum(gaps)
+        first, last = (ttft, e2el) if durations else (arrival + ttft, arrival + e2el)
+        names = (f"ttft_{unit}", f"e2el_{unit}") if durations else (f"first_token_{unit}", f"last_token_{unit}")
+        row = {f"arrival_{unit}": arrival * factor, "prompt_tokens": inputs, "output_tokens": 0 if failed else outputs}
+        row |= {names[0]: first * factor, names[1]: last * factor}
+        table.append(row)
+    path = tmp_path_factory.mktemp("table") / ("run.csv" if as_csv else "run.jsonl")
+    if as_csv:
+        lines = [",".join(table[0]), *(",".join(repr(cell) for cell in row.values()) for row in table)]
+        path.write_text("\n".join(lines) + "\n")
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in table))
+    (run,) = read_served_runs(path)
+    check(run, rows)
+
+
+def test_sglang_lines_have_no_send_times(tmp_path):
+    rows = [(0.0, 10, 3, 0.5, [0.1, 0.1], False), (0.0, 20, 1, 0.7, [], False)]
+    at_once = detail(rows, start_times=False, backend="sglang", max_concurrency=None)
+    (run,) = read_served_runs(written(tmp_path, "sglang.jsonl", json.dumps(at_once) + "\n"))
+    assert run.arrival_s.tolist() == [0.0, 0.0]
+    assert "all requests were sent at once" in run.notes[0]
+    assert run.tpot_s[0] == pytest.approx(0.1) and np.isnan(run.tpot_s[1])
+    for changed in ({"request_rate": 4.0}, {"max_concurrency": 8}):
+        with pytest.raises(UserError, match="no 'start_times'"):
+            read_served_runs(written(tmp_path, "sglang.jsonl", json.dumps(at_once | changed)))
+
+
+def test_clocks_are_tied_by_the_soonest_queued_request(tmp_path):
+    # The wall clock is 1,000,000,100 s ahead; the second request was queued at once, the first 0.3 s late.
+    rows = [
+        {"input_toks": 5, "output_toks": 3, "arrival_time": 1e9 + 100.0, "queued_ts": 0.3, "scheduled_ts": 0.4}
+        | {"first_token_ts": 0.9, "last_token_ts": 1.4},
+        {"input_toks": 5, "output_toks": 3, "arrival_time": 1e9 + 101.0, "queued_ts": 1.0, "scheduled_ts": 1.1}
+        | {"first_token_ts": 1.5, "last_token_ts": 2.0},
+    ]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (run,) = read_served_runs(written(tmp_path, "engine.jsonl", text))
+    assert run.ttft_s == pytest.approx([0.9, 0.5], abs=1e-6)
+    assert run.scheduled_s - run.arrival_s == pytest.approx([0.4, 0.1], abs=1e-6)
+    assert "different clocks" in run.notes[0]
+    without = "".join(json.dumps({k: v for k, v in row.items() if k != "queued_ts"}) + "\n" for row in rows)
+    with pytest.raises(UserError, match="arrival_time and first_token_ts are of different clocks"):
+        read_served_runs(written(tmp_path, "engine.jsonl", without))
+
+
+GOOD = [(0.0, 10, 2, 0.5, [0.25], False), (1.0, 10, 2, 0.5, [0.25], False)]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"ttfts": [0.5, "x"]}, "ttfts[1] is 'x'"),
+        ({"ttfts": [0.5, -1.0]}, "ttfts[1] is -1.0"),
+        ({"ttfts": [0.5]}, "2 output_lens but 1 ttfts"),
+        ({"itls": [[0.1], [None]]}, "itls[1][0] is None"),
+        ({"itls": [[0.1], 3]}, "itls[1] is not a list"),
+        ({"itls": None}, "itls is not a list"),
+        ({"input_lens": [10, 0]}, "input_lens[1] is 0"),
+        ({"output_lens": [2, 2.5]}, "output_lens[1] is 2.5"),
+        ({"output_lens": [0, 0]}, "no request with an answer"),
+        ({"output_lens": []}, "is empty"),
+        ({"start_times": [1.0, None]}, "start_times[1] is None"),
+    ],
+)
+def test_bad_results_are_named_in_one_sentence(tmp_path, change, words):
+    with pytest.raises(UserError) as caught:
+        read_served_runs(written(tmp_path, "result.json", json.dumps(detail(GOOD) | change)))
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_result_without_details_says_how_to_get_them(tmp_path):
+    summary = {"request_throughput": 1.0, "output_lens": [1], "input_lens": [1], "errors": [""]}
+    with pytest.raises(UserError, match=r"no 'ttfts'.*--save-detailed.*--output-details"):
+        read_served_runs(written(tmp_path, "result.json", json.dumps(summary)))
+
+
+def test_a_broken_line_is_named(tmp_path):
+    good = json.dumps(detail(GOOD))
+    with pytest.raises(UserError, match=r"result\.jsonl line 2 is not complete JSON"):
+        read_served_runs(written(tmp_path, "result.jsonl", f'{good}\n{{"input_lens": [\n'))
+    second = json.dumps(detail(GOOD) | {"ttfts": [0.5, None]})
+    with pytest.raises(UserError, match=r"result\.jsonl line 2: ttfts\[1\] is None"):
+        read_served_runs(written(tmp_path, "result.jsonl", f"{good}\n{second}\n"))
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ("2.0,10,3,1.5,4.0", ("line 3", "first_token_s lies 0.5 s before arrival_s")),
+        ("2.0,10,3,2.5,2.25", ("line 3", "last_token_s lies 0.25 s before first_token_s")),
+        ("2.0,10.5,3,2.5,3.0", ("line 3", "input_tokens is '10.5'")),
+        ("later,10,3,2.5,3.0", ("line 3", "arrival_s is 'later'")),
+    ],
+)
+def test_bad_rows_are_named(tmp_path, row, words):
+    text = f"arrival_s,input_tokens,output_tokens,first_token_s,last_token_s\n0.0,10,3,0.5,1.0\n{row}\n"
+    with pytest.raises(UserError) as caught:
+        read_served_runs(written(tmp_path, "run.csv", text))
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_a_table_without_tokens_times_says_which(tmp_path):
+    with pytest.raises(UserError, match="no column for first tokens"):
+        read_served_runs(written(tmp_path, "run.csv", "arrival_s,input_tokens,output_tokens\n0,1,1\n"))
+    with pytest.raises(UserError, match="no request with an answer"):
+        text = "arrival_s,input_tokens,output_tokens,ttft_s,e2el_s\n0,1,0,,\n"
+        read_served_runs(written(tmp_path, "run.csv", text))
