@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, fields
-from typing import Protocol
 
 from engine.scheduling import StepShape
 from planner.errors import UserError
@@ -59,13 +58,6 @@ class Factors:
 
 NAMES = tuple(field.name for field in fields(Factors))
 SCALES = ("prefill", "weights", "kv")
-
-
-class Scalable(Protocol):
-    """What a base must offer: ticks of any shape. Every `StepTime` does."""
-
-    def ticks(self, step: StepShape) -> int:
-        """Ticks of a step, at least 1."""
 
 
 class ScaledStepTime(StepTime):
