@@ -24,6 +24,8 @@ from planner.step_time import StepTime
 
 VERSION = 1
 KIND = "memwall-external-calibration"
+# Of one run: more requests take longer to replay a hundred times and hardly narrow the factors.
+MAX_FITTED = 2000
 
 
 class FactorRecord(Record):
@@ -107,7 +109,7 @@ def calibrate_external(
     date: str = "",
     progress: Callable[[int], None] | None = None,
 ) -> ExternalCalibration:
-    """Fit on the first part of each run, and test on the rest.
+    """Fit on the first part of each run, MAX_FITTED requests at most, and test on the rest.
 
     Args:
         held_out: share of each run's requests, the last to arrive, that are tested on; 0 to fit to all.
@@ -118,7 +120,10 @@ def calibrate_external(
     """
     if not 0 <= held_out <= 0.9:
         raise UserError(f"the held-out share is {held_out}; it must be from 0 to 0.9")
-    masks = [np.arange(len(run)) < round(len(run) * (1 - held_out)) for run in runs]
+    for run in runs:
+        if float(np.median(run.ttft_s)) <= 0:
+            raise UserError(f"{run.name} has first tokens at the very arrival of requests; was the answer streamed?")
+    masks = [np.arange(len(run)) < min(round(len(run) * (1 - held_out)), MAX_FITTED) for run in runs]
     external, fit = _fitted(runs, external, masks, progress)
     system = external.system
     before = [replay(run, system) for run in runs]
@@ -165,11 +170,12 @@ def _fitted(
 
 
 def _factor(fit: Fit, name: str) -> FactorRecord:
-    estimate = fit.estimates[name]
+    estimate, value = fit.estimates[name], getattr(fit.factors, name)
     return FactorRecord(
-        value=getattr(fit.factors, name),
-        low=estimate.low,
-        high=estimate.high,
+        value=value,
+        # To the last bit: the two are computed in different orders.
+        low=min(estimate.low, value),
+        high=max(estimate.high, value),
         identified=estimate.identified,
         alike=estimate.alike,
     )
@@ -194,9 +200,7 @@ def _warnings(
     warnings = []
     if not external.depth_known:
         depth = external.system.pipeline_depth
-        warnings.append(
-            f"nothing says whether the server schedules ahead; {depth} step{'s' * (depth > 1)} in flight fits better"
-        )
+        warnings.append(f"nothing says how many steps the server has in flight; {depth} fits better")
     guessed = [
         name for name, (_, origin) in external.origin.items() if origin in ("vLLM's default", "the memory model")
     ]

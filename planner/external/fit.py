@@ -180,7 +180,8 @@ class _Problem:
         self._progress = progress
         floor_s = system.step_time.ticks(StepShape(decode_contexts=[0])) / TICKS_PER_SECOND
         self._units = np.array([*[_SCALE_SD] * len(SCALES), _REQUEST_SHARE * floor_s, _ARRIVAL_SD_S])
-        self._floor_s = floor_s
+        # The base may have too much time per request, but not much more than it has in all.
+        self._lowest = np.array([*[-np.log(100) / _SCALE_SD] * len(SCALES), -2.5, 0.0])
         self.parts = self._parts()
 
     def _parts(self) -> list[_Part]:
@@ -199,13 +200,13 @@ class _Problem:
         return parts
 
     def factors(self, x: np.ndarray) -> Factors:
-        values = x * self._units
+        values = self.bounded(x) * self._units
         named = dict(zip(NAMES, values.tolist(), strict=True))
-        named |= {name: float(np.exp(np.clip(named[name], -4.6, 4.6))) for name in SCALES}
-        # The base may have too much per request, but not all of it; no request is answered before it is sent.
-        named["request_s"] = max(named["request_s"], -0.005 * self._floor_s)
-        named["arrival_s"] = max(named["arrival_s"], 0.0)
-        return Factors(**named)
+        return Factors(**named | {name: float(np.exp(named[name])) for name in SCALES})
+
+    def bounded(self, x: np.ndarray) -> np.ndarray:
+        """x within what makes sense: scales within a factor of 100, no request answered before it is sent."""
+        return np.clip(x, self._lowest, -np.array([*self._lowest[: len(SCALES)], -np.inf, -np.inf]))
 
     def estimate(self, i: int, x: float, sd: float, identified: bool, alike: str | None) -> Estimate:
         low, middle, high = (x + z * sd for z in (-_NORMAL_90, 0.0, _NORMAL_90))
@@ -320,9 +321,10 @@ class _Solver:
             ahead, behind = self.x.copy(), self.x.copy()
             ahead[i] += step
             behind[i] -= step
+            ahead, behind = self.problem.bounded(ahead), self.problem.bounded(behind)
             moved = self._moments(self.problem.residuals(ahead)) - self._moments(self.problem.residuals(behind))
             if step >= _LAST_DIFFERENCE or np.linalg.norm(moved) > _CLEAR_MOVE:
-                return moved / (2 * step)
+                return moved / (ahead[i] - behind[i])
             self._steps[i] = min(2 * step, _LAST_DIFFERENCE)
 
     def _normal(self) -> np.ndarray:
@@ -336,6 +338,7 @@ class _Solver:
         for shorter in (1.0, 0.5, 0.25, 0.125):
             x = self.x.copy()
             x[active] += shorter * direction
+            x = self.problem.bounded(x)
             residuals = self.problem.residuals(x)
             loss = self._loss(residuals, x)
             if loss < self.loss:

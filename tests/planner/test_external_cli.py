@@ -91,4 +91,7 @@ def test_bad_input_is_one_sentence(calibrate_from, result, tmp_path):
     short = tmp_path / "short.csv"
     short.write_text("arrival_s,input_tokens,output_tokens,ttft_s,e2el_s\n0,5,5,0.1,0.3\n")
     calibrate_from(short, "--model", "llama-3.1-8b").check_bad_input("answered request")
+    rows = "".join(f"{i},5,5,0,0.3\n" for i in range(40))
+    short.write_text(f"arrival_s,input_tokens,output_tokens,ttft_s,e2el_s\n{rows}")
+    calibrate_from(short, "--model", "llama-3.1-8b").check_bad_input("streamed")
     calibrate_from(result, "--model", "llama-3.1-8b", "--held-out", "1.5").check_bad_input("held-out share")
