@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Sequence as Many
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -156,7 +157,45 @@ class EngineCore:
             self._runner.slots.release(sequence)
         return aborted
 
+    def adopt(self, sequences: Many[Sequence]) -> None:
+        """Let requests run of whose tokens the first `num_computed_tokens` count as computed, for measuring steps.
+
+        They get pages for all their tokens, with whatever these hold, and go to the end of the running list. Call it
+        with nothing in flight, and end them by `abort`.
+
+        Raises:
+            UserError: too few free slots or pages; none of the requests then runs.
+        """
+        if len(sequences) > self._runner.slots.num_free:
+            raise UserError(f"{len(sequences)} requests need as many slots; {self._runner.slots.num_free} are free")
+        kv = self.scheduler.kv
+        for index, sequence in enumerate(sequences):
+            if not self._take_pages(sequence):
+                for other in sequences[: index + 1]:
+                    kv.free(other)
+                raise UserError(f"the requests need more than the {self.memory.num_blocks} KV blocks that there are")
+        for sequence in sequences:
+            sequence.status = RequestStatus.RUNNING
+            self._runner.slots.assign(sequence)
+            self.scheduler.running.append(sequence)
+        self._runner.adopt(sequences)
+
+    def _take_pages(self, sequence: Sequence) -> bool:
+        """Pages for all its tokens, asked for chunk by chunk, so that windows give theirs back as they move on."""
+        kv, computed, chunk = self.scheduler.kv, sequence.num_computed_tokens, self.config.max_num_batched_tokens
+        kv.adopt_prefix(sequence, 0, kv.no_pages)
+        for end in (*range(chunk, sequence.num_tokens, chunk), sequence.num_tokens):
+            if not kv.allocate(sequence, end):
+                return False
+            sequence.num_computed_tokens = min(end, computed)
+        return True
+
     # ---- steps -----------------------------------------------------------------------------------------------------
+
+    @property
+    def depth(self) -> int:
+        """How many steps are in flight at most."""
+        return self._depth
 
     def step(self) -> list[SequenceUpdate]:
         """Launch the next step if there is one, and complete the oldest in flight if it is time to.
@@ -168,6 +207,13 @@ class EngineCore:
         if self._in_flight and (len(self._in_flight) >= self._depth or not launched):
             return self._complete()
         return []
+
+    def settle(self) -> list[SequenceUpdate]:
+        """Complete the steps in flight without launching another. Returns what they did."""
+        updates = []
+        while self._in_flight:
+            updates += self._complete()
+        return updates
 
     def _launch(self) -> bool:
         if self._is_broken:
@@ -231,6 +277,16 @@ class EngineCore:
         ]
 
     # ---- figures ---------------------------------------------------------------------------------------------------
+
+    @property
+    def graph_sizes(self) -> list[int]:
+        """Sizes of the CUDA graphs of decode steps, ascending; empty without graphs."""
+        return sorted(self._runner.graphs)
+
+    @property
+    def piece_sizes(self) -> list[int]:
+        """Numbers of tokens for which other steps are captured in pieces, ascending; empty without graphs."""
+        return self._runner.piece_sizes
 
     def step_bytes(self, shape: StepShape) -> int:
         """Bytes of weights and KV cache that a step must read: the floor of a step of decodes."""

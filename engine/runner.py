@@ -113,6 +113,11 @@ class ModelRunner:
         self._graph_for: list[int] = []
         self._pieces: list[CapturedPieces] = []
 
+    @property
+    def piece_sizes(self) -> list[int]:
+        """Numbers of tokens for which everything but attention is captured, ascending."""
+        return [pieces.size for pieces in self._pieces]
+
     # ---- one step --------------------------------------------------------------------------------------------------
 
     def execute(self, step: Step) -> tuple[PendingTokens, int | None]:
@@ -141,6 +146,23 @@ class ModelRunner:
         slots = np.array([sequence.slot for sequence in sequences], np.int32)
         slots, words = self._upload.send([slots, Slots.parameters(sequences)])
         self.slots.set_parameters(slots.long(), words)
+
+    @torch.inference_mode()
+    def adopt(self, sequences: Many[Sequence]) -> None:
+        """Give requests with slots and pages what steps would have left for them: parameters, block tables and, as the
+        newest token, the last one known. Waits for the device."""
+        self._set_parameters(sequences)
+        self._processor.admit(sequences)
+        slots = torch.tensor([sequence.slot for sequence in sequences], device=self.device)
+        for group, table in enumerate(self.slots.block_tables):
+            rows = np.zeros((len(sequences), max(len(each.block_tables[group]) for each in sequences)), np.int32)
+            for row, sequence in zip(rows, sequences, strict=True):
+                row[: len(sequence.block_tables[group])] = sequence.block_tables[group]
+            table[:, : rows.shape[1]].index_copy_(0, slots, torch.from_numpy(rows).to(self.device))
+        newest = torch.tensor([sequence.token_ids[-1] for sequence in sequences], device=self.device)
+        self.slots.last_token.index_copy_(0, slots, newest)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # the uploads' buffers are few
 
     @torch.inference_mode()
     def _run(self, step: Step, start: torch.cuda.Event | None) -> PendingTokens:

@@ -1,0 +1,313 @@
+"""A calibration: limits of the device, an engine for each KV format, the points of its grid, and the profile of it all.
+
+The weights are loaded once. Each KV format has its share of the time: what it does not use the next ones have, and when
+it is used up, points that a profile can do without are left out.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from calibration.measure import facts
+from calibration.measure.fit import fit_errors
+from calibration.measure.grid import TABLES, Point, Room, points
+from calibration.measure.part import PartFile
+from calibration.measure.steps import Effort, StepRunner
+from engine.bench.limits import Limits, measure_limits, release_memory
+from engine.bench.record import environment, rounded
+from engine.bench.replay import quiet_collector
+from engine.core import EngineCore
+from engine.errors import UserError
+from engine.kv.cache import FLOAT_NAMES, layer_layouts
+from engine.setup import choose_device, choose_dtype, describe_model
+
+if TYPE_CHECKING:
+    from engine.config import EngineConfig
+    from engine.models.modules import DecoderWeights
+
+VERSION = 1
+KIND = "memwall-profile"
+_LINE_EVERY_S = 5.0
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of the command.
+
+    Attributes:
+        config: of the engines, whatever its kv_cache_dtype. kv_cache_dtypes: one engine each.
+        save: where the profile will be written; what is measured is kept beside it.
+        minutes: for all of it.
+        record: what the profile begins with: command, commit.
+    """
+
+    config: EngineConfig
+    kv_cache_dtypes: tuple[str, ...]
+    save: Path
+    minutes: float = 10.0
+    quick: bool = False
+    overwrite: bool = False
+    record: dict[str, Any] = field(default_factory=dict)
+    effort: Effort = field(default_factory=Effort)
+
+
+def calibrate(job: Job) -> tuple[dict[str, Any], PartFile]:
+    """Measure all that is not measured yet.
+
+    Returns:
+        The profile, and the file of its parts, to be removed once the profile is written.
+
+    Raises:
+        UserError: a model or format that cannot be run here, parts of another calibration, or too little time.
+        KeyboardInterrupt: after saying how to go on.
+    """
+    study = _Study(job)
+    part = study.part
+    part.open(study.settings(), overwrite=job.overwrite)
+    try:
+        if len(part):
+            study.say(f"going on with {part.path.name}: {len(part)} points are measured")
+        study.measure()
+        profile = study.profile()
+    except KeyboardInterrupt:
+        study.say(f"interrupted: {len(part)} points are in {part.path}; the same command again goes on from there")
+        raise
+    finally:
+        part.close()
+    return profile, part
+
+
+class _Study:
+    """
+    Attributes:
+        part: what has been measured.
+    """
+
+    def __init__(self, job: Job) -> None:
+        config = replace(job.config, enable_prefix_caching=False)
+        self._job, self._config = job, config
+        self._device = choose_device(config.device)
+        self._described = describe_model(config)
+        self._dtype = choose_dtype(config.dtype, self._described, self._device)
+        own = FLOAT_NAMES[self._dtype]
+        self._formats = list(dict.fromkeys(own if name == "auto" else name for name in job.kv_cache_dtypes))
+        for name in self._formats:  # raises before anything is loaded
+            layer_layouts(self._described, name, (), config.block_size, self._dtype)
+        self._weights: DecoderWeights | None = None
+        self._limits = Limits()
+        self._left_out: dict[str, int] = {}
+        self._started = time.perf_counter()
+        self._end = self._started + 60 * job.minutes
+        self._said = 0.0
+        self.part = PartFile.at(job.save)
+
+    # ---- what is asked for -------------------------------------------------------------------------------------------
+
+    def settings(self) -> dict[str, Any]:
+        """What must be the same for a calibration to be continued."""
+        job = self._job
+        engine = {
+            name: value for name, value in asdict(self._config).items() if name not in ("model", "kv_cache_dtype")
+        }
+        return {
+            "commit": job.record.get("commit"),
+            "model": facts.model(self._config, self._described, self._device),
+            "kv_cache_dtype": self._formats,
+            "gpu": facts.gpu(self._device)["gpu_name"],
+            "quick": job.quick,
+            "effort": asdict(job.effort),
+            **engine,
+        }
+
+    # ---- measuring ---------------------------------------------------------------------------------------------------
+
+    def measure(self) -> None:
+        """All that is missing."""
+        self._measure_limits()
+        self._measure_allreduce()
+        for index, name in enumerate(self._formats):
+            now = time.perf_counter()
+            deadline = now + (self._end - now) / (len(self._formats) - index)
+            if self._missing(name) != []:
+                self._on_engine(name, lambda core, name=name, until=deadline: self._measure_points(core, name, until))
+        self._weights = None
+        self._measure_limits()
+
+    def _measure_limits(self) -> None:
+        if self.part.limits is not None:
+            known = self.part.limits
+            self._limits.copy = max(self._limits.copy, known["copy_bytes_per_s"])
+            self._limits.matmul = max(self._limits.matmul, known["matmul_flops_per_s"])
+            if known["matmul_fp8_flops_per_s"]:
+                self._limits.matmul_fp8 = max(self._limits.matmul_fp8 or 0.0, known["matmul_fp8_flops_per_s"])
+        measure_limits(self._device, self._limits, matmul=True, fp8=self._device.type == "cuda")
+        found = self._limits
+        rates = {
+            "copy_bytes_per_s": rounded(found.copy),
+            "matmul_flops_per_s": rounded(found.matmul),
+            "matmul_fp8_flops_per_s": rounded(found.matmul_fp8) if found.matmul_fp8 else None,
+        }
+        self._note({"limits": rates})
+
+    def _measure_allreduce(self) -> None:
+        if self.part.allreduce is not None:
+            return
+        rows: list[dict[str, Any]] = []
+        if self._device.type == "cuda" and torch.cuda.device_count() > 1:
+            from calibration.measure.allreduce import measure_allreduce, world_sizes
+
+            for size in world_sizes(torch.cuda.device_count()):
+                try:
+                    rows += measure_allreduce(size)
+                except Exception as error:  # of another process, and no reason to lose the rest
+                    self.say(f"all-reduce of {size} GPUs could not be measured: {str(error).strip().splitlines()[-1]}")
+        self._note({"allreduce": rows})
+
+    def _on_engine(self, name: str, measure: Callable[[EngineCore], None]) -> None:
+        """Build an engine, measure on it, and give its memory back."""
+        started = time.perf_counter()
+        core = EngineCore(replace(self._config, kv_cache_dtype=name), weights=self._weights)
+        try:
+            self._weights = core.weights
+            self.say(f"{name}: {core.memory.num_blocks:,} KV blocks, built in {time.perf_counter() - started:.0f} s")
+            with quiet_collector():
+                measure(core)
+        finally:
+            del core
+            release_memory(self._device)
+
+    def _measure_points(self, core: EngineCore, name: str, deadline: float) -> None:
+        room = Room(
+            self._config.max_num_seqs,
+            self._config.max_num_batched_tokens,
+            core.max_model_len,
+            core.memory.num_blocks,
+            self._config.block_size,
+            tuple(core.scheduler.kv.windows),
+        )
+        noted = {
+            "room": asdict(room),
+            "num_kv_blocks": core.memory.num_blocks,
+            "kv_cache_bytes": core.memory.kv_bytes,
+            "weight_bytes": core.weights.num_bytes_per_step,
+            "settings": facts.engine_settings(self._config, core),
+        }
+        self._note({"kv": name, "engine": noted})
+        missing = self._missing(name)
+        total = len(self._wanted(room))
+        runner = StepRunner(core, seed=self._config.seed, effort=self._job.effort)
+        for index, point in enumerate(missing):
+            now = time.perf_counter()
+            if point.priority and now > deadline:
+                break
+            if now > self._end:
+                self._refuse(name, missing[index:])
+            measured = runner.measure(point)
+            self._note({"kv": name, "table": point.table, "point": measured})
+            self._progress(name, total - len(missing) + index + 1, total)
+
+    def _refuse(self, name: str, missing: list[Point]) -> None:
+        """
+        Raises:
+            UserError: saying what to do.
+        """
+        count = sum(not point.priority for point in missing)
+        raise UserError(
+            f"{self._job.minutes:g} minutes are over, and of {name} {count} points are missing that a profile needs; "
+            f"what was measured is in {self.part.path}, and the same command again, with more --minutes or not, goes on"
+        )
+
+    def _wanted(self, room: Room) -> list[Point]:
+        return points(room, quick=self._job.quick, seed=self._config.seed)
+
+    def _room(self, name: str) -> Room | None:
+        """Of an engine that has been built."""
+        if name not in self.part.engines:
+            return None
+        room = self.part.engines[name]["room"]
+        return Room(**room | {"windows": tuple(room["windows"])})
+
+    def _missing(self, name: str) -> list[Point] | None:
+        """Points that are not measured yet; None where no engine has said what it has room for."""
+        room = self._room(name)
+        if room is None:
+            return None
+        return [point for point in self._wanted(room) if self.part.point(name, point) is None]
+
+    # ---- the profile -------------------------------------------------------------------------------------------------
+
+    def profile(self) -> dict[str, Any]:
+        """All of it.
+
+        Raises:
+            UserError: points are missing that it needs.
+        """
+        part = self.part
+        kv = {name: self._tables(name) for name in self._formats}
+        first = part.engines[self._formats[0]]
+        found = {
+            "version": VERSION,
+            "kind": KIND,
+            **self._job.record,
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "environment": environment(self._device),
+            "duration_s": round(part.elapsed_s + self._elapsed(), 1),
+            **facts.gpu(self._device),
+            "limits": part.limits,
+            "model": facts.model(self._config, self._described, self._device),
+            "quantization": self._config.quantization,
+            "engine": first["settings"],
+            "kv": kv,
+            "allreduce": part.allreduce,
+        }
+        if self._left_out:
+            counts = ", ".join(f"{count} of {name}" for name, count in self._left_out.items())
+            found["notes"] = [f"time ran out: points were left out that a profile can do without ({counts})"]
+        errors = fit_errors(found) or {}
+        for name, tables in kv.items():
+            tables["fit"] = errors.get(name)
+        return found
+
+    def _tables(self, name: str) -> dict[str, Any]:
+        engine = self.part.engines[name]
+        wanted = self._wanted(self._room(name))
+        missing = [point for point in wanted if self.part.point(name, point) is None]
+        if any(not point.priority for point in missing):
+            self._refuse(name, missing)
+        if missing:
+            self._left_out[name] = len(missing)
+        tables: dict[str, Any] = {key: engine[key] for key in ("num_kv_blocks", "kv_cache_bytes")}
+        return tables | {table: self.part.table(name, table) for table in TABLES}
+
+    # ---- what is said ------------------------------------------------------------------------------------------------
+
+    def say(self, text: str) -> None:
+        """A line for someone who waits."""
+        if self._said and sys.stderr.isatty():
+            print(file=sys.stderr)
+        self._said = 0.0
+        print(text, file=sys.stderr, flush=True)
+
+    def _progress(self, name: str, done: int, total: int) -> None:
+        now = time.perf_counter()
+        text = f"{name}: {done}/{total} points, {self._elapsed():.0f} s"
+        if sys.stderr.isatty():
+            print(f"\r{text}\x1b[K", end="\n" if done == total else "", file=sys.stderr, flush=True)
+            self._said = 0.0 if done == total else now
+        elif done == total or now - self._said >= _LINE_EVERY_S:
+            print(text, file=sys.stderr, flush=True)
+            self._said = now
+
+    def _elapsed(self) -> float:
+        return time.perf_counter() - self._started
+
+    def _note(self, line: dict[str, Any]) -> None:
+        self.part.add(line, self._elapsed())

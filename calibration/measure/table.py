@@ -1,0 +1,94 @@
+"""A profile in a few lines: some steps of every KV format, beside what reading the weights takes at least."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from calibration.measure.grid import DECODE, MIXED, PREFILL
+from engine.bench import tables
+
+_HEADER = ("step", "ms", "p10", "p90", "GPU ms", "alone ms", "host ms", "× floor")
+_MOST_ROWS = {DECODE: 7, PREFILL: 5, MIXED: 3}
+
+
+def text_of(profile: dict[str, Any], weight_bytes: int) -> str:
+    """A table for each KV format, the limits, and the errors of the fit.
+
+    Args:
+        weight_bytes: that every step reads: at the copy rate, the floor.
+    """
+    limits = profile["limits"]
+    floor_s = weight_bytes / limits["copy_bytes_per_s"]
+    fp8 = limits["matmul_fp8_flops_per_s"]
+    parts = [
+        f"{profile['model']['name']} on {profile['gpu_name']}: copy {limits['copy_bytes_per_s'] / 1e9:,.0f} GB/s, "
+        f"matmul {limits['matmul_flops_per_s'] / 1e12:,.1f} TFLOP/s"
+        + (f", fp8 {fp8 / 1e12:,.1f}" if fp8 else "")
+        + f"; reading {weight_bytes / 1e9:,.2f} GB of weights takes {floor_s * 1e3:.3f} ms"
+    ]
+    for name, kv in profile["kv"].items():
+        count = sum(len(kv[table]) for table in _MOST_ROWS)
+        parts.append(f"\n{name}: {kv['num_kv_blocks']:,} KV blocks, {count} points")
+        rows = [_row(point, floor_s) for table, most in _MOST_ROWS.items() for point in _some(kv[table], most)]
+        parts.append(tables.columns(_HEADER, rows))
+        if kv["fit"] is not None:
+            parts.append(f"errors of the fit: {_fit(kv['fit'])}")
+    if profile["allreduce"]:
+        parts.append("")
+        parts += [
+            f"all-reduce of {row['bytes']:,} bytes, {row['world_size']} GPUs: {row['time_s'] * 1e6:.1f} µs"
+            for row in _some(profile["allreduce"], 4)
+        ]
+    parts += ["", *profile["notes"]] if "notes" in profile else []
+    parts.append(f"\nmeasured in {profile['duration_s']:.0f} s")
+    return "\n".join(parts)
+
+
+def dumps(profile: dict[str, Any]) -> str:
+    """JSON with a point per line."""
+    return _dumps(profile, 0) + "\n"
+
+
+def _dumps(value: Any, depth: int) -> str:
+    indent = " " * (depth + 1)
+    if isinstance(value, dict) and value and depth < 3:
+        body = (f"{indent}{json.dumps(key)}: {_dumps(each, depth + 1)}" for key, each in value.items())
+        return "{\n" + ",\n".join(body) + f"\n{indent[1:]}}}"
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        body = (indent + json.dumps(each, separators=(",", ":"), ensure_ascii=False) for each in value)
+        return "[\n" + ",\n".join(body) + f"\n{indent[1:]}]"
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False)
+
+
+def _some(points: list[Any], most: int) -> list[Any]:
+    """Evenly spread over the list, its ends among them."""
+    if len(points) <= most:
+        return points
+    return [points[round(index * (len(points) - 1) / (most - 1))] for index in range(most)]
+
+
+def _row(point: dict[str, Any], floor_s: float) -> list[str]:
+    times_s = (point["step_s"], point["low_s"], point["high_s"], point["gpu_s"], point["alone_s"], point["host_s"])
+    cells = [tables.MISSING if seconds is None else f"{seconds * 1e3:.3f}" for seconds in times_s]
+    return [_name(point), *cells, f"{point['step_s'] / floor_s:.2f}"]
+
+
+def _name(point: dict[str, Any]) -> str:
+    chunks = [f"{query}" + (f" behind {context}" if context else "") for query, context in point["prefills"]]
+    decodes, count = point["decodes"], sum(count for _, count in point["decodes"])
+    if decodes:
+        mean = sum(context * times for context, times in decodes) / count
+        chunks.append(f"{count} × {mean:,.0f}")
+    return " + ".join(chunks)
+
+
+def _fit(errors: dict[str, Any]) -> str:
+    """Numbers by name, those of tables within; what is no number is left to the file."""
+    found = []
+    for name, value in errors.items():
+        if isinstance(value, dict):
+            found.append(f"{name} ({_fit(value)})")
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            found.append(f"{name} {value:.4g}")
+    return ", ".join(found)
