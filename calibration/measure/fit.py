@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
-_FIT = "planner.profile.fit"
 
+def fit_errors(profile: dict[str, Any]) -> dict[str, dict[str, Any]] | None:
+    """Errors of the fit of each KV format, leave-one-out ones among them; None where there is no fit here.
 
-def fit_errors(profile: dict[str, Any]) -> dict[str, Any] | None:
-    """Errors of the fit by KV dtype, leave-one-out ones among them; None where there is no fit here."""
+    Raises:
+        Exception: of any kind, what the fit finds wrong with the tables.
+    """
     try:
-        fit = importlib.import_module(_FIT)
-    except ModuleNotFoundError as error:
-        if error.name is not None and _FIT.startswith(error.name):
-            return None
-        raise
-    errors = getattr(fit, "fit_errors", None)
-    return None if errors is None else errors(profile)
+        from planner.profile.fit import fit_kv
+        from planner.profile.shape import ModelShape
+        from planner.profile.tables import ProfileTables
+    except ModuleNotFoundError:
+        return None
+    tables = ProfileTables.from_json(profile)
+    found = {}
+    for name, kv in tables.kv.items():
+        shape = ModelShape.from_config(tables.config, tables.quantization, name, tables.engine.block_size)
+        found[name] = fit_kv(kv, shape, tables.limits, tables.engine).errors()
+    return found

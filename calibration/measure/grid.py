@@ -199,18 +199,22 @@ def _decodes(room: Room, quick: bool, seed: int) -> Iterator[Point]:
 
 def _prefills(room: Room, quick: bool) -> Iterator[Point]:
     longest = min(room.max_num_batched_tokens, room.max_model_len - 1)
+
+    def behind(query: int, context: int, priority: int) -> Point:
+        return Point(PREFILL, ((query, room.within_page(context)),), (), priority)
+
     for query in _up_to(QUICK_QUERIES if quick else QUERIES, longest):
         yield Point(PREFILL, ((query, 0),), (), 0)
     if quick:
-        yield from (Point(PREFILL, ((query, 1024),)) for query in QUICK_CONTEXT_QUERIES)
+        yield from (behind(query, CONTEXTS[0], 1) for query in QUICK_CONTEXT_QUERIES)
         return
-    for priority, queries in ((0, CONTEXT_QUERIES), (1, MORE_CONTEXT_QUERIES)):
-        yield from (Point(PREFILL, ((query, context),), (), priority) for query in queries for context in CONTEXTS)
     for query in CONTEXT_QUERIES:
-        yield from (Point(PREFILL, ((query, context),)) for context in LONGER_CONTEXTS)
+        yield from (behind(query, context, 0) for context in CONTEXTS)
+        yield from (behind(query, context, 1) for context in LONGER_CONTEXTS)
     for query in MORE_CONTEXT_QUERIES:
-        yield from (Point(PREFILL, ((query, context),), (), 2) for context in LONG_CONTEXTS)
-    yield from (Point(PREFILL, (chunk,), (), 2) for chunk in LONG_PREFILLS)
+        yield from (behind(query, context, 1) for context in CONTEXTS)
+        yield from (behind(query, context, 2) for context in LONG_CONTEXTS)
+    yield from (behind(query, context, 2) for query, context in LONG_PREFILLS)
 
 
 def _mixed(room: Room, quick: bool, seed: int) -> Iterator[Point]:

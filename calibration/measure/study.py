@@ -77,6 +77,10 @@ def calibrate(job: Job) -> tuple[dict[str, Any], PartFile]:
             study.say(f"going on with {part.path.name}: {len(part)} points are measured")
         study.measure()
         profile = study.profile()
+    except UserError:
+        if not len(part):
+            part.remove()
+        raise
     except KeyboardInterrupt:
         study.say(f"interrupted: {len(part)} points are in {part.path}; the same command again goes on from there")
         raise
@@ -271,10 +275,18 @@ class _Study:
         if self._left_out:
             counts = ", ".join(f"{count} of {name}" for name, count in self._left_out.items())
             found["notes"] = [f"time ran out: points were left out that a profile can do without ({counts})"]
-        errors = fit_errors(found) or {}
+        errors = self._fit_errors(found)
         for name, tables in kv.items():
             tables["fit"] = errors.get(name)
         return found
+
+    def _fit_errors(self, profile: dict[str, Any]) -> dict[str, Any]:
+        """By KV format; what was measured is not lost for the sake of a fit."""
+        try:
+            return fit_errors(profile) or {}
+        except Exception as error:
+            self.say(f"the points could not be fitted: {type(error).__name__}: {error}")
+            return {}
 
     def _tables(self, name: str) -> dict[str, Any]:
         engine = self.part.engines[name]

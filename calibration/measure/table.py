@@ -33,7 +33,7 @@ def text_of(profile: dict[str, Any], weight_bytes: int) -> str:
         rows = [_row(point, floor_s) for table, most in _MOST_ROWS.items() for point in _some(kv[table], most)]
         parts.append(tables.columns(_HEADER, rows))
         if kv["fit"] is not None:
-            parts.append(f"errors of the fit: {_fit(kv['fit'])}")
+            parts.append(f"errors of the fit, median / p90: {_fit(kv['fit'])}")
     if profile["allreduce"]:
         parts.append("")
         parts += [
@@ -84,11 +84,10 @@ def _name(point: dict[str, Any]) -> str:
 
 
 def _fit(errors: dict[str, Any]) -> str:
-    """Numbers by name, those of tables within; what is no number is left to the file."""
+    """Median and 90 % quantile of the relative error of every table, leaving out one where that was done."""
     found = []
     for name, value in errors.items():
-        if isinstance(value, dict):
-            found.append(f"{name} ({_fit(value)})")
-        elif isinstance(value, (int, float)) and not isinstance(value, bool):
-            found.append(f"{name} {value:.4g}")
+        shown = (value.get("leave_one_out") or value.get("in_sample")) if isinstance(value, dict) else None
+        if shown:
+            found.append(f"{name} {shown['median']:.2%} / {shown['p90']:.2%}")
     return ", ".join(found)

@@ -1,0 +1,582 @@
+"""Calibration on the CPU: the steps that are measured, what is measured of them, and what an interrupted run leaves."""
+
+import json
+import math
+import random
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from calibration import calibrate as command
+from calibration.measure import facts, study, table
+from calibration.measure.allreduce import measure_allreduce, world_sizes
+from calibration.measure.fit import fit_errors
+from calibration.measure.grid import DECODE, MIXED, PREFILL, TABLES, Point, Room, points
+from calibration.measure.part import PartFile
+from calibration.measure.steps import Effort, StepRunner
+from engine.config import EngineConfig
+from engine.core import EngineCore
+from engine.errors import UserError
+from engine.sampling_params import SamplingParams
+from engine.sequence import Sequence
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+MODEL = ROOT / "tests" / "models" / "miniature" / "target"
+BRIEF = Effort(settling=1, least=2, most=2, seconds=0.0, alone=2)
+SMALL = {"device": "cpu", "max_num_seqs": 8, "max_num_batched_tokens": 256, "block_size": 32}
+# Of the command: a dozen small steps of each format.
+ARGUMENTS = ["--model", str(MODEL), "--device", "cpu", "--quick", "--block-size", "32", "--commit", "abc"]
+ARGUMENTS += ["--max-num-seqs", "6", "--max-num-batched-tokens", "64", "--max-model-len", "128"]
+FORMATS = ["--kv-cache-dtype", "auto,int4"]
+
+
+@pytest.fixture(scope="module")
+def weights():
+    return EngineCore(EngineConfig(model=str(MODEL), **SMALL)).weights
+
+
+@pytest.fixture
+def engine(weights):
+    """Engines that must be idle and whole in the end."""
+    made = []
+
+    def make(depth: int = 1, **overrides) -> EngineCore:
+        config = EngineConfig(model=str(MODEL), **{**SMALL, "enable_prefix_caching": False, **overrides})
+        core = EngineCore(config, weights=weights)
+        core._depth = depth  # as on a GPU, where two are in flight
+        made.append(core)
+        return core
+
+    yield make
+    for core in made:
+        core.check()
+        assert not core.has_work
+        assert core.scheduler.kv.pool.num_used == 0
+        assert core._runner.slots.num_free == core.config.max_num_seqs
+
+
+# ---- which steps -----------------------------------------------------------------------------------------------------
+
+ROOMS = st.builds(
+    Room,
+    max_num_seqs=st.integers(1, 300),
+    max_num_batched_tokens=st.integers(300, 9000),
+    max_model_len=st.integers(64, 140_000),
+    num_blocks=st.integers(8, 60_000),
+    block_size=st.sampled_from([32, 64, 128]),
+)
+
+
+@settings(max_examples=40)
+@given(ROOMS, st.booleans(), st.integers(0, 5))
+def test_the_grid_fits_the_engine(room, quick, seed):
+    found = points(room, quick=quick, seed=seed)
+    assert len({point.key for point in found}) == len(found)
+    assert [point.priority for point in found] == sorted(point.priority for point in found)
+    for point in found:
+        chunks, contexts = list(point.prefills), point.contexts
+        new = [query for query, context in chunks if context == 0]
+        assert len(contexts) + len(chunks) + len(new) <= room.max_num_seqs
+        assert len(contexts) + sum(query for query, _ in chunks) == point.num_tokens <= room.max_num_batched_tokens
+        lengths = [context + 1 for context in contexts] + [query + context for query, context in chunks] + new
+        assert sum(math.ceil(length / room.block_size) for length in lengths) <= room.num_blocks
+        assert all(0 < context < room.max_model_len for context in contexts)
+        assert all(query >= 1 and query + context < room.max_model_len for query, context in chunks)
+        assert point.table == (MIXED if chunks and contexts else point.table)
+    assert found == points(room, quick=quick, seed=seed)
+
+
+def test_the_grid_of_a_large_engine_reaches_its_ends():
+    room = Room(256, 8192, 131_072, 14_000, 64)
+    found = points(room)
+    decodes = [point for point in found if point.table == DECODE]
+    uniform = {(point.num_decodes, point.decodes[0][0]) for point in decodes if len(point.decodes) == 1}
+    assert {batch for batch, _ in uniform} >= {1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 160, 192, 224, 256, 20, 100, 250}
+    assert max(context for batch, context in uniform if batch == 1) > 131_000
+    # The longest contexts of the largest batch fill nearly all of the pool.
+    assert 0.9 * 14_000 < 256 * math.ceil(max(c for b, c in uniform if b == 256) / 64) <= 14_000
+    assert any(len(point.decodes) > 50 for point in decodes)
+    prefills = {point.prefills[0] for point in found if point.table == PREFILL}
+    assert {(16, 0), (8192, 0), (128, 1024 + 32), (2048, 32_768 + 32)} <= prefills
+    mixed = [point for point in found if point.table == MIXED]
+    assert len(mixed) >= 35
+    assert {len(point.prefills) for point in mixed} >= {1, 2, 3}
+    assert max(point.num_decodes for point in mixed) > 200
+    # No decode of a uniform batch fills a page, where the low-bit formats have more to do.
+    assert all((context + 1) % 64 for _, context in uniform)
+    assert len(points(room, quick=True)) < len(found) / 4
+
+
+def test_ragged_contexts_have_the_sum_of_their_uniform_batch():
+    ragged = [p for p in points(Room(256, 8192, 131_072, 60_000, 64)) if p.table == DECODE and len(p.decodes) > 1]
+    assert {(p.num_decodes, sum(p.contexts) / p.num_decodes) for p in ragged} >= {(32, 1024), (64, 4096), (256, 1024)}
+
+
+def test_chunks_behind_a_context_come_first():
+    """As running requests come before admitted ones."""
+    point = Point.of(MIXED, [(5, 0), (7, 9)], [4, 4, 2, 4])
+    assert point.prefills == ((7, 9), (5, 0))
+    assert point.decodes == ((4, 2), (2, 1), (4, 1))
+    assert point.contexts == [4, 4, 2, 4]
+    assert (point.num_decodes, point.num_tokens) == (4, 16)
+
+
+# ---- how they are run ------------------------------------------------------------------------------------------------
+
+SHAPES = (
+    Point.of(DECODE, (), [40]),
+    Point.of(DECODE, (), [100, 100, 7, 250, 31, 32, 63]),
+    Point.of(PREFILL, [(64, 0)]),
+    Point.of(PREFILL, [(17, 130)]),
+    Point.of(MIXED, [(20, 50), (33, 0), (40, 0)], [60, 61, 1]),
+)
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "int4"])
+def test_every_step_has_the_wished_shape(engine, depth, kv_cache_dtype):
+    core = engine(depth, kv_cache_dtype=kv_cache_dtype)
+    runner = StepRunner(core, effort=BRIEF)
+    for point in SHAPES:
+        shapes = []
+        execute = core._runner.execute
+
+        def watched(step, execute=execute, shapes=shapes, point=point):
+            shapes.append((tuple(step.shape.prefills), list(step.shape.decode_contexts)))
+            # New requests are admitted in the step, as they would be; the others never again.
+            assert len(step.admitted) == sum(context == 0 for _, context in point.prefills)
+            assert step.shape.num_sampled == len(point.prefills) + point.num_decodes
+            return execute(step)
+
+        core._runner.execute = watched
+        measured = runner.measure(point)
+        core._runner.execute = execute
+        assert shapes == [(point.prefills, point.contexts)] * len(shapes)
+        assert len(shapes) >= BRIEF.settling + BRIEF.least + (BRIEF.alone if depth == 2 else 0)
+        assert measured["samples"] >= BRIEF.least
+        assert measured["decodes"] == [list(run) for run in point.decodes]
+        assert measured["prefills"] == [list(chunk) for chunk in point.prefills]
+        assert (measured["gpu_s"], measured["graph_size"]) == (None, None)  # a CPU
+        core.check()
+
+
+def test_pages_are_distinct_scattered_and_known_to_the_device(engine):
+    core = engine()
+    runner = StepRunner(core)
+    point = SHAPES[1]
+    runner.begin(point)
+    tables = [held.sequence.block_tables[0] for held in runner._held]
+    assert [len(blocks) for blocks in tables] == [context // 32 + 1 for context in point.contexts]
+    flat = [block for blocks in tables for block in blocks]
+    assert len(set(flat)) == len(flat)
+    assert min(flat) >= 1
+    assert max(flat) <= core.memory.num_blocks
+    neighbours = sum(abs(b - a) == 1 for blocks in tables for a, b in pairwise(blocks))
+    assert neighbours < len(flat) / 2
+    slots = core._runner.slots
+    for held in runner._held:
+        sequence = held.sequence
+        row = slots.block_tables[0][sequence.slot, : len(sequence.block_tables[0])]
+        assert row.tolist() == sequence.block_tables[0]
+        assert int(slots.last_token[sequence.slot]) == sequence.token_ids[-1]
+        assert float(slots.temperature[sequence.slot]) == 1.0
+        assert int(slots.seeds[sequence.slot]) == sequence.seed
+    runner.end()
+
+
+def prompt(length: int) -> list[int]:
+    draw = random.Random(length)
+    return [draw.randrange(3, 1900) for _ in range(length)]
+
+
+def request(core: EngineCore, name: str, tokens: list[int], count: int) -> Sequence:
+    """Whose tokens are a function of all logits."""
+    params = SamplingParams(temperature=1.2, seed=5, max_tokens=count, ignore_eos=True)
+    return Sequence(name, tokens, params, max_model_len=core.max_model_len, block_size=core.config.block_size)
+
+
+def test_an_adopted_request_samples_what_a_served_one_does(engine):
+    """Chunks and decodes attend to all that counts as computed, through the pages that the request was given."""
+    core = engine()
+    served = request(core, "served", prompt(70), 6)
+    core.add(served)
+    while core.has_work:
+        core.step()
+    wanted = served.output_token_ids
+    assert len(set(wanted)) > 3
+
+    StepRunner(core)  # other contents and another order of pages
+    adopted = request(core, "adopted", prompt(70), 100)
+    core.adopt([adopted])
+    core.step()
+    assert adopted.output_token_ids == wanted[:1]
+    for context in (40, 1, 69, 40):  # set back to behind a context: the same token, as often as one likes
+        adopted.num_computed_tokens, adopted.num_tokens = context, 70
+        core.step()
+        assert adopted.output_token_ids[-1] == wanted[0]
+        assert adopted.num_computed_tokens == 70
+    del adopted.token_ids[71:]
+    adopted.num_tokens, adopted.num_output_tokens = 71, 1
+    core.step()
+    assert adopted.output_token_ids == wanted[:2]
+    core._runner.adopt([adopted])  # the newest token is where the next step looks for it
+    core.step()
+    assert adopted.output_token_ids == wanted[:3]
+    assert core.abort(adopted)
+
+    StepRunner(core, seed=1)
+    wrong = request(core, "wrong", prompt(70), 100)  # its pages hold something else
+    wrong.num_computed_tokens = 69
+    core.adopt([wrong])
+    assert core.settle() == []
+    for _ in wanted:
+        core.step()
+    assert len(wrong.output_token_ids) == len(wanted)
+    assert wrong.output_token_ids != wanted
+    core.abort(wrong)
+
+
+def test_what_cannot_be_adopted_leaves_nothing_behind(engine):
+    core = engine(num_gpu_blocks_override=20)
+    runner = StepRunner(core)
+    for contexts in ([300, 300, 300], [3] * 9):
+        with pytest.raises(UserError, match="need"):
+            runner.measure(Point.of(DECODE, (), contexts))
+        core.check()
+        assert core.scheduler.kv.pool.num_used == 0
+
+
+def test_a_step_of_another_shape_is_no_measurement(engine):
+    """More new requests than slots: not all are admitted."""
+    core = engine(max_num_seqs=2)
+    runner = StepRunner(core, effort=BRIEF)
+    point = Point(PREFILL, ((8, 0), (8, 0), (8, 0)))
+    assert not Room(2, 256, 512, core.memory.num_blocks, 32).holds(point)
+    with pytest.raises(RuntimeError, match="was to be measured"):
+        runner.measure(point)
+    while core.has_work:
+        core.step()
+
+
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8", "int8", "int4", "int2"])
+def test_every_page_holds_what_the_model_wrote(engine, kv_cache_dtype):
+    core = engine(kv_cache_dtype=kv_cache_dtype)
+    StepRunner(core, seed=3)
+    for layer in core._cache.layers:
+        pages = layer.pages[1:]
+        different = torch.unique(pages.flatten(1), dim=0)
+        assert 4 < len(different) <= 16  # full pages of a prompt of at most 511 tokens
+        assert bool(pages.flatten(1).any(dim=1).all())
+        words = layer.layout.words_view(layer.pages)
+        scales = layer.layout.scale_views(layer.pages)
+        for numbers in (words, *scales.values()):
+            assert not numbers.is_floating_point() or bool(numbers.isfinite().all())
+        if layer.residual is not None:
+            assert bool(layer.residual.isfinite().all())
+            assert float(layer.residual.float().std()) > 0.5
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def brief(monkeypatch):
+    """Few repetitions, small limits, and no copies of gigabytes."""
+    job = study.Job
+    monkeypatch.setattr(study, "Job", lambda **given: job(**given, effort=BRIEF))
+    monkeypatch.setattr("engine.bench.limits._CPU_COPY_BYTES", 1 << 20)
+
+
+def run(save: Path, *more: str) -> int:
+    return command.main([*ARGUMENTS, *FORMATS, "--save", str(save), *more])
+
+
+def shape_of(name: str, point: dict) -> tuple:
+    return Point(name, *(tuple(map(tuple, point[part])) for part in ("prefills", "decodes"))).key
+
+
+@pytest.fixture(scope="module")
+def profile(tmp_path_factory) -> dict:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        brief.__wrapped__(monkeypatch) if hasattr(brief, "__wrapped__") else None
+        save = tmp_path_factory.mktemp("profile") / "profile.json"
+        assert run(save) == 0
+        assert [path.name for path in save.parent.iterdir()] == ["profile.json"]
+        return json.loads(save.read_text())
+
+
+def test_the_profile_has_every_point_that_fits(profile):
+    assert (profile["version"], profile["kind"], profile["commit"]) == (1, "memwall-profile", "abc")
+    assert "--model target" in profile["command"]
+    assert str(ROOT) not in json.dumps(profile)
+    assert (profile["gpu"], profile["quantization"], profile["allreduce"]) == (None, None, [])
+    assert profile["model"]["name"] == "target"
+    assert profile["model"]["config"] == json.loads((MODEL / "config.json").read_text())
+    assert profile["model"]["dtype"] == "float32"
+    assert list(profile["kv"]) == ["float32", "int4"]
+    engine = profile["engine"]
+    assert (engine["max_num_seqs"], engine["max_num_batched_tokens"], engine["max_model_len"]) == (6, 64, 128)
+    assert engine["graph_sizes"] == engine["piece_sizes"] == []
+    assert profile["limits"]["copy_bytes_per_s"] > 0
+    assert profile["limits"]["matmul_flops_per_s"] > 0
+    assert "notes" not in profile
+    for kv in profile["kv"].values():
+        room = Room(6, 64, 128, kv["num_kv_blocks"], 32)
+        found = {shape_of(name, point) for name in TABLES for point in kv[name]}
+        assert found == {point.key for point in points(room, quick=True)}
+        assert all(kv[name] for name in TABLES)
+        assert kv["kv_cache_bytes"] > 0
+        for point in (point for name in TABLES for point in kv[name]):
+            for name in ("step_s", "low_s", "high_s", "alone_s", "host_s"):
+                assert 0 < point[name] < 60
+            assert point["low_s"] <= point["step_s"] <= point["high_s"]
+            assert point["samples"] >= 2
+
+
+def test_model_parameters_are_those_of_the_file(profile):
+    config = profile["model"]["config"]
+    hidden, inner, heads, kv_heads = 256, 512, 4, 2
+    layer = 2 * hidden * 64 * (heads + kv_heads) + 3 * hidden * inner
+    assert profile["model"]["num_parameters"] == config["num_hidden_layers"] * layer + config["vocab_size"] * hidden
+
+
+class Counting:
+    """Counts measured points, and interrupts before one of them."""
+
+    def __init__(self, monkeypatch, stop_at: int | None = None) -> None:
+        self.count, self.stop_at = 0, stop_at
+        real = StepRunner.measure
+
+        def measure(runner, point):
+            if self.count == self.stop_at:
+                raise KeyboardInterrupt
+            self.count += 1
+            return real(runner, point)
+
+        monkeypatch.setattr(StepRunner, "measure", measure)
+
+
+@pytest.mark.parametrize("stop_at", [0, 4, 11])
+def test_an_interrupted_run_goes_on(tmp_path, monkeypatch, capsys, stop_at, profile):
+    save, part = tmp_path / "p.json", tmp_path / "p.json.part"
+    total = sum(len(kv[name]) for kv in profile["kv"].values() for name in TABLES)
+    with monkeypatch.context() as patched:
+        Counting(patched, stop_at)
+        assert run(save) == 130
+    said = capsys.readouterr()
+    assert f"interrupted: {stop_at} points" in said.err
+    assert "the same command again goes on" in said.err
+    assert [path.name for path in tmp_path.iterdir()] == ["p.json.part"]
+    kept = [json.loads(line) for line in part.read_text().splitlines()]
+    kept = [(line["kv"], shape_of(line["table"], line["point"]), line["point"]) for line in kept if "point" in line]
+    assert len(kept) == stop_at
+    if stop_at == 4:  # the machine was lost while a line was written
+        with part.open("a") as file:
+            file.write('{"kv":"float32","table":"dec')
+    with monkeypatch.context() as patched:
+        counting = Counting(patched)
+        assert run(save) == 0
+    assert counting.count == total - stop_at
+    assert [path.name for path in tmp_path.iterdir()] == ["p.json"]
+    document = json.loads(save.read_text())
+    found = {(kv, shape_of(name, p)): p for kv in document["kv"] for name in TABLES for p in document["kv"][kv][name]}
+    assert len(found) == total
+    assert all(found[kv, key] == point for kv, key, point in kept)
+    assert document["duration_s"] > 0
+
+
+def test_other_settings_or_another_source_do_not_go_on(tmp_path, monkeypatch, capsys):
+    save = tmp_path / "p.json"
+    with monkeypatch.context() as patched:
+        Counting(patched, 3)
+        assert run(save) == 130
+        before = (tmp_path / "p.json.part").read_bytes()
+        capsys.readouterr()
+        for more, name in (
+            (["--commit", "def"], "commit"),
+            (["--seed", "1"], "seed"),
+            (["--max-num-seqs", "5"], "max_num_seqs"),
+            (["--kv-cache-dtype", "int8"], "kv_cache_dtype"),
+        ):
+            assert run(save, *more) == 2
+            said = capsys.readouterr().err
+            assert said.count("\n") == 1
+            assert f"other settings ({name})" in said
+            assert "--overwrite" in said
+            assert (tmp_path / "p.json.part").read_bytes() == before
+    with monkeypatch.context() as patched:
+        Counting(patched, 1)
+        assert run(save, "--seed", "1", "--overwrite") == 130
+    assert b'"seed":1' in (tmp_path / "p.json.part").read_bytes().splitlines()[0]
+
+
+def test_a_run_that_measured_nothing_binds_nobody(tmp_path, monkeypatch, capsys):
+    save = tmp_path / "p.json"
+    assert run(save, "--num-gpu-blocks-override", "2") == 2
+    assert "needs" in capsys.readouterr().err
+    with monkeypatch.context() as patched:
+        Counting(patched, 1)
+        assert run(save) == 130
+    assert "other settings" not in capsys.readouterr().err
+
+
+def test_time_that_runs_out(tmp_path, monkeypatch, capsys):
+    """Points that a profile needs are measured in the next run; those that it can do without are left out."""
+    save = tmp_path / "p.json"
+    monkeypatch.setattr(__name__ + ".ARGUMENTS", [argument for argument in ARGUMENTS if argument != "--quick"])
+    assert run(save, "--minutes", "1e-9") == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "minutes are over" in said
+    assert "--minutes" in said
+    assert not save.exists()
+    real = study._Study._measure_points
+    with monkeypatch.context() as patched:
+        patched.setattr(study._Study, "_measure_points", lambda self, core, name, until: real(self, core, name, 0.0))
+        assert run(save) == 0
+    document = json.loads(save.read_text())
+    assert "left out" in document["notes"][0]
+    assert "left out" in capsys.readouterr().out
+    for kv in document["kv"].values():
+        wanted = points(Room(6, 64, 128, kv["num_kv_blocks"], 32))
+        found = {shape_of(name, point) for name in TABLES for point in kv[name]}
+        assert found == {point.key for point in wanted if not point.priority}
+        assert len(found) < len(wanted)
+
+
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        (["--kv-cache-dtype", "fp9"], "kv_cache_dtype is 'fp9'; it must be one of"),
+        (["--kv-cache-dtype", "float16,bfloat16", "--dtype", "bfloat16"], "kv_cache_dtype is float16 and the model"),
+        (["--model", "no/such/folder"], "no/such/folder"),
+        (["--minutes", "0"], "--minutes is 0; it must be above 0"),
+        (["--minutes", "soon"], "--minutes is 'soon'; it must be a number"),
+        (["--kv-cache-dtype-skip-layers", "0"], "--kv-cache-dtype-skip-layers has no place"),
+        (["--max-model-len", "1000000"], "max_model_len is 1000000"),
+        (["--max-num-seqs", "0"], "max_num_seqs is 0"),
+        (["--rounds", "3"], "has no option --rounds"),
+        (["--device", "cuda"], "no CUDA device was found"),
+    ],
+)
+def test_bad_input_is_one_sentence(tmp_path, capsys, monkeypatch, more, sentence):
+    monkeypatch.setattr("engine.setup.load_weights", None)  # nothing is loaded before it is refused
+    if "cuda" in more and torch.cuda.is_available():
+        pytest.skip("there is one")
+    assert run(tmp_path / "p.json", *more) == 2
+    said = capsys.readouterr().err
+    assert sentence in said
+    assert said.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_place_that_cannot_be_written(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("engine.setup.load_weights", None)
+    (tmp_path / "file").write_text("")
+    assert run(tmp_path / "file" / "p.json") == 2
+    assert "cannot write" in capsys.readouterr().err
+    assert run(tmp_path) == 2
+    assert "cannot write" in capsys.readouterr().err
+    assert run(tmp_path / "file") == 2
+    assert "is there already" in capsys.readouterr().err
+    assert run(MODEL / "config.json", "--overwrite") == 2
+    assert "would overwrite" in capsys.readouterr().err
+    (tmp_path / "p.json.part").write_text("a shopping list\n")
+    assert run(tmp_path / "p.json") == 2
+    assert "is no calibration that could be continued" in capsys.readouterr().err
+
+
+def test_needs_model_and_place(capsys):
+    assert command.main([]) == 2
+    assert "needs --model, --save" in capsys.readouterr().err
+    assert command.main(["--help"]) == 0
+    assert "--kv-cache-dtype" in capsys.readouterr().out
+
+
+# ---- files, facts and text -------------------------------------------------------------------------------------------
+
+
+def test_parts_are_read_as_they_were_written(tmp_path):
+    part = PartFile(tmp_path / "x.part")
+    part.open({"a": (1, 2)}, overwrite=False)
+    point = {"prefills": [[5, 0]], "decodes": [[3, 2]], "step_s": 0.5}
+    part.add({"limits": {"copy": 1.0}}, 1.0)
+    part.add({"kv": "fp8", "table": MIXED, "point": point}, 2.5)
+    part.add({"allreduce": []}, 3.0)
+    part.close()
+    again = PartFile(part.path)
+    again.open({"a": (1, 2)}, overwrite=False)
+    assert (len(again), again.limits, again.allreduce, again.elapsed_s) == (1, {"copy": 1.0}, [], 3.0)
+    assert again.point("fp8", Point(MIXED, ((5, 0),), ((3, 2),))) == point
+    assert again.point("int8", Point(MIXED, ((5, 0),), ((3, 2),))) is None
+    again.add({"limits": {"copy": 2.0}}, 0.5)
+    assert json.loads(part.path.read_text().splitlines()[-1])["elapsed_s"] == 3.5
+    again.remove()
+    assert not part.path.exists()
+
+
+def test_gpus_are_those_of_the_catalog():
+    catalog = {gpu["id"]: gpu["name"] for gpu in json.loads((ROOT / "planner/data/gpus.json").read_text())["gpus"]}
+    assert {found for _, found in facts._GPU_IDS if found} <= set(catalog)
+    for name, wanted in (
+        ("NVIDIA H200", "h200_sxm"),
+        ("NVIDIA H100 80GB HBM3", "h100_sxm"),
+        ("NVIDIA H100 PCIe", "h100_pcie"),
+        ("NVIDIA H200 NVL", None),
+        ("NVIDIA A100-SXM4-40GB", "a100_sxm_40"),
+        ("NVIDIA L40S", "l40s"),
+        ("NVIDIA L40", None),
+        ("NVIDIA L4", "l4"),
+        ("NVIDIA GB300", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA GeForce RTX 4090", "rtx4090"),
+        ("Tesla T4", None),
+    ):
+        assert facts.gpu_id(name) == wanted
+
+
+def test_a_profile_in_a_few_lines(profile):
+    weight_bytes = 8_000_000
+    text = table.text_of(profile, weight_bytes)
+    floor_s = weight_bytes / profile["limits"]["copy_bytes_per_s"]
+    first = profile["kv"]["float32"]["decode"][0]
+    line = next(line for line in text.splitlines() if line.startswith(f"1 × {first['decodes'][0][0]} "))
+    assert f"{first['step_s'] * 1e3:.3f}" in line.split()
+    assert line.split()[-1] == f"{first['step_s'] / floor_s:.2f}"
+    assert all(name in text for name in ("float32: ", "int4: ", "KV blocks"))
+    fitted = json.loads(json.dumps(profile))
+    of_decode = {"in_sample": {"median": 0.001, "p90": 0.01}, "leave_one_out": {"median": 0.0123, "p90": 0.05}}
+    fitted["kv"]["int4"]["fit"] = {"decode": of_decode, "repeat": {"decode": 0.1}, "note": "text"}
+    fitted["allreduce"] = [{"world_size": 2, "bytes": 8192, "time_s": 1.25e-5}]
+    text = table.text_of(fitted, weight_bytes)
+    assert "errors of the fit, median / p90: decode 1.23% / 5.00%" in text
+    assert "all-reduce of 8,192 bytes, 2 GPUs: 12.5 µs" in text
+    assert json.loads(table.dumps(fitted)) == fitted
+    assert max(map(len, table.dumps(profile).splitlines())) < 400
+
+
+def test_fit_is_none_where_there_is_none(monkeypatch):
+    for module in ("planner.profile", "planner.profile.fit"):
+        monkeypatch.setitem(sys.modules, module, None)
+    assert fit_errors({}) is None
+
+
+def test_a_fit_that_fails_loses_no_profile(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(study, "fit_errors", lambda profile: [][0])
+    assert run(tmp_path / "p.json") == 0
+    assert "the points could not be fitted: IndexError" in capsys.readouterr().err
+    assert all(kv["fit"] is None for kv in json.loads((tmp_path / "p.json").read_text())["kv"].values())
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="PyTorch was built without")
+def test_allreduce_between_processes():
+    rows = measure_allreduce(2, "gloo", sizes=(64, 8192))
+    assert [(row["world_size"], row["bytes"]) for row in rows] == [(2, 64), (2, 8192)]
+    for row in rows:
+        assert 0 < row["low_s"] <= row["time_s"] <= row["high_s"]
+        assert row["samples"] >= 10
+    assert [world_sizes(count) for count in (1, 2, 4, 7, 8)] == [[], [2], [2, 4], [2, 4], [2, 4, 8]]
