@@ -194,7 +194,8 @@ def _decodes(room: Room, quick: bool, seed: int) -> Iterator[Point]:
     yield from (point(batch, context, 1) for batch, context in PADDED if batch <= most)
     for batch, mean in RAGGED:
         draw = random.Random(f"{seed} ragged {batch} {mean}")
-        yield Point.of(DECODE, (), _ragged(draw, batch, mean, limit), 1)
+        if contexts := _ragged(draw, batch, mean, limit):
+            yield Point.of(DECODE, (), contexts, 1)
 
 
 def _prefills(room: Room, quick: bool) -> Iterator[Point]:
@@ -261,9 +262,8 @@ def _log_uniform(draw: random.Random, low: int, high: int) -> int:
 
 
 def _ragged(draw: random.Random, batch: int, mean: int, limit: int) -> list[int]:
-    """Contexts over two decades whose sum is batch · mean."""
+    """Contexts over two decades whose sum is batch · mean; none if one of them is longer than `limit`."""
     drawn = [math.exp(draw.uniform(0.0, math.log(100.0))) for _ in range(batch)]
-    scale = batch * mean / sum(drawn)
-    contexts = [min(max(round(scale * value), 1), limit) for value in drawn]
+    contexts = [max(round(batch * mean * value / sum(drawn)), 1) for value in drawn]
     contexts[contexts.index(max(contexts))] += batch * mean - sum(contexts)
-    return contexts if max(contexts) <= limit and min(contexts) >= 1 else [min(mean, limit)] * batch
+    return contexts if max(contexts) <= limit else []

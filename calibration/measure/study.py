@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
@@ -21,6 +22,7 @@ from calibration.measure.fit import fit_errors
 from calibration.measure.grid import TABLES, Point, Room, points
 from calibration.measure.part import PartFile
 from calibration.measure.steps import Effort, StepRunner
+from calibration.measure.table import describe
 from engine.bench.limits import Limits, measure_limits, release_memory
 from engine.bench.record import environment, rounded
 from engine.bench.replay import quiet_collector
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
 VERSION = 1
 KIND = "memwall-profile"
 _LINE_EVERY_S = 5.0
+_MOST_FAILURES = 3
 
 
 @dataclass(frozen=True)
@@ -108,6 +111,7 @@ class _Study:
         self._weights: DecoderWeights | None = None
         self._limits = Limits()
         self._left_out: dict[str, int] = {}
+        self._failed: dict[tuple, str] = {}
         self._started = time.perf_counter()
         self._end = self._started + 60 * job.minutes
         self._said = 0.0
@@ -116,7 +120,7 @@ class _Study:
     # ---- what is asked for -------------------------------------------------------------------------------------------
 
     def settings(self) -> dict[str, Any]:
-        """What must be the same for a calibration to be continued."""
+        """What must be the same for a calibration to be continued. KV formats may come and go."""
         job = self._job
         engine = {
             name: value for name, value in asdict(self._config).items() if name not in ("model", "kv_cache_dtype")
@@ -124,7 +128,6 @@ class _Study:
         return {
             "commit": job.record.get("commit"),
             "model": facts.model(self._config, self._described, self._device),
-            "kv_cache_dtype": self._formats,
             "gpu": facts.gpu(self._device)["gpu_name"],
             "quick": job.quick,
             "effort": asdict(job.effort),
@@ -140,7 +143,9 @@ class _Study:
         for index, name in enumerate(self._formats):
             now = time.perf_counter()
             deadline = now + (self._end - now) / (len(self._formats) - index)
-            if self._missing(name) != []:
+            failed = -1
+            while self._missing(name) != [] and failed < len(self._failed):  # again, behind a step that failed
+                failed = len(self._failed)
                 self._on_engine(name, lambda core, name=name, until=deadline: self._measure_points(core, name, until))
         self._weights = None
         self._measure_limits()
@@ -172,7 +177,8 @@ class _Study:
                 try:
                     rows += measure_allreduce(size)
                 except Exception as error:  # of another process, and no reason to lose the rest
-                    self.say(f"all-reduce of {size} GPUs could not be measured: {str(error).strip().splitlines()[-1]}")
+                    reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
+                    self.say(f"all-reduce of {size} GPUs could not be measured: {reason}")
         self._note({"allreduce": rows})
 
     def _on_engine(self, name: str, measure: Callable[[EngineCore], None]) -> None:
@@ -214,9 +220,27 @@ class _Study:
                 break
             if now > self._end:
                 self._refuse(name, missing[index:])
-            measured = runner.measure(point)
+            try:
+                measured = runner.measure(point)
+            except UserError:
+                raise
+            except Exception as error:  # of a kernel, most likely; the engine cannot go on
+                self._fail(name, point, error)
+                return
             self._note({"kv": name, "table": point.table, "point": measured})
             self._progress(name, total - len(missing) + index + 1, total)
+
+    def _fail(self, name: str, point: Point, error: Exception) -> None:
+        """Go on without a point, loudly: what else there is to measure is not lost, and the profile will say so.
+
+        Raises:
+            Exception: the error, if there were too many.
+        """
+        self._failed[name, point.key] = f"{name}: {describe(point)} failed with {type(error).__name__}: {error}"
+        if len(self._failed) > _MOST_FAILURES:
+            raise error
+        self.say("".join(traceback.format_exception(error)))
+        self.say(self._failed[name, point.key])
 
     def _refuse(self, name: str, missing: list[Point]) -> None:
         """
@@ -244,7 +268,8 @@ class _Study:
         room = self._room(name)
         if room is None:
             return None
-        return [point for point in self._wanted(room) if self.part.point(name, point) is None]
+        wanted = (point for point in self._wanted(room) if (name, point.key) not in self._failed)
+        return [point for point in wanted if self.part.point(name, point) is None]
 
     # ---- the profile -------------------------------------------------------------------------------------------------
 
@@ -272,9 +297,12 @@ class _Study:
             "kv": kv,
             "allreduce": part.allreduce,
         }
+        notes = list(self._failed.values())
         if self._left_out:
             counts = ", ".join(f"{count} of {name}" for name, count in self._left_out.items())
-            found["notes"] = [f"time ran out: points were left out that a profile can do without ({counts})"]
+            notes.append(f"time ran out: points were left out that a profile can do without ({counts})")
+        if notes:
+            found["notes"] = notes
         errors = self._fit_errors(found)
         for name, tables in kv.items():
             tables["fit"] = errors.get(name)
@@ -290,8 +318,7 @@ class _Study:
 
     def _tables(self, name: str) -> dict[str, Any]:
         engine = self.part.engines[name]
-        wanted = self._wanted(self._room(name))
-        missing = [point for point in wanted if self.part.point(name, point) is None]
+        missing = self._missing(name)
         if any(not point.priority for point in missing):
             self._refuse(name, missing)
         if missing:

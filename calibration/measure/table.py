@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from calibration.measure.grid import DECODE, MIXED, PREFILL
+from calibration.measure.grid import DECODE, MIXED, PREFILL, Point
 from engine.bench import tables
 
 _HEADER = ("step", "ms", "p10", "p90", "GPU ms", "alone ms", "host ms", "× floor")
@@ -71,15 +71,15 @@ def _some(points: list[Any], most: int) -> list[Any]:
 def _row(point: dict[str, Any], floor_s: float) -> list[str]:
     times_s = (point["step_s"], point["low_s"], point["high_s"], point["gpu_s"], point["alone_s"], point["host_s"])
     cells = [tables.MISSING if seconds is None else f"{seconds * 1e3:.3f}" for seconds in times_s]
-    return [_name(point), *cells, f"{point['step_s'] / floor_s:.2f}"]
+    shape = Point("", *(tuple(map(tuple, point[name])) for name in ("prefills", "decodes")))
+    return [describe(shape), *cells, f"{point['step_s'] / floor_s:.2f}"]
 
 
-def _name(point: dict[str, Any]) -> str:
-    chunks = [f"{query}" + (f" behind {context}" if context else "") for query, context in point["prefills"]]
-    decodes, count = point["decodes"], sum(count for _, count in point["decodes"])
-    if decodes:
-        mean = sum(context * times for context, times in decodes) / count
-        chunks.append(f"{count} × {mean:,.0f}")
+def describe(point: Point) -> str:
+    """Its shape in a few words."""
+    chunks = [f"{query}" + (f" behind {context}" if context else "") for query, context in point.prefills]
+    if point.decodes:
+        chunks.append(f"{point.num_decodes} × {sum(point.contexts) / point.num_decodes:,.0f}")
     return " + ".join(chunks)
 
 

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from calibration import calibrate as command
+from calibration.commands.calibrate import calibrate
 from calibration.measure import facts, study, table
 from calibration.measure.allreduce import measure_allreduce, world_sizes
 from calibration.measure.fit import fit_errors
@@ -284,12 +285,16 @@ def test_every_page_holds_what_the_model_wrote(engine, kv_cache_dtype):
 # ---- the command -----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(autouse=True)
-def brief(monkeypatch):
-    """Few repetitions, small limits, and no copies of gigabytes."""
+def be_brief(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few repetitions, and no copies of gigabytes."""
     job = study.Job
     monkeypatch.setattr(study, "Job", lambda **given: job(**given, effort=BRIEF))
     monkeypatch.setattr("engine.bench.limits._CPU_COPY_BYTES", 1 << 20)
+
+
+@pytest.fixture(autouse=True)
+def brief(monkeypatch):
+    be_brief(monkeypatch)
 
 
 def run(save: Path, *more: str) -> int:
@@ -303,7 +308,7 @@ def shape_of(name: str, point: dict) -> tuple:
 @pytest.fixture(scope="module")
 def profile(tmp_path_factory) -> dict:
     with pytest.MonkeyPatch.context() as monkeypatch:
-        brief.__wrapped__(monkeypatch) if hasattr(brief, "__wrapped__") else None
+        be_brief(monkeypatch)
         save = tmp_path_factory.mktemp("profile") / "profile.json"
         assert run(save) == 0
         assert [path.name for path in save.parent.iterdir()] == ["profile.json"]
@@ -401,7 +406,7 @@ def test_other_settings_or_another_source_do_not_go_on(tmp_path, monkeypatch, ca
             (["--commit", "def"], "commit"),
             (["--seed", "1"], "seed"),
             (["--max-num-seqs", "5"], "max_num_seqs"),
-            (["--kv-cache-dtype", "int8"], "kv_cache_dtype"),
+            (["--quantization", "fp8"], "quantization"),
         ):
             assert run(save, *more) == 2
             said = capsys.readouterr().err
@@ -413,6 +418,41 @@ def test_other_settings_or_another_source_do_not_go_on(tmp_path, monkeypatch, ca
         Counting(patched, 1)
         assert run(save, "--seed", "1", "--overwrite") == 130
     assert b'"seed":1' in (tmp_path / "p.json.part").read_bytes().splitlines()[0]
+
+
+def test_formats_may_come_and_go(tmp_path, monkeypatch):
+    save = tmp_path / "p.json"
+    with monkeypatch.context() as patched:
+        Counting(patched, 11)  # all of the first format
+        assert run(save) == 130
+    with monkeypatch.context() as patched:
+        counting = Counting(patched)
+        assert run(save, "--kv-cache-dtype", "float32,int8") == 0
+    kv = json.loads(save.read_text())["kv"]
+    assert list(kv) == ["float32", "int8"]
+    assert counting.count == sum(len(kv["int8"][name]) for name in TABLES)
+
+
+def test_a_step_that_fails_costs_no_other(tmp_path, monkeypatch, capsys, profile):
+    real, save = StepRunner.measure, tmp_path / "p.json"
+
+    def measure(runner, point):
+        if point.table == PREFILL and point.num_tokens == 16:
+            runner._core._is_broken = True
+            raise RuntimeError("no such kernel")
+        return real(runner, point)
+
+    monkeypatch.setattr(StepRunner, "measure", measure)
+    assert run(save) == 0
+    document = json.loads(save.read_text())
+    assert document["notes"] == [f"{kv}: 16 failed with RuntimeError: no such kernel" for kv in ("float32", "int4")]
+    assert "Traceback" in capsys.readouterr().err
+    for name, kv in document["kv"].items():
+        assert len(kv["prefill"]) == len(profile["kv"][name]["prefill"]) - 1
+        assert all(len(kv[each]) == len(profile["kv"][name][each]) for each in (DECODE, MIXED))
+    monkeypatch.setattr(StepRunner, "measure", lambda runner, point: [][0])
+    with pytest.raises(IndexError):
+        run(tmp_path / "q.json")
 
 
 def test_a_run_that_measured_nothing_binds_nobody(tmp_path, monkeypatch, capsys):
@@ -488,6 +528,14 @@ def test_a_place_that_cannot_be_written(tmp_path, capsys, monkeypatch):
     (tmp_path / "p.json.part").write_text("a shopping list\n")
     assert run(tmp_path / "p.json") == 2
     assert "is no calibration that could be continued" in capsys.readouterr().err
+
+
+def test_it_is_a_command_of_memwall(capsys):
+    assert calibrate.takes_arguments
+    assert calibrate(["--help"]) == 0
+    assert "usage: memwall calibrate" in capsys.readouterr().out
+    with pytest.raises(UserError, match="memwall calibrate needs --model, --save"):
+        calibrate([])
 
 
 def test_needs_model_and_place(capsys):
