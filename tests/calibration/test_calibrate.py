@@ -28,7 +28,7 @@ from engine.sequence import Sequence
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 MODEL = ROOT / "tests" / "models" / "miniature" / "target"
-BRIEF = Effort(settling=1, least=2, most=2, seconds=0.0, alone=2)
+BRIEF = Effort(settling=1, least=2, most=2, seconds=0.0, alone=2, retries=0)
 SMALL = {"device": "cpu", "max_num_seqs": 8, "max_num_batched_tokens": 256, "block_size": 32}
 # Of the command: a dozen small steps of each format.
 ARGUMENTS = ["--model", str(MODEL), "--device", "cpu", "--quick", "--block-size", "32", "--commit", "abc"]
@@ -262,6 +262,19 @@ def test_a_step_of_another_shape_is_no_measurement(engine):
         runner.measure(point)
     while core.has_work:
         core.step()
+
+
+def test_what_was_disturbed_is_measured_again(engine, monkeypatch):
+    spreads = iter([0.5, 0.2, 0.3, 0.4, 0.05])
+
+    def measured(self, point):
+        return {"step_s": 1.0, "low_s": 1.0, "high_s": 1.0 + next(spreads)}
+
+    runner = StepRunner(engine(), effort=Effort(spread=0.1, retries=2))
+    monkeypatch.setattr(StepRunner, "_measured", measured)
+    assert runner.measure(SHAPES[0])["high_s"] == 1.2
+    assert runner.measure(SHAPES[0])["high_s"] == 1.05
+    assert next(spreads, None) is None
 
 
 @pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8", "int8", "int4", "int2"])

@@ -24,7 +24,7 @@ SETTINGS = {
     "num_gpu_blocks_override": 600,
     "enable_prefix_caching": False,
 }
-BRIEF = Effort(least=5, most=5, seconds=0.0, alone=3)
+BRIEF = Effort(least=5, most=5, seconds=0.0, alone=3, retries=0)
 # And the size of the graph that runs each. Of the others everything but attention runs in pieces.
 SHAPES = (
     (Point.of(DECODE, (), [100]), 1),
