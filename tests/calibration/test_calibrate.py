@@ -1,5 +1,6 @@
 """Calibration on the CPU: the steps that are measured, what is measured of them, and what an interrupted run leaves."""
 
+import gc
 import json
 import math
 import random
@@ -59,6 +60,7 @@ def engine(weights):
         assert not core.has_work
         assert core.scheduler.kv.pool.num_used == 0
         assert core._runner.slots.num_free == core.config.max_num_seqs
+    gc.unfreeze()
 
 
 # ---- which steps -----------------------------------------------------------------------------------------------------
