@@ -45,6 +45,7 @@ class Effort:
         settling: steps that are not counted: kernels are compiled, the pipeline fills.
         least, most: periods of steps one behind the other; between them as many as fit `seconds`.
         alone: steps with nothing in flight.
+        slow_s: a step that takes as long is run `least_slow` times and once alone: long steps differ little.
         spread: of the periods, between their quantiles of 10 and 90 % over the median: where it is more, something else
             went on beside them. retries: how often all is then measured again; what spread least is kept.
     """
@@ -54,6 +55,8 @@ class Effort:
     most: int = 30
     seconds: float = 0.12
     alone: int = 4
+    slow_s: float = 0.08
+    least_slow: int = 3
     spread: float = 0.1
     retries: int = 2
 
@@ -143,11 +146,12 @@ class StepRunner:
     def measure(self, point: Point) -> dict[str, Any]:
         """A point of a profile.
 
-        step_s is the median period of steps one behind the other, with as many in flight as the engine has; low_s and
-        high_s are the quantiles of 10 and 90 %. alone_s is from before scheduling to the tokens' arrival, with nothing
-        else in flight. host_s is the CPU's time to schedule, launch and update, as the engine counts it: with requests
-        admitted and, for prompts without a context, ended. Launching large steps one behind the other may wait for room
-        in the driver's queue, which is not the CPU's work; so it is the lesser of the medians with and without company.
+        step_s is the median period of steps one behind the other, with as many in flight as the engine has, mean_s
+        their mean; low_s and high_s are the quantiles of 10 and 90 %. alone_s is from before scheduling to the tokens'
+        arrival, with nothing else in flight. host_s is the CPU's time to schedule, launch and update, as the engine
+        counts it: with requests admitted and, for prompts without a context, ended. Launching large steps one behind
+        the other may wait for room in the driver's queue, which is not the CPU's work; so it is the lesser of the
+        medians with and without company.
 
         What exists is kept from Python's garbage collector, for good: call it within `quiet_collector`.
 
@@ -166,7 +170,8 @@ class StepRunner:
         self.begin(point)
         gc.freeze()  # a collection that walks all there is takes longer than a step
         records = self._in_company()
-        alone = self._alone() if self._core.depth > 1 else records
+        is_slow = records[1].end_s - records[0].end_s > self._effort.slow_s
+        alone = self._alone(1 if is_slow else self._effort.alone) if self._core.depth > 1 else records
         self._core.step_log = None
         self.end()
         for record in (*records, *alone):
@@ -179,6 +184,7 @@ class StepRunner:
             "prefills": [list(chunk) for chunk in point.prefills],
             "decodes": [list(run) for run in point.decodes],
             "step_s": rounded(statistics.median(periods_s)),
+            "mean_s": rounded(statistics.fmean(periods_s)),
             "low_s": rounded(float(low_s)),
             "high_s": rounded(float(high_s)),
             "samples": len(periods_s),
@@ -201,14 +207,16 @@ class StepRunner:
             core.step()
             if started is None and len(log) >= effort.settling:
                 started = time.perf_counter()
+                if len(log) > 1 and log[-1].end_s - log[-2].end_s > effort.slow_s:
+                    least = effort.settling + min(effort.least, effort.least_slow) + 1
         core.settle()
         return log[effort.settling : -1]
 
-    def _alone(self) -> list[StepRecord]:
+    def _alone(self, count: int) -> list[StepRecord]:
         """Steps that are launched when the device has nothing to do."""
         core = self._core
         core.step_log = log = []
-        for _ in range(self._effort.alone):
+        for _ in range(count):
             self.prepare()
             core.step()
             core.settle()
