@@ -23,6 +23,7 @@ from engine.scheduling import StepShape
 from planner.hardware import GpuSpec
 from planner.memory import KVCacheDtype, kv_bytes_per_token_layer
 from planner.model import ModelSpec, ParameterRole
+from planner.profile.shape import attended_pairs
 from planner.step_time import TICKS_PER_SECOND, AffineRun, DecodeRun, Evidence, StepTime, to_ticks
 
 
@@ -272,14 +273,3 @@ class RooflineStepTime(StepTime):
         sent = 2.0 * (ranks - 1) / ranks * num_tokens * self.model.hidden_size * 2
         transfer_s = sent / (self.gpu.link_bandwidth_bytes_per_s * a.link_efficiency)
         return 2 * self.model.num_layers * (latency_s + transfer_s)
-
-
-def attended_pairs(query: int, context: int, window: int | None) -> int:
-    """(query, key) pairs that causal attention scores for `query` new tokens after `context` cached ones.
-
-    Query i (from 0) sees min(context + i + 1, window) keys.
-    """
-    if window is None or context + query <= window:
-        return query * context + query * (query + 1) // 2
-    growing = max(0, window - context)  # queries that still see everything before them
-    return growing * context + growing * (growing + 1) // 2 + (query - growing) * window

@@ -10,7 +10,7 @@ from planner.catalog import load_model
 from planner.errors import UserError, unknown_name
 from planner.model import ModelSpec
 from planner.simulation import AcceptanceProcess, Speculation
-from planner.step_time import TICKS_PER_SECOND, StepTime
+from planner.step_time import TICKS_PER_SECOND, Evidence, StepTime
 
 # vLLM's names. The others it knows need a drafter whose cost is not modelled here.
 METHODS = ("ngram", "draft_model")
@@ -123,16 +123,37 @@ class DraftedStepTime(StepTime):
         self.draft = draft
         self.num_speculative_tokens = num_speculative_tokens
         self.evidence = target.evidence
+        self.evidence_varies = target.evidence_varies
+        self.uncertainty = target.uncertainty
         self.description = f"{target.description}; draft steps likewise"
 
     def predict(self, step: StepShape) -> float:
         return self.ticks(step) / TICKS_PER_SECOND
 
     def ticks(self, step: StepShape) -> int:
+        return self.target.ticks(step) + self._draft_ticks(step)
+
+    def host_ticks(self, step: StepShape) -> int:
+        return self.target.host_ticks(step)
+
+    def alone_ticks(self, step: StepShape) -> int:
+        return self.target.alone_ticks(step) + self._draft_ticks(step)
+
+    def evidence_of(self, step: StepShape) -> Evidence:
+        return self.target.evidence_of(step)
+
+    def steps_inside(self, contexts: list[int], steps: int) -> int:
+        return self.target.steps_inside(contexts, steps)
+
+    def scaled(self, decode: float = 1.0, prefill: float = 1.0) -> DraftedStepTime:
+        drafts = self.draft.scaled(decode, prefill)
+        return DraftedStepTime(self.target.scaled(decode, prefill), drafts, self.num_speculative_tokens)
+
+    def _draft_ticks(self, step: StepShape) -> int:
         first = self.draft.ticks(step)
         # Prompt chunks that end inside a prompt are a few tokens too many here; they draft nothing.
         contexts = [context + 1 for context in step.decode_contexts]
         contexts += [context + query for query, context in step.verifies]
         contexts += [context + query for query, context in step.prefills]
         later = self.draft.ticks(StepShape(decode_contexts=contexts)) * max(0, self.num_speculative_tokens - 1)
-        return self.target.ticks(step) + first + later
+        return first + later

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from bisect import bisect_right
 from collections.abc import Sequence
+from dataclasses import dataclass
 from enum import StrEnum
 from math import isqrt
 
@@ -37,6 +39,23 @@ class Evidence(StrEnum):
     EXTRAPOLATED = "extrapolated"
     #: Another model's times, scaled to what an engine that was only seen from outside did.
     SCALED = "scaled"
+
+
+#: For saying of several which one to worry about.
+WEAKEST_FIRST = (Evidence.UNCALIBRATED, Evidence.EXTRAPOLATED, Evidence.INTERPOLATED, Evidence.MEASURED)
+
+
+@dataclass(frozen=True, slots=True)
+class Uncertainty:
+    """Relative standard deviations of predicted times: one factor for all steps of a kind, unknown but the same.
+
+    Attributes:
+        decode: of steps of decodes alone.
+        prefill: of steps with prompt chunks.
+    """
+
+    decode: float
+    prefill: float
 
 
 class DecodeRun(ABC):
@@ -79,7 +98,7 @@ class AffineRun(DecodeRun):
         self.steps = steps
 
     def cumulative(self, steps: int) -> int:
-        return self.first * steps + self.increment * (steps * (steps - 1) // 2)
+        return _progression(self.first, self.increment, steps)
 
     def segments(self, steps: int) -> Sequence[tuple[int, int, int]]:
         return ((self.first, self.increment, steps),)
@@ -95,6 +114,41 @@ class AffineRun(DecodeRun):
             while self.cumulative(steps) < elapsed:
                 steps += 1
         return min(max(steps, 1), self.steps)
+
+
+class PiecewiseRun(DecodeRun):
+    """Arithmetic progressions, one after another.
+
+    Args:
+        segments: (first, increment, count) of each, in ticks; durations are positive.
+    """
+
+    __slots__ = ("_segments", "_steps_before", "_ticks_before", "steps")
+
+    def __init__(self, segments: Sequence[tuple[int, int, int]]) -> None:
+        self._segments = list(segments)
+        self._steps_before, self._ticks_before = [0], [0]
+        for first, increment, count in segments:
+            self._steps_before.append(self._steps_before[-1] + count)
+            self._ticks_before.append(self._ticks_before[-1] + _progression(first, increment, count))
+        self.steps = self._steps_before[-1]
+
+    def cumulative(self, steps: int) -> int:
+        i = bisect_right(self._steps_before, steps, hi=len(self._segments)) - 1
+        first, increment, _ = self._segments[i]
+        return self._ticks_before[i] + _progression(first, increment, steps - self._steps_before[i])
+
+    def segments(self, steps: int) -> Sequence[tuple[int, int, int]]:
+        found = []
+        for before, (first, increment, count) in zip(self._steps_before, self._segments, strict=False):
+            if before >= steps:
+                break
+            found.append((first, increment, min(count, steps - before)))
+        return found
+
+
+def _progression(first: int, increment: int, count: int) -> int:
+    return first * count + increment * (count * (count - 1) // 2)
 
 
 class TableRun(DecodeRun):
@@ -160,8 +214,14 @@ class StepTime(ABC):
 
     #: What the predictions rest on.
     evidence: Evidence = Evidence.UNCALIBRATED
+    #: Whether `evidence_of` differs from step to step; otherwise `evidence` says it of all.
+    evidence_varies: bool = False
     #: One line for people: where the times come from.
     description: str = ""
+    #: How far the predictions may be off; None where nothing was measured that could tell.
+    uncertainty: Uncertainty | None = None
+    #: Steps that the engine behind these times keeps in flight.
+    pipeline_depth: int = 1
 
     @abstractmethod
     def predict(self, step: StepShape) -> float:
@@ -196,6 +256,31 @@ class StepTime(ABC):
         """
         return 0
 
+    def alone_ticks(self, step: StepShape) -> int:
+        """Ticks from the decision to run a step to its tokens, if nothing is in flight; `ticks` at least.
+
+        With a step in flight that ends at `e`, this one ends at max(e + ticks, decision + alone_ticks). For steps of
+        decodes alone it must be host_ticks + ticks, the default: leaps rely on it. A step with prompt chunks is
+        launched while the device already computes, and may take less; the host looks for its tokens when its launch
+        is over all the same.
+        """
+        return self.host_ticks(step) + self.ticks(step)
+
+    def evidence_of(self, step: StepShape) -> Evidence:
+        """What the time of one step rests on."""
+        return self.evidence
+
+    def steps_inside(self, contexts: list[int], steps: int) -> int:
+        """How many of the next `steps` decode steps are inside what was measured; those come first.
+
+        Step j is one of them exactly if `evidence_of` does not call it EXTRAPOLATED.
+        """
+        return steps
+
+    def scaled(self, decode: float = 1.0, prefill: float = 1.0) -> StepTime:
+        """The same with the times of steps of decodes, and of steps with prompt chunks, multiplied."""
+        return ScaledStepTime(self, decode, prefill)
+
     def decode_run(self, contexts: list[int], steps: int) -> DecodeRun:
         """The next `steps` plain decode steps of a batch with these context lengths, or as many as it cares to cover.
 
@@ -203,6 +288,40 @@ class StepTime(ABC):
         """
         shapes = (StepShape(decode_contexts=[c + j for c in contexts]) for j in range(min(steps, _LISTED_STEPS)))
         return TableRun([self.ticks(shape) for shape in shapes])
+
+
+class ScaledStepTime(StepTime):
+    """Another model's times multiplied; the host's are as they were."""
+
+    def __init__(self, inner: StepTime, decode: float, prefill: float) -> None:
+        self.inner, self.decode, self.prefill = inner, decode, prefill
+        self.evidence, self.evidence_varies = inner.evidence, inner.evidence_varies
+        self.description, self.uncertainty = inner.description, inner.uncertainty
+        self.pipeline_depth = inner.pipeline_depth
+
+    def _scale(self, step: StepShape) -> float:
+        return self.prefill if step.prefills else self.decode
+
+    def predict(self, step: StepShape) -> float:
+        return self.inner.predict(step) * self._scale(step)
+
+    def ticks(self, step: StepShape) -> int:
+        return max(1, round(self.inner.ticks(step) * self._scale(step)))
+
+    def host_ticks(self, step: StepShape) -> int:
+        return self.inner.host_ticks(step)
+
+    def alone_ticks(self, step: StepShape) -> int:
+        return self.ticks(step) + self.inner.alone_ticks(step) - self.inner.ticks(step)
+
+    def evidence_of(self, step: StepShape) -> Evidence:
+        return self.inner.evidence_of(step)
+
+    def steps_inside(self, contexts: list[int], steps: int) -> int:
+        return self.inner.steps_inside(contexts, steps)
+
+    def scaled(self, decode: float = 1.0, prefill: float = 1.0) -> StepTime:
+        return ScaledStepTime(self.inner, self.decode * decode, self.prefill * prefill)
 
 
 def to_ticks(seconds: float, what: object) -> int:

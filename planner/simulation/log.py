@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from engine.scheduling import Scheduler
-from planner.step_time import TICKS_PER_SECOND
+from planner.step_time import TICKS_PER_SECOND, Evidence
 
 if TYPE_CHECKING:
     from planner.simulation.replica import SimulatedRequest
@@ -156,6 +156,7 @@ class ReplicaLog:
             whenever a request comes, starts, is preempted or ends. Blocks are NaN when one comes: the batch may then be
             in the middle of many steps. Between two changes of the batch they grow, nearly linearly, with every token.
         num_rounds, num_drafted, num_accepted: of speculation.
+        evidence_ticks: time of the steps by what their times rest on, where that differs between steps.
     """
 
     def __init__(self, requests: RequestLog) -> None:
@@ -165,6 +166,12 @@ class ReplicaLog:
         self.num_rounds = 0
         self.num_drafted = 0
         self.num_accepted = 0
+        self.evidence_ticks: dict[Evidence, int] = {}
+
+    def rested(self, evidence: Evidence, ticks: int) -> None:
+        """So long were steps whose times rest on this."""
+        if ticks:
+            self.evidence_ticks[evidence] = self.evidence_ticks.get(evidence, 0) + ticks
 
     def decoded(self, first: int, increment: int, steps: int, batch: int) -> None:
         self.runs.extend((first, increment, steps, batch))

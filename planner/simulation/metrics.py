@@ -14,7 +14,7 @@ from planner.schema import Record
 from planner.simulation.gaps import gap_statistics
 from planner.simulation.log import ReplicaLog, RequestLog
 from planner.simulation.slo import SLO
-from planner.step_time import TICKS_PER_SECOND, Evidence
+from planner.step_time import TICKS_PER_SECOND, WEAKEST_FIRST, Evidence
 from planner.workload import Workload
 
 PERCENTILES = (50.0, 90.0, 95.0, 99.0)
@@ -63,7 +63,10 @@ class SimulationResult(Record):
     workload: str
     seed: int
     replicas: int
-    evidence: Evidence = Field(description="what the step times rest on")
+    evidence: Evidence = Field(description="what the step times rest on: of all steps the weakest")
+    evidence_shares: dict[Evidence, float] = Field(
+        default={}, description="share of the steps' time by what it rests on"
+    )
     step_time: str = Field(description="where the step times come from")
     num_requests: int
     num_finished: int
@@ -127,7 +130,8 @@ def evaluate(outcome: Outcome, slo: SLO, warmup_s: float, seed: int) -> Simulati
         workload=workload.name,
         seed=seed,
         replicas=len(outcome.replicas),
-        evidence=outcome.evidence,
+        evidence=_weakest(outcome),
+        evidence_shares=_evidence_shares(outcome),
         step_time=outcome.step_time,
         num_requests=len(workload),
         num_finished=log.num_finished,
@@ -143,6 +147,19 @@ def evaluate(outcome: Outcome, slo: SLO, warmup_s: float, seed: int) -> Simulati
         **_state(outcome),
         **_speculation(outcome.replicas),
     )
+
+
+def _evidence_shares(outcome: Outcome) -> dict[Evidence, float]:
+    ticks = {evidence: sum(log.evidence_ticks.get(evidence, 0) for log in outcome.replicas) for evidence in Evidence}
+    total = sum(ticks.values())
+    if not total:
+        return {outcome.evidence: 1.0}
+    return {evidence: count / total for evidence, count in ticks.items() if count}
+
+
+def _weakest(outcome: Outcome) -> Evidence:
+    found = _evidence_shares(outcome)
+    return next(evidence for evidence in WEAKEST_FIRST if evidence in found)
 
 
 class _Measured:

@@ -34,8 +34,15 @@ class _Flight:
 class PipelinedReplica(Replica):
     """Runs steps with two of them in flight. Plain decoding only.
 
-    A step's tokens are there when it has ended on the device and the host, which may still be launching the next one,
+    A step that is decided at D, behind one that ends on the device at e, ends at
+
+        max(e + ticks, D + alone_ticks)
+
+    where alone_ticks is what it takes with nothing in flight. A step's tokens are there when it has ended on the device and the host, which may still be launching the next one,
     looks at them.
+
+    Of a step of decodes alone_ticks is the host's time for its launch and then ticks, so that it begins on the device
+    when the one before ends, or when it is launched.
 
     A leap of m steps begins in a turn, with step n in flight, and ends in the turn in which step n + m is in flight.
     Let D(k) be the turn that schedules step k, d(k) its time on the device and h the host's time for a launch. Step k
@@ -81,8 +88,12 @@ class PipelinedReplica(Replica):
                 break
             host = self.step_time.host_ticks(step.shape)
             launched = env.now + host
-            begin = max(launched, flights[-1].end) if flights else launched
-            flights.append(_Flight(step, begin + self.step_time.ticks(step.shape)))
+            ticks = self.step_time.ticks(step.shape)
+            end = env.now + (self.step_time.alone_ticks(step.shape) if step.shape.prefills else host + ticks)
+            if flights:
+                end = max(end, flights[-1].end + ticks)
+            self._note_step(step, ticks)
+            flights.append(_Flight(step, end))
             if host and len(flights) < _DEPTH:
                 Timer(env, host, STEP_START, self._start)
                 return
@@ -158,6 +169,7 @@ class PipelinedReplica(Replica):
                 self.log.decoded(first, increment, count, len(running))
         self.scheduler.advance(steps)
         now, device = self.env.now, self._device_run
+        self._note_run(device, steps)
         for request in running:
             request.last_token = now
         flight.end = now + device.cumulative(steps) - device.cumulative(steps - 1)

@@ -12,7 +12,7 @@ import simpy
 
 from engine.scheduling import Request, RequestStatus, Scheduler, Step, StepShape
 from planner.simulation.log import MAX_GAP, ReplicaLog
-from planner.step_time import DecodeRun, StepTime, delayed
+from planner.step_time import DecodeRun, Evidence, StepTime, delayed
 
 # Order of events at one instant: a step's end is seen by what arrives at that very instant, and the next step starts
 # only after everything has arrived.
@@ -92,6 +92,10 @@ class Replica:
         self._run: DecodeRun | None = None
         self._run_steps = 0
         self._began = 0
+        # What each step rests on is noted only where steps differ in it.
+        self._notes_evidence = step_time.evidence_varies
+        self._run_inside = 0
+        self._run_host = 0
         # SimPy cannot cancel an event; a timer of an older generation is stale.
         self._generation = 0
 
@@ -140,8 +144,8 @@ class Replica:
         if self.leap:
             steps = scheduler.steady_steps()
             if steps > 1:
-                run, host = self._decode_run(steps)
-                self._run = run = delayed(run, host)
+                run, self._run_host = self._decode_run(steps)
+                self._run = run = delayed(run, self._run_host)
                 self._run_steps = run.steps
                 self._wait(run.cumulative(run.steps))
                 return
@@ -149,13 +153,32 @@ class Replica:
         if step is None:
             self._idle = True
         else:
-            self._wait(self.step_time.host_ticks(step.shape) + self.step_time.ticks(step.shape))
+            ticks, host = self.step_time.ticks(step.shape), self.step_time.host_ticks(step.shape)
+            self._note_step(step, ticks)
+            # The host looks for the tokens when its launch is over.
+            self._wait(max(host, self.step_time.alone_ticks(step.shape)) if step.shape.prefills else host + ticks)
 
     def _decode_run(self, steps: int) -> tuple[DecodeRun, int]:
         """The next `steps` steps of the running requests on the device, or fewer, and the host's time for each."""
         contexts = [request.num_computed_tokens for request in self.scheduler.running]
         host = self.step_time.host_ticks(StepShape(decode_contexts=contexts))
-        return self.step_time.decode_run(contexts, steps), host
+        run = self.step_time.decode_run(contexts, steps)
+        if self._notes_evidence:
+            self._run_inside = self.step_time.steps_inside(contexts, run.steps)
+        return run, host
+
+    def _note_step(self, step: Step, ticks: int) -> None:
+        """Note what the time of a step that begins now rests on."""
+        if self._notes_evidence:
+            self.log.rested(self.step_time.evidence_of(step.shape), ticks)
+
+    def _note_run(self, run: DecodeRun, steps: int, host: int = 0) -> None:
+        """The same of the first steps of a leap, less `host` ticks of each."""
+        if self._notes_evidence and steps:
+            inside = min(steps, self._run_inside)
+            ticks_inside = run.cumulative(inside) - host * inside if inside else 0
+            self.log.rested(Evidence.INTERPOLATED, ticks_inside)
+            self.log.rested(Evidence.EXTRAPOLATED, run.cumulative(steps) - host * steps - ticks_inside)
 
     def _schedule(self) -> Step | None:
         """The scheduler's next step, with what it admitted and preempted noted; None if it has nothing to run."""
@@ -207,6 +230,7 @@ class Replica:
         else:
             # It began before whatever arrived since, and admitted nobody.
             self._step = self.scheduler.schedule(admit=False)
+            self._note_step(self._step, run.cumulative(done + 1) - run.cumulative(done) - self._run_host)
             self._began = began + run.cumulative(done)
             Timer(self.env, end - now, STEP_END, self._end, self._generation)
 
@@ -227,6 +251,7 @@ class Replica:
     def _advance(self, steps: int) -> None:
         scheduler = self.scheduler
         batch = len(scheduler.running)
+        self._note_run(self._run, steps, self._run_host)
         for first, increment, count in self._run.segments(steps):
             self.log.decoded(first, increment, count, batch)
         finished = scheduler.advance(steps)

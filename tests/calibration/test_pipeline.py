@@ -66,16 +66,20 @@ class Tokens:
 
 
 class Device:
-    """`engine.runner.Runner`: a launch takes the host's time, and steps run one after another."""
+    """`engine.runner.Runner`: a launch takes the host's time, and steps run one after another.
+
+    A step with prompt chunks may begin on the device before its launch is over: its time with nothing in flight says
+    when it ends at the earliest.
+    """
 
     def __init__(self, clock: TickClock, step_time: StepTime) -> None:
         self.slots = SimpleNamespace(assign=lambda sequence: None, release=lambda sequence: None)
         self._clock, self._step_time, self._free_at = clock, step_time, 0
 
     def execute(self, step) -> tuple[Tokens, None]:
+        alone = self._clock.ticks + self._step_time.alone_ticks(step.shape)
         self._clock.ticks += self._step_time.host_ticks(step.shape)
-        begin = max(self._clock.ticks, self._free_at)
-        self._free_at = begin + self._step_time.ticks(step.shape)
+        self._free_at = max(self._free_at + self._step_time.ticks(step.shape), alone)
         requests, _ = sampling_requests(step)
         return Tokens(self._clock, self._free_at, len(requests)), None
 
@@ -189,8 +193,17 @@ def in_the_simulator(case: "Case", leap: bool, monkeypatch) -> Life:
 class Drawn(StepTime):
     """Whole microseconds, of everything that a step has; where `wobble` is, no arithmetic progression."""
 
-    def __init__(self, step: int, request: int, query: int, context: int, wobble: int, host: tuple[int, int, int]):
-        self.costs, self.wobble, self.host = (step, request, query, context), wobble, host
+    def __init__(
+        self,
+        step: int,
+        request: int,
+        query: int,
+        context: int,
+        wobble: int,
+        host: tuple[int, int, int],
+        latency: int | None = None,
+    ):
+        self.costs, self.wobble, self.host, self.latency = (step, request, query, context), wobble, host, latency
 
     def predict(self, step: StepShape) -> float:
         raise AssertionError("ticks are exact")
@@ -205,8 +218,14 @@ class Drawn(StepTime):
         base, request, prefill = self.host
         return (base + request * step.num_requests + (prefill if step.prefills else 0)) * US
 
+    def alone_ticks(self, step: StepShape) -> int:
+        """Beside the host's launch, where there are prompts and `latency` says so."""
+        if self.latency is None or not step.prefills:
+            return super().alone_ticks(step)
+        return self.ticks(step) + self.latency * US
+
     def __repr__(self) -> str:
-        return f"Drawn(*{self.costs}, {self.wobble}, {self.host})"
+        return f"Drawn(*{self.costs}, {self.wobble}, {self.host}, {self.latency})"
 
 
 @dataclass
@@ -257,6 +276,7 @@ def cases(draw, depth: int, aborts: bool = False):
         draw(few),
         draw(st.sampled_from([0, 100, 1000])),
         (draw(st.sampled_from([0, 100, 500, 1000, 3000])), draw(few), draw(st.sampled_from([0, 500, 5000]))),
+        draw(st.sampled_from([None, 0, 300, 4000])),
     )
     timeouts = []
     if aborts:

@@ -1,0 +1,187 @@
+"""The fit of one KV format's tables: any step's time, what that rests on, and how well points predict each other.
+
+Numpy, scipy and the standard library only: calibration fits on the GPU machine what it has just measured.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from engine.errors import UserError
+from engine.scheduling import StepShape
+from planner.profile.decode import DecodeFit, decode_errors, fit_decode
+from planner.profile.host import HostFit, fit_host
+from planner.profile.prompt import PromptFit, fit_prompt, prompt_errors
+from planner.profile.regression import table_errors
+from planner.profile.shape import ModelShape
+from planner.profile.tables import EngineSettings, KVTables, Limits
+from planner.step_time import Evidence, Uncertainty
+
+# A normal distribution's 10 % and 90 % quantiles are this many standard deviations apart.
+_QUANTILE_SPAN = 2.563
+# So many mixed points tell how far whole steps are off.
+_ENOUGH_MIXED = 5
+
+
+@dataclass
+class FittedKV:
+    """Predicts step times for one model, KV format and GPU.
+
+    Attributes:
+        decode, prompt, host: the three fits.
+        shape: the model's. engine: the settings it was measured with.
+        tables: the points behind it; None once it has been transferred to something else.
+    """
+
+    shape: ModelShape
+    engine: EngineSettings
+    decode: DecodeFit
+    prompt: PromptFit
+    host: HostFit
+    tables: KVTables | None = None
+    _errors: dict[str, Any] | None = field(default=None, repr=False)
+    _keys: frozenset | None = field(default=None, repr=False)
+
+    def predict(self, step: StepShape) -> tuple[float, Evidence]:
+        """Seconds that a step takes among equal ones, and what that rests on."""
+        return self.seconds(step), self.evidence(step)
+
+    def seconds(self, step: StepShape) -> float:
+        """The period of such steps, one after another."""
+        if step.verifies:
+            return self._verification_s(step)
+        if step.prefills:
+            return self.prompt.seconds(step)
+        return self.decode.seconds(len(step.decode_contexts), self.shape.decode_keys(step.decode_contexts))
+
+    def host_s(self, step: StepShape) -> float:
+        """CPU time of schedule, launch and update."""
+        return self.host.seconds(step)
+
+    def alone_s(self, step: StepShape) -> float:
+        """From schedule to tokens on the host when nothing is in flight."""
+        if step.prefills:
+            return self.seconds(step) + self.host.added_latency_s(step)
+        return self.seconds(step) + self.host_s(step)
+
+    def evidence(self, step: StepShape) -> Evidence:
+        """MEASURED at a point, INTERPOLATED between points, EXTRAPOLATED outside and for verifications."""
+        if self.tables is None or step.verifies:
+            return Evidence.EXTRAPOLATED
+        if _key(step) in self._measured():
+            return Evidence.MEASURED
+        return Evidence.INTERPOLATED if self.is_inside(step) else Evidence.EXTRAPOLATED
+
+    def is_inside(self, step: StepShape) -> bool:
+        """Whether a plain step lies between measured points."""
+        if step.prefills:
+            return self.prompt.is_inside(step)
+        batch = len(step.decode_contexts)
+        return self.shape.decode_keys(step.decode_contexts) <= self.decode.key_limit(batch)
+
+    def errors(self) -> dict[str, Any]:
+        """Of each table: number of points, relative errors in sample and leaving out one, coefficients dropped.
+
+        {"decode": {"points": 60, "in_sample": {"median":, "p90":, "max":}, "leave_one_out": {...}, "dropped": [...]},
+         "prefill": ..., "mixed": ..., "host decode": ..., "repeat": {"decode":, "prompt":}}
+
+        "repeat" is the relative standard error of the points' medians.
+
+        Raises:
+            ValueError: the fit was transferred, so that no points stand behind it.
+        """
+        if self._errors is None:
+            if self.tables is None:
+                raise ValueError("a transferred fit has no points of its own")
+            self._errors = self._compute_errors(self.tables)
+        return self._errors
+
+    def uncertainty(self, errors: dict[str, Any] | None = None) -> Uncertainty:
+        """Relative standard deviations of decode steps and of steps with prompts, inside what was measured.
+
+        Args:
+            errors: what `errors` found, if it is at hand.
+        """
+        errors = errors or self.errors()
+        repeat = errors["repeat"]
+        # Whole steps are what a simulation is made of; leaving a chunk out of its coarse grid says less of them.
+        prompts = errors["mixed"] if errors["mixed"]["points"] >= _ENOUGH_MIXED else errors["prefill"]
+        decode = np.hypot(_deviation(errors["decode"]), repeat["decode"])
+        prompt = np.hypot(_deviation(prompts), repeat["prompt"])
+        return Uncertainty(float(decode), float(prompt))
+
+    # ---- inside ----------------------------------------------------------------------------------------------------
+
+    def _verification_s(self, step: StepShape) -> float:
+        """A verification of q tokens costs the dense work of q rows; the context is read once for all of them."""
+        rows = len(step.decode_contexts) + sum(query for query, _ in step.verifies)
+        contexts = [*step.decode_contexts, *(context + query - 1 for query, context in step.verifies)]
+        keys = self.shape.decode_keys(contexts)
+        if step.prefills:
+            plain = StepShape(step.prefills, [0] * rows)
+            extra = keys - self.shape.decode_keys([0] * rows)
+            return max(self.prompt.seconds(plain) + self.prompt.key_s * extra, self.prompt.seconds(plain))
+        largest = self.engine.graph_sizes[-1] if self.engine.graph_sizes else self.decode.sizes[-1]
+        attention = self.decode.key_s * keys
+        if rows <= largest:
+            return self.decode.seconds(rows, 0) + attention
+        dense = self.prompt.dense(rows)
+        return max(dense, self.decode.seconds(largest, 0)) + attention
+
+    def _measured(self) -> frozenset:
+        if self._keys is None:
+            tables = self.tables
+            points = (*tables.decode, *tables.prefill, *tables.mixed)
+            self._keys = frozenset((tuple(sorted(p.prefills)), frozenset(_runs(p.decodes).items())) for p in points)
+        return self._keys
+
+    def _compute_errors(self, tables: KVTables) -> dict[str, Any]:
+        inside, outside = decode_errors(tables.decode, self.shape, self.engine)
+        found = {"decode": table_errors(inside, outside, self.decode.dropped)}
+        prompts = prompt_errors(tables.prefill, tables.mixed, self.decode, self.prompt, self.engine)
+        found["prefill"] = table_errors(*prompts["prefill"])
+        found["mixed"] = table_errors(*prompts["mixed"], self.prompt.dropped)
+        repeat = {"decode": _repeat(tables.decode), "prompt": _repeat((*tables.prefill, *tables.mixed))}
+        return found | self.host.errors | {"repeat": repeat}
+
+
+def fit_kv(tables: KVTables, shape: ModelShape, limits: Limits, engine: EngineSettings) -> FittedKV:
+    """Fit one KV format.
+
+    Raises:
+        UserError: there is no decode point, or no prefill point.
+    """
+    for name in ("decode", "prefill"):
+        if not getattr(tables, name):
+            raise UserError(f"the profile has no {name} points, without which no step time can be told")
+    decode = fit_decode(tables.decode, shape, engine)
+    prompt = fit_prompt(tables.prefill, tables.mixed, decode, shape, limits, engine)
+    return FittedKV(shape, engine, decode, prompt, fit_host(tables, engine), tables)
+
+
+def _runs(decodes) -> Counter:
+    """(context, count) by context, whatever the order."""
+    total: Counter = Counter()
+    for context, count in decodes:
+        total[context] += count
+    return total
+
+
+def _key(step: StepShape) -> tuple:
+    return tuple(sorted(step.prefills)), frozenset(Counter(step.decode_contexts).items())
+
+
+def _deviation(table: dict[str, Any]) -> float:
+    """A standard deviation from the quantiles of absolute errors; outliers count as far as p90 feels them."""
+    found = table["leave_one_out"] or table["in_sample"]
+    return max(found["median"] / 0.6745, found["p90"] / 1.6449) if found else 0.0
+
+
+def _repeat(points) -> float:
+    errors = [(p.high_s - p.low_s) / _QUANTILE_SPAN / p.step_s / max(1, p.samples) ** 0.5 for p in points]
+    return float(np.median(errors)) if errors else 0.0
+

@@ -1,0 +1,141 @@
+"""The host's part: CPU time of a step by its kind, and what a step takes longer when nothing is in flight.
+
+Kinds: "decode" (replays a graph), "pieces" (prompt chunks, graphs between attentions), "eager" (launched one by one).
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from engine.scheduling import StepShape
+from planner.profile.regression import choose, table_errors
+from planner.profile.tables import EngineSettings, KVTables, Point, padded, point_shape
+
+KINDS = ("decode", "pieces", "eager")
+
+
+@dataclass(frozen=True)
+class HostCost:
+    """Seconds of CPU time: per step, per decoding request, per prompt chunk, per admitted request."""
+
+    step_s: float
+    row_s: float = 0.0
+    chunk_s: float = 0.0
+    admitted_s: float = 0.0
+
+    def seconds(self, step: StepShape) -> float:
+        rows, chunks = len(step.decode_contexts) + len(step.verifies), len(step.prefills)
+        seconds = self.step_s + self.row_s * rows + self.chunk_s * chunks
+        if self.admitted_s:
+            seconds += self.admitted_s * sum([context == 0 for _, context in step.prefills])
+        return seconds
+
+
+@dataclass(frozen=True)
+class HostFit:
+    """What was fitted.
+
+    Attributes:
+        costs: by kind; empty where the profile says nothing of the host.
+        sizes, latency_s: padded tokens of a prompt step, and its time with nothing in flight beyond its step time.
+        row_latency_s: of that, per request that decodes in it.
+        piece_sizes: which tell the kinds apart.
+    """
+
+    costs: dict[str, HostCost]
+    sizes: tuple[int, ...]
+    latency_s: tuple[float, ...]
+    row_latency_s: float
+    piece_sizes: tuple[int, ...]
+    errors: dict[str, Any]
+
+    def kind(self, step: StepShape) -> str:
+        if not step.prefills:
+            return "decode"
+        return "pieces" if self.piece_sizes and step.num_tokens <= self.piece_sizes[-1] else "eager"
+
+    def seconds(self, step: StepShape) -> float:
+        """CPU time of schedule, launch and update."""
+        cost = self.costs.get(self.kind(step))
+        return cost.seconds(step) if cost else 0.0
+
+    def added_latency_s(self, step: StepShape) -> float:
+        """From schedule to tokens with nothing in flight, less the step time; of a step with prompt chunks."""
+        if not self.sizes:
+            return 0.0
+        size, sizes, latency = padded(step.num_tokens, self.piece_sizes), self.sizes, self.latency_s
+        i = bisect_left(sizes, size)
+        if i == len(sizes):
+            alone = latency[-1]
+        elif i == 0 or sizes[i] == size:
+            alone = latency[i]
+        else:
+            share = (size - sizes[i - 1]) / (sizes[i] - sizes[i - 1])
+            alone = latency[i - 1] + share * (latency[i] - latency[i - 1])
+        return alone + self.row_latency_s * len(step.decode_contexts)
+
+
+def fit_host(tables: KVTables, engine: EngineSettings) -> HostFit:
+    """Fit what the points say of the host; nothing where they do not, or where steps are not pipelined.
+
+    Without steps in flight together a step's period has the host's time in it already.
+    """
+    empty = HostFit({}, (), (), 0.0, engine.piece_sizes, {})
+    on_gpu = any(point.gpu_s is not None for point in tables.decode)
+    if not (engine.async_scheduling and on_gpu):
+        return empty
+    by_kind: dict[str, list[Point]] = defaultdict(list)
+    for point in (*tables.decode, *tables.prefill, *tables.mixed):
+        if point.host_s is not None:
+            by_kind[empty.kind(point_shape(point))].append(point)
+    costs, errors = {}, {}
+    for kind, points in by_kind.items():
+        costs[kind], errors[f"host {kind}"] = _cost(points)
+    # A kind that was not measured costs what the other kind of prompt step does.
+    for kind, other in (("pieces", "eager"), ("eager", "pieces")):
+        if kind not in costs and other in costs:
+            costs[kind] = costs[other]
+    sizes, latency_s = _latencies(tables.prefill, engine)
+    row_s = _row_latency(HostFit({}, sizes, latency_s, 0.0, engine.piece_sizes, {}), tables.mixed)
+    return HostFit(costs, sizes, latency_s, row_s, engine.piece_sizes, errors)
+
+
+def _cost(points: Sequence[Point]) -> tuple[HostCost, dict[str, Any]]:
+    seconds = np.array([point.host_s for point in points])
+    columns = {
+        "row": np.array([point.batch for point in points], float),
+        "chunk": np.array([len(point.prefills) for point in points], float),
+        "admitted": np.array([sum(context == 0 for _, context in point.prefills) for point in points], float),
+    }
+    # A column that is the same everywhere is the step itself.
+    varied = {name: column for name, column in columns.items() if np.ptp(column) > 0}
+    weight = 1 / np.maximum(seconds, 1e-6)
+    chosen = choose({"step": np.ones(len(points))}, varied, seconds, weight)
+    cost = HostCost(*(chosen.values.get(name, 0.0) for name in ("step", "row", "chunk", "admitted")))
+    inside = [cost.seconds(point_shape(point)) / max(point.host_s, 1e-6) - 1 for point in points]
+    return cost, table_errors(inside, [], chosen.dropped) | {"leave_one_out_mean": chosen.score}
+
+
+def _latencies(prefill: Sequence[Point], engine: EngineSettings) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    added: dict[int, list[float]] = defaultdict(list)
+    for point in prefill:
+        if point.alone_s is not None:
+            added[padded(point.num_tokens, engine.piece_sizes)].append(max(0.0, point.alone_s - point.step_s))
+    sizes = tuple(sorted(added))
+    return sizes, tuple(median(added[size]) for size in sizes)
+
+
+def _row_latency(fit: HostFit, mixed: Sequence[Point]) -> float:
+    known = [point for point in mixed if point.alone_s is not None and point.prefills]
+    if len(known) < 3 or not fit.sizes:
+        return 0.0
+    beyond = np.array([p.alone_s - p.step_s - fit.added_latency_s(point_shape(p)) for p in known])
+    rows = np.array([point.batch for point in known], float)
+    return choose({}, {"row": rows}, beyond, 1 / np.array([point.alone_s for point in known])).values["row"]

@@ -1,0 +1,223 @@
+"""The simulator's step times from a fitted profile."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from dataclasses import replace
+
+from engine.scheduling import StepShape
+from planner.profile.fit import FittedKV
+from planner.profile.tables import EngineSettings
+from planner.step_time import (
+    TICKS_PER_SECOND,
+    AffineRun,
+    DecodeRun,
+    Evidence,
+    PiecewiseRun,
+    StepTime,
+    Uncertainty,
+    to_ticks,
+)
+
+_GRAPH_STEP = 8
+
+
+class ProfileStepTime(StepTime):
+    """Step times of one fitted profile, for a deployment with the engine's limits.
+
+    The time of a decode step of one batch is piecewise linear in the keys it attends to. Its pieces are kept as whole
+    ticks, so that a run of steps is a few arithmetic progressions and equals its single steps to the tick.
+    """
+
+    evidence_varies = True
+
+    def __init__(
+        self,
+        fitted: FittedKV,
+        description: str = "",
+        uncertainty: Uncertainty | None = None,
+        max_num_seqs: int | None = None,
+        max_num_batched_tokens: int | None = None,
+        decode_scale: float = 1.0,
+        prefill_scale: float = 1.0,
+    ) -> None:
+        """
+        Args:
+            fitted: the fit, measured or transferred.
+            description: where it comes from, for people.
+            uncertainty: the fit's own if None, where it has points.
+            max_num_seqs, max_num_batched_tokens: of the deployment, which decide how steps are padded; None for those
+                of the profile.
+            decode_scale, prefill_scale: what times of steps without and with prompt chunks are multiplied by.
+        """
+        self.fitted = with_limits(fitted, max_num_seqs, max_num_batched_tokens)
+        self.description = description
+        is_measured = fitted.tables is not None
+        self.evidence = Evidence.INTERPOLATED if is_measured else Evidence.EXTRAPOLATED
+        self.evidence_varies = is_measured
+        if uncertainty is None and is_measured:
+            uncertainty = fitted.uncertainty()
+        self.uncertainty = uncertainty
+        # The host's times are there only if steps were measured with two in flight.
+        self.pipeline_depth = 2 if fitted.host.costs else 1
+        self._decode_scale, self._prefill_scale = decode_scale, prefill_scale
+        self._layers = fitted.shape.layers
+        self._curves: dict[int, _Curve] = {}
+        self._host_ticks: dict[int, int] = {}
+
+    def scaled(self, decode: float = 1.0, prefill: float = 1.0) -> ProfileStepTime:
+        return ProfileStepTime(
+            self.fitted,
+            self.description,
+            self.uncertainty,
+            decode_scale=self._decode_scale * decode,
+            prefill_scale=self._prefill_scale * prefill,
+        )
+
+    # ---- the contract ----------------------------------------------------------------------------------------------
+
+    def predict(self, step: StepShape) -> float:
+        return self.ticks(step) / TICKS_PER_SECOND
+
+    def ticks(self, step: StepShape) -> int:
+        if step.prefills:
+            return to_ticks(self.fitted.seconds(step) * self._prefill_scale, step)
+        if step.verifies:
+            return to_ticks(self.fitted.seconds(step) * self._decode_scale, step)
+        contexts = step.decode_contexts
+        return self._curve(len(contexts)).ticks_at(self.fitted.shape.decode_keys(contexts))
+
+    def host_ticks(self, step: StepShape) -> int:
+        if step.prefills or step.verifies:
+            return round(self.fitted.host_s(step) * TICKS_PER_SECOND)
+        batch = len(step.decode_contexts)
+        ticks = self._host_ticks.get(batch)
+        if ticks is None:
+            self._host_ticks[batch] = ticks = round(self.fitted.host_s(step) * TICKS_PER_SECOND)
+        return ticks
+
+    def alone_ticks(self, step: StepShape) -> int:
+        if not step.prefills:
+            return self.host_ticks(step) + self.ticks(step)
+        return self.ticks(step) + round(self.fitted.host.added_latency_s(step) * TICKS_PER_SECOND)
+
+    def evidence_of(self, step: StepShape) -> Evidence:
+        """As `FittedKV.evidence`, but no decode step counts as MEASURED: that one step of many hits a point is chance."""
+        if not self.evidence_varies or step.prefills or step.verifies:
+            return self.fitted.evidence(step)
+        return Evidence.INTERPOLATED if self.fitted.is_inside(step) else Evidence.EXTRAPOLATED
+
+    def steps_inside(self, contexts: list[int], steps: int) -> int:
+        if not self.evidence_varies:
+            return 0
+        limit = self.fitted.decode.key_limit(len(contexts))
+        keys, growth, regular = self._growth(contexts)
+        inside = 0
+        while inside < steps and keys <= limit:
+            count = min(steps - inside, regular)
+            if growth:
+                count = min(count, (limit - keys) // growth + 1)
+            inside += count
+            if count < regular or inside == steps:
+                break
+            keys, growth, regular = self._growth([context + inside for context in contexts])
+        return inside
+
+    def decode_run(self, contexts: list[int], steps: int) -> DecodeRun:
+        keys, growth, regular = self._growth(contexts)
+        return self._curve(len(contexts)).run(keys, growth, min(steps, regular))
+
+    # ---- inside ----------------------------------------------------------------------------------------------------
+
+    def _growth(self, contexts: list[int]) -> tuple[int, int, int]:
+        """Keys of the next step, by how many they grow with each step, and for how many steps they grow like that."""
+        growth, regular = 0, 1 << 62
+        for window, count in self._layers:
+            if window is None:
+                growth += count * len(contexts)
+                continue
+            growing = [context for context in contexts if context + 1 < window]
+            if growing:
+                # Until the next request fills its window.
+                regular = min(regular, window - 1 - max(growing))
+                growth += count * len(growing)
+        return self.fitted.shape.decode_keys(contexts), growth, regular
+
+    def _curve(self, batch: int) -> _Curve:
+        curve = self._curves.get(batch)
+        if curve is None:
+            self._curves[batch] = curve = _Curve(self.fitted, batch, self._decode_scale)
+        return curve
+
+
+class _Curve:
+    """Ticks of a decode step of one batch by the keys it attends to: whole numbers at nodes, whole slopes between."""
+
+    __slots__ = ("nodes", "slopes", "ticks")
+
+    def __init__(self, fitted: FittedKV, batch: int, scale: float) -> None:
+        decode = fitted.decode
+        # Every decode attends to itself in every layer.
+        least = batch * decode.num_layers
+        nodes = [least, *(node for node in decode.nodes(batch) if node > least)]
+        what = f"{batch} decodes"
+        self.nodes = nodes
+        # A table of nonsense might have steps of no time at all; the clock must go on.
+        self.ticks = [max(1, to_ticks(max(0.0, decode.seconds(batch, node)) * scale, what)) for node in nodes]
+        self.slopes = [
+            (after - before) // (to - start)
+            for start, to, before, after in zip(nodes, nodes[1:], self.ticks, self.ticks[1:], strict=False)
+        ]
+        last = decode.attention_s(batch, nodes[-1]) / nodes[-1]
+        self.slopes.append(max(0, int(last * scale * TICKS_PER_SECOND)))
+
+    def ticks_at(self, keys: int) -> int:
+        i = bisect_right(self.nodes, keys) - 1
+        return self.ticks[i] + self.slopes[i] * (keys - self.nodes[i])
+
+    def run(self, keys: int, growth: int, steps: int) -> DecodeRun:
+        """The next steps, the keys of which grow by `growth` from step to step."""
+        nodes = self.nodes
+        i = bisect_right(nodes, keys) - 1
+        segments: list[tuple[int, int, int]] = []
+        while True:
+            first = self.ticks[i] + self.slopes[i] * (keys - nodes[i])
+            count = steps
+            if growth and i + 1 < len(nodes):
+                count = min(steps, -(-(nodes[i + 1] - keys) // growth))
+            segments.append((first, self.slopes[i] * growth, count))
+            steps -= count
+            if not steps:
+                break
+            keys += growth * count
+            i = bisect_right(nodes, keys, lo=i) - 1
+        if len(segments) == 1 and segments[0][1] >= 0:
+            return AffineRun(*segments[0])
+        return PiecewiseRun(segments)
+
+
+def with_limits(fitted: FittedKV, max_num_seqs: int | None, max_num_batched_tokens: int | None) -> FittedKV:
+    """The fit with the padding of an engine that has these limits."""
+    engine = fitted.engine
+    graphs, pieces = engine.graph_sizes, engine.piece_sizes
+    if graphs and max_num_seqs is not None and max_num_seqs != graphs[-1]:
+        graphs = _graph_sizes(graphs, max_num_seqs)
+    if max_num_batched_tokens is not None:
+        pieces = tuple(size for size in pieces if size <= max_num_batched_tokens)
+    if (graphs, pieces) == (engine.graph_sizes, engine.piece_sizes):
+        return fitted
+    changed: EngineSettings = replace(engine, graph_sizes=graphs, piece_sizes=pieces)
+    return replace(
+        fitted,
+        engine=changed,
+        decode=replace(fitted.decode, graph_sizes=graphs),
+        prompt=replace(fitted.prompt, piece_sizes=pieces),
+        host=replace(fitted.host, piece_sizes=pieces),
+    )
+
+
+def _graph_sizes(measured: tuple[int, ...], max_num_seqs: int) -> tuple[int, ...]:
+    """The engine's rule: some small sizes, then every eighth, and the limit itself."""
+    beyond = range(measured[-1] // _GRAPH_STEP * _GRAPH_STEP + _GRAPH_STEP, max_num_seqs, _GRAPH_STEP)
+    kept = [size for size in measured if size < max_num_seqs]
+    return (*kept, *beyond, max_num_seqs)

@@ -1,0 +1,170 @@
+"""The measured points of a profile, as plain dataclasses; the file's own words are in `planner.profile.schema`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from engine.scheduling import StepShape
+
+VERSION = 1
+KIND = "memwall-profile"
+
+
+@dataclass(frozen=True)
+class Point:
+    """One step shape, measured.
+
+    Attributes:
+        prefills: (query tokens, context tokens) of each prompt chunk; each samples one token.
+        decodes: (context tokens, how many requests have it), in order.
+        step_s: median period of such steps one after another, with as many in flight as the engine has.
+        low_s, high_s: 10 % and 90 % quantile of the single periods; samples: how many there were.
+        gpu_s: median time on the GPU; None without one.
+        alone_s: median time from schedule to tokens on the host with nothing in flight; None if unknown.
+        host_s: median CPU time of schedule, launch and update; None if unknown.
+        graph_size: of the CUDA graph that was replayed.
+    """
+
+    prefills: tuple[tuple[int, int], ...]
+    decodes: tuple[tuple[int, int], ...]
+    step_s: float
+    low_s: float
+    high_s: float
+    samples: int = 1
+    gpu_s: float | None = None
+    alone_s: float | None = None
+    host_s: float | None = None
+    graph_size: int | None = None
+
+    @property
+    def batch(self) -> int:
+        """Requests that decode."""
+        return sum(count for _, count in self.decodes)
+
+    @property
+    def num_tokens(self) -> int:
+        return self.batch + sum(query for query, _ in self.prefills)
+
+    def to_json(self) -> dict[str, Any]:
+        """As the profile has it."""
+        return asdict(self) | {"prefills": [list(p) for p in self.prefills], "decodes": [list(d) for d in self.decodes]}
+
+    @classmethod
+    def from_json(cls, row: Mapping[str, Any]) -> Point:
+        """The inverse of `to_json`; the row must be valid."""
+        values = {name: row[name] for name in cls.__dataclass_fields__ if name in row}
+        pairs = {name: tuple((int(a), int(b)) for a, b in row[name]) for name in ("prefills", "decodes")}
+        return cls(**(values | pairs))
+
+
+@dataclass(frozen=True)
+class KVTables:
+    """The points of one KV format.
+
+    Attributes:
+        decode: steps of decodes only. prefill: one prompt chunk alone. mixed: whole steps of other shapes.
+        num_kv_blocks, kv_cache_bytes: of the engine's pool.
+    """
+
+    decode: tuple[Point, ...]
+    prefill: tuple[Point, ...]
+    mixed: tuple[Point, ...] = ()
+    num_kv_blocks: int = 0
+    kv_cache_bytes: int = 0
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> KVTables:
+        """A KV section of a profile; it must be valid."""
+        tables = {name: tuple(map(Point.from_json, record[name])) for name in ("decode", "prefill", "mixed")}
+        return cls(**tables, num_kv_blocks=record["num_kv_blocks"], kv_cache_bytes=record["kv_cache_bytes"])
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the device was measured to do: bytes copied and FLOPs of matrix products per second."""
+
+    copy_bytes_per_s: float
+    matmul_flops_per_s: float
+    matmul_fp8_flops_per_s: float | None = None
+
+    def flops_per_s(self, fp8: bool) -> float:
+        return (self.matmul_fp8_flops_per_s if fp8 else None) or self.matmul_flops_per_s
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """What decides how the engine runs a step.
+
+    Attributes:
+        graph_sizes: padded batch sizes of the decode graphs, ascending; empty without graphs.
+        piece_sizes: padded numbers of tokens of steps in pieces, ascending; larger steps are not padded.
+        async_scheduling: the next step is launched while one runs.
+    """
+
+    max_num_batched_tokens: int = 8192
+    max_num_seqs: int = 256
+    max_model_len: int = 0
+    block_size: int = 64
+    gpu_memory_utilization: float = 0.92
+    enable_chunked_prefill: bool = True
+    enforce_eager: bool = False
+    async_scheduling: bool = True
+    graph_sizes: tuple[int, ...] = ()
+    piece_sizes: tuple[int, ...] = ()
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> EngineSettings:
+        """The engine section of a profile; it must be valid."""
+        values = {name: record[name] for name in cls.__dataclass_fields__ if name in record}
+        sizes = {name: tuple(sorted(values.get(name) or ())) for name in ("graph_sizes", "piece_sizes")}
+        return cls(**(values | sizes))
+
+
+@dataclass(frozen=True)
+class ProfileTables:
+    """A whole profile, without its provenance.
+
+    Attributes:
+        config: the model's config.json. quantization: None or "fp8", at load.
+        kv: points by KV format. allreduce: (world size, bytes, seconds).
+    """
+
+    config: Mapping[str, Any]
+    quantization: str | None
+    limits: Limits
+    engine: EngineSettings
+    kv: Mapping[str, KVTables]
+    allreduce: tuple[tuple[int, int, float], ...] = ()
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> ProfileTables:
+        """A profile as it is in the file; it must be valid."""
+        limits = record["limits"]
+        return cls(
+            config=record["model"]["config"],
+            quantization=record["quantization"],
+            limits=Limits(**{name: limits.get(name) for name in Limits.__dataclass_fields__}),
+            engine=EngineSettings.from_json(record["engine"]),
+            kv={name: KVTables.from_json(section) for name, section in record["kv"].items()},
+            allreduce=tuple((row["world_size"], row["bytes"], row["time_s"]) for row in record["allreduce"]),
+        )
+
+
+def expand(decodes: tuple[tuple[int, int], ...]) -> list[int]:
+    """Contexts, one per request, of (context, count) runs."""
+    return [context for context, count in decodes for _ in range(count)]
+
+
+def point_shape(point: Point) -> StepShape:
+    """The step that a point measured."""
+    return StepShape(prefills=list(point.prefills), decode_contexts=expand(point.decodes))
+
+
+def padded(size: int, sizes: tuple[int, ...]) -> int:
+    """The smallest of `sizes` (ascending) that holds `size`; `size` itself if none does."""
+    for each in sizes:
+        if each >= size:
+            return each
+    return size
