@@ -136,8 +136,10 @@ class DraftedStepTime(StepTime):
     def host_ticks(self, step: StepShape) -> int:
         return self.target.host_ticks(step)
 
-    def alone_ticks(self, step: StepShape) -> int:
-        return self.target.alone_ticks(step) + self._draft_ticks(step)
+    def alone_ticks(self, step: StepShape, ticks: int | None = None) -> int:
+        target = self.target.ticks(step)
+        ticks = target + self._draft_ticks(step) if ticks is None else ticks
+        return ticks + self.target.alone_ticks(step, target) - target
 
     def evidence_of(self, step: StepShape) -> Evidence:
         return self.target.evidence_of(step)

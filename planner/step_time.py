@@ -256,15 +256,18 @@ class StepTime(ABC):
         """
         return 0
 
-    def alone_ticks(self, step: StepShape) -> int:
+    def alone_ticks(self, step: StepShape, ticks: int | None = None) -> int:
         """Ticks from the decision to run a step to its tokens, if nothing is in flight; `ticks` at least.
 
         With a step in flight that ends at `e`, this one ends at max(e + ticks, decision + alone_ticks). For steps of
         decodes alone it must be host_ticks + ticks, the default: leaps rely on it. A step with prompt chunks is
         launched while the device already computes, and may take less; the host looks for its tokens when its launch
         is over all the same.
+
+        Args:
+            ticks: what `ticks` says of the step, if it is at hand.
         """
-        return self.host_ticks(step) + self.ticks(step)
+        return self.host_ticks(step) + (self.ticks(step) if ticks is None else ticks)
 
     def evidence_of(self, step: StepShape) -> Evidence:
         """What the time of one step rests on."""
@@ -311,8 +314,10 @@ class ScaledStepTime(StepTime):
     def host_ticks(self, step: StepShape) -> int:
         return self.inner.host_ticks(step)
 
-    def alone_ticks(self, step: StepShape) -> int:
-        return self.ticks(step) + self.inner.alone_ticks(step) - self.inner.ticks(step)
+    def alone_ticks(self, step: StepShape, ticks: int | None = None) -> int:
+        inner = self.inner.ticks(step)
+        scaled = max(1, round(inner * self._scale(step))) if ticks is None else ticks
+        return scaled + self.inner.alone_ticks(step, inner) - inner
 
     def evidence_of(self, step: StepShape) -> Evidence:
         return self.inner.evidence_of(step)

@@ -96,10 +96,11 @@ class ProfileStepTime(StepTime):
             self._host_ticks[batch] = ticks = round(self.fitted.host_s(step) * TICKS_PER_SECOND)
         return ticks
 
-    def alone_ticks(self, step: StepShape) -> int:
+    def alone_ticks(self, step: StepShape, ticks: int | None = None) -> int:
         if not step.prefills:
-            return self.host_ticks(step) + self.ticks(step)
-        return self.ticks(step) + round(self.fitted.host.added_latency_s(step) * TICKS_PER_SECOND)
+            return super().alone_ticks(step, ticks)
+        ticks = self.ticks(step) if ticks is None else ticks
+        return ticks + round(self.fitted.host.added_latency_s(step) * TICKS_PER_SECOND)
 
     def evidence_of(self, step: StepShape) -> Evidence:
         """As `FittedKV.evidence`, but no decode step counts as MEASURED: that one step of many hits a point is chance."""

@@ -89,7 +89,7 @@ class PipelinedReplica(Replica):
             host = self.step_time.host_ticks(step.shape)
             launched = env.now + host
             ticks = self.step_time.ticks(step.shape)
-            end = env.now + (self.step_time.alone_ticks(step.shape) if step.shape.prefills else host + ticks)
+            end = env.now + self.step_time.alone_ticks(step.shape, ticks)
             if flights:
                 end = max(end, flights[-1].end + ticks)
             self._note_step(step, ticks)

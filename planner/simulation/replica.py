@@ -156,7 +156,7 @@ class Replica:
             ticks, host = self.step_time.ticks(step.shape), self.step_time.host_ticks(step.shape)
             self._note_step(step, ticks)
             # The host looks for the tokens when its launch is over.
-            self._wait(max(host, self.step_time.alone_ticks(step.shape)) if step.shape.prefills else host + ticks)
+            self._wait(max(host, self.step_time.alone_ticks(step.shape, ticks)))
 
     def _decode_run(self, steps: int) -> tuple[DecodeRun, int]:
         """The next `steps` steps of the running requests on the device, or fewer, and the host's time for each."""

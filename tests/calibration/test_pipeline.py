@@ -218,10 +218,10 @@ class Drawn(StepTime):
         base, request, prefill = self.host
         return (base + request * step.num_requests + (prefill if step.prefills else 0)) * US
 
-    def alone_ticks(self, step: StepShape) -> int:
+    def alone_ticks(self, step: StepShape, ticks: int | None = None) -> int:
         """Beside the host's launch, where there are prompts and `latency` says so."""
         if self.latency is None or not step.prefills:
-            return super().alone_ticks(step)
+            return super().alone_ticks(step, ticks)
         return self.ticks(step) + self.latency * US
 
     def __repr__(self) -> str:
