@@ -15,6 +15,8 @@ NEAR_FULL = 0.90
 # How many fewer blocks the cliff is looked for at, and what counts as one.
 KNEE_SHARE = 0.10
 CLIFF_FACTOR = 2.0
+# Of the steps' time, from where on it is worth saying that it is extrapolated.
+_NOTEWORTHY_SHARE = 0.001
 
 
 def examine(
@@ -74,6 +76,11 @@ def cliff_warning(
 def _evidence(result: SimulationResult) -> list[str]:
     if result.evidence is Evidence.UNCALIBRATED:
         return ["step times are uncalibrated: they come from the data sheet and stated efficiencies, not from this GPU"]
+    share = result.evidence_shares.get(Evidence.EXTRAPOLATED, 0.0)
+    if share == 1.0:
+        return ["step times are transferred: they were measured on something else, and scaled"]
+    if share >= _NOTEWORTHY_SHARE:
+        return [f"{share:.1%} of the steps' time lies outside of what was measured, and is extrapolated"]
     return []
 
 

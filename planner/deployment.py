@@ -9,6 +9,7 @@ from planner.errors import UserError
 from planner.hardware import GpuSpec, Price
 from planner.memory import KVCacheDtype, MemoryReport, MemorySettings, kv_layout, plan_memory, validate_parallelism
 from planner.model import ModelSpec
+from planner.profile.library import Match, find_profile, load_profiles, step_time_of
 from planner.roofline import RooflineStepTime
 from planner.simulation import System
 from planner.simulation.router import ROUTERS
@@ -31,6 +32,8 @@ class Deployment:
         router: a name of `planner.simulation.router.ROUTERS`, or "auto".
         num_gpu_blocks_override: size of the KV pool of one replica; None to derive it from the memory model.
         speculation: None for plain decoding.
+        profiles: paths of measured profiles, which the shipped ones stand behind; None for the shipped ones alone,
+            ("none",) for none at all, so that step times come from the data sheet.
     """
 
     model: ModelSpec
@@ -50,6 +53,7 @@ class Deployment:
     router: str = AUTO_ROUTER
     num_gpu_blocks_override: int | None = None
     speculation: SpeculationConfig | None = None
+    profiles: tuple[str, ...] | None = None
 
     @property
     def num_gpus(self) -> int:
@@ -72,17 +76,21 @@ class Deployment:
             UserError: a setting out of its range.
         """
         speculation = self.active_speculation
+        block_size, num_blocks = self.block_size, self.num_gpu_blocks_override
+        measured = self._measured_pool()
+        if measured is not None:
+            block_size, num_blocks = measured
         return MemorySettings(
             tensor_parallel_size=self.tensor_parallel_size,
             max_model_len=self.max_model_len,
             kv_cache_dtype=self.kv_cache_dtype,
-            block_size=self.block_size,
+            block_size=block_size,
             gpu_memory_utilization=self.gpu_memory_utilization,
             max_num_batched_tokens=self.max_num_batched_tokens,
             max_num_seqs=self.max_num_seqs,
             kv_cache_policy=self.kv_cache_policy,
             enforce_eager=self.enforce_eager,
-            num_gpu_blocks=self.num_gpu_blocks_override,
+            num_gpu_blocks=num_blocks,
             draft_model=speculation.draft_model if speculation else None,
             num_lookahead_tokens=self.num_speculative_tokens,
         )
@@ -97,15 +105,50 @@ class Deployment:
         return plan_memory(self.model, self.gpu, self.memory_settings(), with_remedies=with_remedies)
 
     def step_time(self) -> StepTime:
-        """The step-time model, drafting included. So far always the uncalibrated roofline."""
-        block_size = self.memory_settings().resolved_block_size
-        tp = self.tensor_parallel_size
-        target = RooflineStepTime(self.model, self.gpu, tp, self.kv_cache_dtype, block_size)
+        """The step-time model, drafting included.
+
+        From the profile that is nearest, transferred as far as it has to be; the uncalibrated roofline without one.
+
+        Raises:
+            UserError: a profile that cannot be used.
+        """
+        target = self._step_time_of(self.model)
         speculation = self.active_speculation
         if speculation is None or speculation.draft_model is None:
             return target
-        draft = RooflineStepTime(speculation.draft_model, self.gpu, tp, self.kv_cache_dtype, block_size)
-        return DraftedStepTime(target, draft, self.num_speculative_tokens)
+        return DraftedStepTime(target, self._step_time_of(speculation.draft_model), self.num_speculative_tokens)
+
+    def _step_time_of(self, model: ModelSpec) -> StepTime:
+        block_size, tp = self.memory_settings().resolved_block_size, self.tensor_parallel_size
+        match = self._profile_for(model)
+        if match is None:
+            return RooflineStepTime(model, self.gpu, tp, self.kv_cache_dtype, block_size)
+        limits = self.max_num_seqs, self.max_num_batched_tokens
+        return step_time_of(match, model, self.gpu, self.kv_cache_dtype, tp, block_size, *limits)
+
+    def _profile_for(self, model: ModelSpec) -> Match | None:
+        profiles = load_profiles(self.profiles)
+        if self.enforce_eager:
+            # Without graphs the host decides, and its time is only known of the way that was measured.
+            profiles = tuple(profile for profile in profiles if profile.tables.engine.enforce_eager)
+        if not profiles:
+            return None
+        return find_profile(model, self.gpu, self.kv_cache_dtype, self.tensor_parallel_size, profiles)
+
+    def _measured_pool(self) -> tuple[int, int] | None:
+        """Block size and number of KV blocks that the engine had with these very settings, where that was measured."""
+        if self.num_gpu_blocks_override is not None or self.active_speculation is not None:
+            return None
+        match = self._profile_for(self.model)
+        if match is None or match.changes:
+            return None
+        engine = match.profile.tables.engine
+        names = ("max_num_seqs", "max_num_batched_tokens", "gpu_memory_utilization", "enforce_eager")
+        if any(getattr(self, name) != getattr(engine, name) for name in names):
+            return None
+        if self.block_size not in (None, engine.block_size) or self.kv_cache_policy != "hybrid":
+            return None
+        return engine.block_size, match.profile.tables.kv[self.kv_cache_dtype.value].num_kv_blocks
 
     def router_for(self, workload: Workload) -> str:
         """The router's name, with "auto" resolved: prefix affinity where there are prefixes to reuse."""
@@ -150,7 +193,17 @@ class Deployment:
         except ValueError as error:
             raise UserError(str(error)) from None
         simulated = speculation.simulated() if speculation else None
-        return System(scheduler, cache, self.step_time(), self.replicas, self.router_for(workload), simulated)
+        step_time = self.step_time()
+        return System(
+            scheduler,
+            cache,
+            step_time,
+            self.replicas,
+            self.router_for(workload),
+            simulated,
+            # With drafts to verify, the next step has to wait for the last.
+            pipeline_depth=1 if simulated else step_time.pipeline_depth,
+        )
 
 
 def length_for(workload: Workload, model: ModelSpec) -> int:

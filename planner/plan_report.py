@@ -19,7 +19,7 @@ from planner.quality import REFERENCE, KVQuality, parameters
 from planner.records import DeploymentRecord
 from planner.schema import Record
 from planner.simulation import SimulationResult
-from planner.step_time import Evidence
+from planner.step_time import WEAKEST_FIRST, Evidence
 from planner.workload.workload import WorkloadSummary
 
 if TYPE_CHECKING:
@@ -296,14 +296,16 @@ def build_report(
     records = [plan.record for plan in plans]
     rejections = tuple(e.rejection for e in explored if e.rejection is not None)
     step_times = [e.engine.step_time() for e in explored]
+    known = {step_time.evidence for step_time in step_times}
+    weakest = next(evidence for evidence in WEAKEST_FIRST if evidence in known)
     return PlanReport(
         question=_question_record(question, explored),
-        evidence=step_times[0].evidence,
+        evidence=weakest,
         step_time="; ".join(dict.fromkeys(step_time.description for step_time in step_times)),
         effort=_effort(explored),
         plans=tuple(records),
         rejections=rejections,
-        warnings=_warnings(question, records, step_times[0].evidence),
+        warnings=_warnings(question, records, weakest),
     )
 
 
@@ -373,6 +375,8 @@ def _warnings(question: Question, records: list[Plan], evidence: Evidence) -> tu
         warnings.append(
             "step times are uncalibrated: they come from data sheets and stated efficiencies, not from measurements"
         )
+    elif evidence is Evidence.EXTRAPOLATED:
+        warnings.append("step times of some of these engines are transferred from a profile of something else")
     warnings += _quality_warnings(question, records)
     unpriced = sorted({r.deployment.system for r in records if r.usd_per_hour is None})
     if unpriced:

@@ -74,6 +74,7 @@ def memory(
         gpu=gpu,
         tensor_parallel_size=tensor_parallel_size,
         speculation=speculation_from_options(speculation, any_acceptance),
+        profiles=("none",),  # where the memory goes is what is asked, not how many blocks some engine had
         **engine.settings(),
     )
     settings = replace(

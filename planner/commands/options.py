@@ -102,6 +102,30 @@ Quantization = Annotated[
     flag("--quantization", help="fp8 to quantise the linear weights while loading.", panel=_SERVED, metavar="fp8"),
 ]
 
+Profiles = Annotated[
+    list[str] | None,
+    flag(
+        "--profile",
+        help="Step times measured by `memwall calibrate`; repeatable. Default: the shipped ones; none: data sheets.",
+        panel=_SERVED,
+        metavar="PATH|none",
+    ),
+]
+
+
+def profiles_from_option(profiles: list[str] | None) -> tuple[str, ...] | None:
+    """The `profiles` of a `Deployment`, each of them read once to see that it can be used.
+
+    Raises:
+        UserError: one cannot.
+    """
+    from planner.profile.library import load_profiles
+
+    if not profiles:
+        return None
+    load_profiles(profiles)
+    return tuple(profiles)
+
 
 def gpu_from_option(system: str) -> GpuSpec:
     """The GPU of a `--system` that takes a single id.

@@ -17,6 +17,7 @@ from planner.commands.options import (
     EngineOptions,
     Model,
     OutputOptions,
+    Profiles,
     Quantization,
     Replicas,
     Router,
@@ -28,6 +29,7 @@ from planner.commands.options import (
     WorkloadOptions,
     flag,
     gpu_from_option,
+    profiles_from_option,
     simulation_from_options,
     speculation_from_options,
     takes_groups,
@@ -78,6 +80,7 @@ def simulate(
     tensor_parallel_size: TensorParallelSize = 1,
     replicas: Replicas = 1,
     quantization: Quantization = None,
+    profile: Profiles = None,
     slo: SLOOptions = GROUP,
     workload: WorkloadOptions = GROUP,
     save_workload: SaveWorkload = None,
@@ -113,6 +116,7 @@ def simulate(
         enable_chunked_prefill=enable_chunked_prefill,
         router=router,
         speculation=speculation_from_options(speculation),
+        profiles=profiles_from_option(profile),
         **settings,
     )
     report = simulate_report(load, deployment, options, quantization)
@@ -135,8 +139,9 @@ def simulate_table(report: SimulateReport) -> str:
         from planner.commands.memory import memory_table
 
         return memory_table(report.memory)
+    well_founded = result.evidence in ("measured", "interpolated")
     return tables.page(
-        f"step times: {tables.verdict(result.evidence == 'measured', str(result.evidence))} {_origin(result)}",
+        f"step times: {tables.verdict(well_founded, _evidence(result))} {_origin(result)}",
         _question(report.deployment, report.workload),
         _latencies(result),
         _slo(report.slo, result),
@@ -144,6 +149,14 @@ def simulate_table(report: SimulateReport) -> str:
         _timeline(result),
         tables.warnings(result.warnings),
     )
+
+
+def _evidence(result: SimulationResult) -> str:
+    """In one word, or of how much of the steps' time each is true."""
+    shares = result.evidence_shares
+    if len(shares) < 2:
+        return str(result.evidence)
+    return ", ".join(f"{tables.percent(share)} {evidence}" for evidence, share in shares.items()) + ":"
 
 
 def _origin(result: SimulationResult) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 
 from engine.errors import UserError
 from engine.scheduling import StepShape
-from planner.profile.decode import DecodeFit, decode_errors, fit_decode
+from planner.profile.decode import DecodeFit, decode_errors, excess_of, fit_decode
 from planner.profile.host import HostFit, fit_host
 from planner.profile.prompt import PromptFit, fit_prompt, prompt_errors
 from planner.profile.regression import table_errors
@@ -56,7 +56,8 @@ class FittedKV:
             return self._verification_s(step)
         if step.prefills:
             return self.prompt.seconds(step)
-        return self.decode.seconds(len(step.decode_contexts), self.shape.decode_keys(step.decode_contexts))
+        contexts = step.decode_contexts
+        return self.decode.seconds(len(contexts), self.shape.decode_keys(contexts), excess_of(contexts))
 
     def host_s(self, step: StepShape) -> float:
         """CPU time of schedule, launch and update."""
@@ -140,7 +141,7 @@ class FittedKV:
         return self._keys
 
     def _compute_errors(self, tables: KVTables) -> dict[str, Any]:
-        inside, outside = decode_errors(tables.decode, self.shape, self.engine)
+        inside, outside = decode_errors(tables.decode, self.decode, self.shape, self.engine)
         found = {"decode": table_errors(inside, outside, self.decode.dropped)}
         prompts = prompt_errors(tables.prefill, tables.mixed, self.decode, self.prompt, self.engine)
         found["prefill"] = table_errors(*prompts["prefill"])

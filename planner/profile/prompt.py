@@ -31,17 +31,22 @@ _ATTENTION_EFFICIENCY = 0.5
 
 @dataclass(frozen=True)
 class AttentionRow:
-    """Chunks of one query length: pairs over all layers, and seconds; ascending."""
+    """Chunks of one query length: contexts, pairs over all layers, and seconds; ascending. rate_s: per further pair."""
 
     query: int
+    contexts: tuple[int, ...]
     pairs: tuple[int, ...]
     seconds: tuple[float, ...]
-    max_context: int
+    rate_s: float
+
+    @property
+    def max_context(self) -> int:
+        return self.contexts[-1]
 
     def seconds_at(self, pairs: float) -> float:
-        """Linear in the pairs; beyond the last point the time per pair is held."""
+        """Linear in the pairs; a further pair takes rate_s."""
         if pairs >= self.pairs[-1]:
-            return self.seconds[-1] * pairs / self.pairs[-1]
+            return self.seconds[-1] + self.rate_s * (pairs - self.pairs[-1])
         if pairs <= self.pairs[0]:
             return self.seconds[0] * pairs / self.pairs[0]
         i = bisect_left(self.pairs, pairs)
@@ -195,8 +200,9 @@ def fit_chunks(
         pairs = sorted(mean[query])
         floor = shape.pair_flops / limits.matmul_flops_per_s * 1e-3
         seconds = [max(mean[query][p] - at[padded(query, engine.piece_sizes)], floor * p) for p in pairs]
-        reach = max(point.prefills[0][1] for points in by_query[query].values() for point in points)
-        attention.append(AttentionRow(query, tuple(pairs), tuple(seconds), reach))
+        # Behind a window several contexts have the same pairs.
+        contexts = [max(point.prefills[0][1] for point in by_query[query][p]) for p in pairs]
+        attention.append(AttentionRow(query, tuple(contexts), tuple(pairs), tuple(seconds), rate[query]))
     return PromptFit(
         sizes=tuple(sizes),
         dense_s=tuple(dense_s),
@@ -234,9 +240,16 @@ def _pair_rates(mean: dict[int, dict[int, float]], peak_s: float) -> dict[int, f
             known[query] = max(float((weight * x * y).sum() / (weight * x * x).sum()), peak_s)
     if not known:
         return dict.fromkeys(mean, peak_s / _ATTENTION_EFFICIENCY)
+    first = min(known)
     logs = np.log(sorted(known))
     values = np.log([known[query] for query in sorted(known)])
-    return {query: known.get(query, float(np.exp(np.interp(math.log(query), logs, values)))) for query in mean}
+
+    def rate(query: int) -> float:
+        if query < first:
+            return known[first] * first / query  # fewer queries read the same keys
+        return known.get(query, float(np.exp(np.interp(math.log(query), logs, values))))
+
+    return {query: rate(query) for query in mean}
 
 
 def fit_mixed(alone: PromptFit, mixed: Sequence[Point], decode: DecodeFit) -> PromptFit:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from planner.hf_config import model_from_config
@@ -103,10 +103,16 @@ class ModelShape:
     ) -> ModelShape:
         """The shape of a Hugging Face `config.json`, on one GPU.
 
+        Args:
+            kv_cache_dtype: a `KVCacheDtype`, or "float32", which is what a CPU has.
+
         Raises:
             UserError: the config is wrong.
         """
-        return cls.of(model_from_config(dict(config), "model", quantization), kv_cache_dtype, block_size)
+        is_float32 = kv_cache_dtype == "float32"
+        dtype = KVCacheDtype.BFLOAT16 if is_float32 else kv_cache_dtype
+        shape = cls.of(model_from_config(dict(config), "model", quantization), dtype, block_size)
+        return replace(shape, kv_bytes=2 * shape.kv_bytes) if is_float32 else shape
 
     @property
     def num_layers(self) -> int:

@@ -6,6 +6,7 @@ from bisect import bisect_right
 from dataclasses import replace
 
 from engine.scheduling import StepShape
+from planner.profile.decode import excess_of
 from planner.profile.fit import FittedKV
 from planner.profile.tables import EngineSettings
 from planner.step_time import (
@@ -85,7 +86,8 @@ class ProfileStepTime(StepTime):
         if step.verifies:
             return to_ticks(self.fitted.seconds(step) * self._decode_scale, step)
         contexts = step.decode_contexts
-        return self._curve(len(contexts)).ticks_at(self.fitted.shape.decode_keys(contexts))
+        curve = self._curve(len(contexts))
+        return curve.ticks_at(self.fitted.shape.decode_keys(contexts)) + curve.ragged_ticks(contexts)
 
     def host_ticks(self, step: StepShape) -> int:
         if step.prefills or step.verifies:
@@ -126,7 +128,8 @@ class ProfileStepTime(StepTime):
 
     def decode_run(self, contexts: list[int], steps: int) -> DecodeRun:
         keys, growth, regular = self._growth(contexts)
-        return self._curve(len(contexts)).run(keys, growth, min(steps, regular))
+        curve = self._curve(len(contexts))
+        return curve.run(keys, growth, min(steps, regular), curve.ragged_ticks(contexts))
 
     # ---- inside ----------------------------------------------------------------------------------------------------
 
@@ -154,7 +157,7 @@ class ProfileStepTime(StepTime):
 class _Curve:
     """Ticks of a decode step of one batch by the keys it attends to: whole numbers at nodes, whole slopes between."""
 
-    __slots__ = ("nodes", "slopes", "ticks")
+    __slots__ = ("nodes", "ragged", "slopes", "ticks")
 
     def __init__(self, fitted: FittedKV, batch: int, scale: float) -> None:
         decode = fitted.decode
@@ -169,20 +172,24 @@ class _Curve:
             (after - before) // (to - start)
             for start, to, before, after in zip(nodes, nodes[1:], self.ticks, self.ticks[1:], strict=False)
         ]
-        last = decode.attention_s(batch, nodes[-1]) / nodes[-1]
-        self.slopes.append(max(0, int(last * scale * TICKS_PER_SECOND)))
+        self.slopes.append(max(0, int(decode.slope(batch) * scale * TICKS_PER_SECOND)))
+        self.ragged = round(decode.ragged(batch) * scale * TICKS_PER_SECOND)
 
     def ticks_at(self, keys: int) -> int:
         i = bisect_right(self.nodes, keys) - 1
         return self.ticks[i] + self.slopes[i] * (keys - self.nodes[i])
 
-    def run(self, keys: int, growth: int, steps: int) -> DecodeRun:
-        """The next steps, the keys of which grow by `growth` from step to step."""
+    def ragged_ticks(self, contexts: list[int]) -> int:
+        """What unequal contexts add; the same while all of them grow."""
+        return self.ragged * excess_of(contexts) if self.ragged else 0
+
+    def run(self, keys: int, growth: int, steps: int, added: int) -> DecodeRun:
+        """The next steps, the keys of which grow by `growth` from step to step, each with `added` ticks more."""
         nodes = self.nodes
         i = bisect_right(nodes, keys) - 1
         segments: list[tuple[int, int, int]] = []
         while True:
-            first = self.ticks[i] + self.slopes[i] * (keys - nodes[i])
+            first = self.ticks[i] + self.slopes[i] * (keys - nodes[i]) + added
             count = steps
             if growth and i + 1 < len(nodes):
                 count = min(steps, -(-(nodes[i + 1] - keys) // growth))

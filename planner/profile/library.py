@@ -1,0 +1,214 @@
+"""Which profile serves a deployment: the shipped ones, the user's, and what each would have to be transferred for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from importlib import resources
+from pathlib import Path
+
+from planner.catalog import load_gpu
+from planner.errors import UserError
+from planner.hardware import GpuSpec
+from planner.kv_format import KVCacheDtype
+from planner.model import ModelSpec
+from planner.profile.schema import Profile, load_profile
+from planner.profile.shape import ModelShape
+from planner.profile.step_time import ProfileStepTime
+from planner.profile.transfer import ADDED_UNCERTAINTY, Scaling, limits_on, measured_link_s, transferred, widened
+from planner.roofline import RooflineStepTime
+
+#: In place of a profile's path: no profile at all, not even a shipped one.
+NO_PROFILE = "none"
+_SUFFIXES = (".json", ".json.gz")
+# A GPU that no catalog entry could be told of has to have at least the memory of the one that is asked for.
+_MEMORY_SLACK = 0.02
+
+_CHANGE_WORDS = {
+    "model": "another model",
+    "kv_cache_dtype": "another KV format",
+    "quantization": "other weight bits",
+    "tensor_parallel_size": "one GPU",
+    "gpu": "another GPU",
+}
+
+
+@dataclass(frozen=True)
+class Match:
+    """A profile that can serve.
+
+    Attributes:
+        kv_cache_dtype: whose tables are used.
+        changes: what differs from what was measured, words of `ADDED_UNCERTAINTY`; empty for an exact match.
+    """
+
+    profile: Profile
+    kv_cache_dtype: KVCacheDtype
+    changes: tuple[str, ...]
+
+
+def load_profiles(paths: Sequence[str | Path] | None) -> tuple[Profile, ...]:
+    """The user's profiles, and behind them the shipped ones; only the latter for None, nothing for "none".
+
+    Raises:
+        UserError: a profile that cannot be used, or "none" beside others.
+    """
+    if paths is None:
+        return shipped_profiles()
+    names = [str(path) for path in paths]
+    if NO_PROFILE in names:
+        if len(names) > 1:
+            raise UserError("--profile none means no profile at all; leave it out to use those that are given")
+        return ()
+    return (*map(_load, names), *shipped_profiles())
+
+
+def _load(name: str) -> Profile:
+    try:
+        stat = Path(name).stat()
+    except OSError as error:
+        raise UserError(f"cannot read profile {name}: {error.strerror or error}") from None
+    return _load_once(name, stat.st_mtime_ns, stat.st_size)
+
+
+@cache
+def _load_once(name: str, mtime_ns: int, size: int) -> Profile:
+    return load_profile(name)
+
+
+@cache
+def shipped_profiles() -> tuple[Profile, ...]:
+    """Those in planner/data/profiles."""
+    folder = resources.files("planner") / "data" / "profiles"
+    if not folder.is_dir():
+        return ()
+    files = sorted((each for each in folder.iterdir() if each.name.endswith(_SUFFIXES)), key=lambda each: each.name)
+    found = []
+    for file in files:
+        with resources.as_file(file) as path:
+            found.append(load_profile(path))
+    return tuple(found)
+
+
+def find_profile(
+    model: ModelSpec,
+    gpu: GpuSpec,
+    kv_cache_dtype: KVCacheDtype,
+    tensor_parallel_size: int,
+    profiles: Sequence[Profile],
+) -> Match | None:
+    """The profile that needs the least transfer; None if none can serve.
+
+    Of equally near ones the model next in size, and then the first. Models with latent attention or experts, on either
+    side of a transfer, do too much differently.
+    """
+    found: list[tuple[float, float, int, Match]] = []
+    for place, profile in enumerate(profiles):
+        for measured in profile.kv_cache_dtypes:
+            changes = _changes(profile, measured, model, gpu, kv_cache_dtype, tensor_parallel_size)
+            if changes is None:
+                continue
+            added = sum(ADDED_UNCERTAINTY[change][0] ** 2 for change in changes)
+            distance = abs(math.log(model.num_parameters / profile.spec.num_parameters))
+            distance += abs(math.log(measured.bits / kv_cache_dtype.bits))
+            found.append((added, distance, place, Match(profile, measured, changes)))
+    return min(found, key=lambda each: each[:3])[3] if found else None
+
+
+def _changes(
+    profile: Profile,
+    measured: KVCacheDtype,
+    model: ModelSpec,
+    gpu: GpuSpec,
+    kv_cache_dtype: KVCacheDtype,
+    tensor_parallel_size: int,
+) -> tuple[str, ...] | None:
+    changes = []
+    if not same_shapes(profile.spec, model):
+        changes.append("model")
+    if _weight_bits(profile.spec) != _weight_bits(model):
+        changes.append("quantization")
+    if measured is not kv_cache_dtype:
+        changes.append("kv_cache_dtype")
+    if tensor_parallel_size != 1:
+        changes.append("tensor_parallel_size")
+    if not is_same_gpu(profile, gpu):
+        changes.append("gpu")
+        if profile.record.gpu is None:
+            return None
+    if changes and any(spec.mla or spec.moe for spec in (profile.spec, model)):
+        return None
+    return tuple(changes)
+
+
+def is_same_gpu(profile: Profile, gpu: GpuSpec) -> bool:
+    """Whether a profile was measured on such a GPU; of one that is in no catalog its memory has to tell."""
+    record = profile.record
+    if record.gpu is not None:
+        return record.gpu == gpu.id
+    memory = record.gpu_memory_bytes or 0
+    return abs(memory / gpu.memory_bytes - 1) < _MEMORY_SLACK
+
+
+def same_shapes(one: ModelSpec, other: ModelSpec) -> bool:
+    """Whether two models do the same work, whatever they are called and how their weights are stored."""
+
+    def shapes(spec: ModelSpec) -> tuple:
+        counts = tuple((group.role, group.num_parameters) for group in spec.parameters)
+        heads = (spec.num_attention_heads, spec.num_key_value_heads, spec.head_dim)
+        return (spec.hidden_size, *heads, spec.layer_windows, counts, spec.mla, spec.moe)
+
+    return shapes(one) == shapes(other)
+
+
+def _weight_bits(spec: ModelSpec) -> tuple:
+    bits = {(group.role, group.bits_per_parameter) for group in spec.parameters}
+    return (spec.fp8_compute, *sorted({each for role, each in bits if role not in ("norm",)}))
+
+
+def step_time_of(
+    match: Match,
+    model: ModelSpec,
+    gpu: GpuSpec,
+    kv_cache_dtype: KVCacheDtype,
+    tensor_parallel_size: int,
+    block_size: int,
+    max_num_seqs: int,
+    max_num_batched_tokens: int,
+) -> ProfileStepTime:
+    """The step times of a deployment from the profile that was found for it."""
+    profile, changes = match.profile, match.changes
+    fitted = profile.fitted(match.kv_cache_dtype)
+    uncertainty = widened(profile.uncertainty(match.kv_cache_dtype), changes)
+    record = profile.record
+    origin = profile.origin(match.kv_cache_dtype)
+    if changes:
+        words = ", ".join(_CHANGE_WORDS[change] for change in changes)
+        origin = f"from the {origin}: transferred from {words}"
+        target = ModelShape.of(model, kv_cache_dtype, block_size, tensor_parallel_size)
+        source_limits = _complete(profile.tables.limits, profile, gpu)
+        limits = source_limits
+        if "gpu" in changes:
+            limits = limits_on(source_limits, load_gpu(record.gpu), gpu)
+        link_s = _link(profile, model, gpu, tensor_parallel_size, "gpu" in changes)
+        fitted = transferred(fitted, Scaling(fitted.shape, target, source_limits, limits, link_s))
+    return ProfileStepTime(fitted, origin, uncertainty, max_num_seqs, max_num_batched_tokens)
+
+
+def _complete(limits, profile: Profile, gpu: GpuSpec):
+    """The limits with an fp8 rate, where the GPU has one that was not measured."""
+    measured_on = load_gpu(profile.record.gpu) if profile.record.gpu else gpu
+    if limits.matmul_fp8_flops_per_s is not None:
+        return limits
+    return replace(limits, matmul_fp8_flops_per_s=limits_on(limits, measured_on, measured_on).matmul_fp8_flops_per_s)
+
+
+def _link(profile: Profile, model: ModelSpec, gpu: GpuSpec, ranks: int, other_gpu: bool):
+    if ranks == 1:
+        return lambda tokens: 0.0
+    measured = None
+    if not other_gpu:
+        measured = measured_link_s(profile.tables.allreduce, ranks, model.num_layers, model.hidden_size)
+    return measured or RooflineStepTime(model, gpu, ranks).all_reduce_s

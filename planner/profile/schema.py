@@ -1,0 +1,307 @@
+"""Profile files: what is in them, and one sentence for each way in which they can be wrong."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import zlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from planner.catalog import list_gpus
+from planner.errors import UserError
+from planner.hf_config import model_from_config
+from planner.kv_format import KVCacheDtype
+from planner.model import ModelSpec
+from planner.profile.fit import FittedKV, fit_kv
+from planner.profile.shape import ModelShape
+from planner.profile.step_time import ProfileStepTime
+from planner.profile.tables import KIND, VERSION, Point, ProfileTables
+from planner.step_time import MAX_STEP_SECONDS, Uncertainty
+
+_MAX_BYTES = 64 << 20
+_CPU_FORMAT = "float32"  # of an engine on a CPU, which no deployment has
+# A longer step may be this much faster, and no more, than a shorter one, where their spreads do not meet.
+_SLACK = 0.8
+
+_Seconds = Annotated[float, Field(gt=0, le=MAX_STEP_SECONDS)]
+_Count = Annotated[int, Field(ge=1, le=1 << 40)]
+_Context = Annotated[int, Field(ge=0, le=1 << 40)]
+_Sizes = tuple[_Count, ...]
+
+
+class _Section(BaseModel):
+    """Keys that are not known are left alone: a newer calibration may say more."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", strict=True, allow_inf_nan=False)
+
+
+class PointRecord(_Section):
+    """One measured step, as `planner.profile.tables.Point` describes it."""
+
+    prefills: tuple[tuple[_Count, _Context], ...]
+    decodes: tuple[tuple[_Context, _Count], ...]
+    step_s: _Seconds
+    low_s: _Seconds
+    high_s: _Seconds
+    samples: _Count
+    gpu_s: _Seconds | None = None
+    alone_s: _Seconds | None = None
+    host_s: Annotated[float, Field(ge=0, le=MAX_STEP_SECONDS)] | None = None
+    graph_size: _Count | None = None
+
+    @model_validator(mode="after")
+    def _in_order(self) -> PointRecord:
+        if not (self.prefills or self.decodes):
+            raise ValueError("it has neither prompt chunks nor decodes")
+        if not self.low_s <= self.step_s <= self.high_s:
+            raise ValueError(f"step_s {self.step_s:g} does not lie between low_s and high_s")
+        return self
+
+
+class KVRecord(_Section):
+    """The points of one KV format."""
+
+    num_kv_blocks: _Count
+    kv_cache_bytes: _Count
+    decode: tuple[PointRecord, ...]
+    prefill: tuple[PointRecord, ...]
+    mixed: tuple[PointRecord, ...]
+    fit: dict[str, Any] | None = None
+
+
+class LimitsRecord(_Section):
+    """Measured rates of the device."""
+
+    copy_bytes_per_s: Annotated[float, Field(gt=0)]
+    matmul_flops_per_s: Annotated[float, Field(gt=0)]
+    matmul_fp8_flops_per_s: Annotated[float, Field(gt=0)] | None = None
+
+
+class EngineRecord(_Section):
+    """Settings of the engine that was measured."""
+
+    max_num_batched_tokens: _Count
+    max_num_seqs: _Count
+    max_model_len: _Count
+    block_size: _Count
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)]
+    enable_chunked_prefill: bool
+    enforce_eager: bool
+    async_scheduling: bool
+    graph_sizes: _Sizes
+    piece_sizes: _Sizes
+
+
+class ModelSection(_Section):
+    """The model that was measured."""
+
+    name: str
+    config: dict[str, Any]
+    num_parameters: _Count
+    dtype: str
+
+
+class AllReduceRecord(_Section):
+    """One all-reduce between the GPUs of a node."""
+
+    world_size: Annotated[int, Field(ge=2)]
+    bytes: _Count
+    time_s: _Seconds
+
+
+class ProfileRecord(_Section):
+    """A profile file."""
+
+    version: int
+    kind: str
+    commit: str = ""
+    date: str = ""
+    gpu: str | None
+    gpu_name: str
+    gpu_memory_bytes: Annotated[int, Field(ge=0)] | None = None
+    limits: LimitsRecord
+    model: ModelSection
+    quantization: str | None
+    engine: EngineRecord
+    kv: dict[str, KVRecord]
+    allreduce: tuple[AllReduceRecord, ...]
+
+
+@dataclass
+class Profile:
+    """A profile that was read and found in order.
+
+    Attributes:
+        name: the file's. record: its content. tables: the same for the fit. spec: the model it was measured with.
+    """
+
+    name: str
+    record: ProfileRecord
+    tables: ProfileTables
+    spec: ModelSpec
+    _fitted: dict[str, FittedKV] = field(default_factory=dict, repr=False)
+
+    @property
+    def kv_cache_dtypes(self) -> tuple[KVCacheDtype, ...]:
+        """The formats that were measured, of those that a deployment can have."""
+        return tuple(KVCacheDtype(name) for name in self.tables.kv if name != _CPU_FORMAT)
+
+    def fitted(self, kv_cache_dtype: str) -> FittedKV:
+        """The fit of a format that was measured.
+
+        Raises:
+            UserError: it was not.
+        """
+        name = str(kv_cache_dtype)
+        if name not in self.tables.kv:
+            measured = ", ".join(self.tables.kv)
+            raise UserError(f"profile {self.name} has no tables of {name} KV; it has those of {measured}")
+        found = self._fitted.get(name)
+        if found is None:
+            tables = self.tables
+            shape = ModelShape.from_config(tables.config, tables.quantization, name, tables.engine.block_size)
+            found = self._fitted[name] = fit_kv(tables.kv[name], shape, tables.limits, tables.engine)
+        return found
+
+    def step_time(
+        self, kv_cache_dtype: str, max_num_seqs: int | None = None, max_num_batched_tokens: int | None = None
+    ) -> ProfileStepTime:
+        """Step times of what was measured, with nothing transferred.
+
+        Args:
+            max_num_seqs, max_num_batched_tokens: limits of the engine; None for those that were measured.
+
+        Raises:
+            UserError: this format was not measured.
+        """
+        fitted = self.fitted(kv_cache_dtype)
+        uncertainty = self.uncertainty(kv_cache_dtype)
+        return ProfileStepTime(fitted, self.origin(kv_cache_dtype), uncertainty, max_num_seqs, max_num_batched_tokens)
+
+    def origin(self, kv_cache_dtype: str) -> str:
+        """What was measured, for people."""
+        record = self.record
+        weights = f", {record.quantization} weights" if record.quantization else ""
+        return f"profile of {record.model.name} on {record.gpu_name}, {kv_cache_dtype} KV{weights}"
+
+    def uncertainty(self, kv_cache_dtype: str) -> Uncertainty:
+        """Of that fit: from the errors that the profile tells of it, else from leaving out points now."""
+        fitted = self.fitted(kv_cache_dtype)
+        stored = self.record.kv[str(kv_cache_dtype)].fit
+        try:
+            return fitted.uncertainty(stored or None)
+        except (KeyError, TypeError, ValueError):
+            return fitted.uncertainty()
+
+
+def load_profile(path: Path | str) -> Profile:
+    """Read a profile, gzipped or not.
+
+    Raises:
+        UserError: there is no such file, it is no profile of this version, or it holds nonsense.
+    """
+    path = Path(path)
+    text = _read(path)
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"profile {path.name} is not JSON: {error}") from None
+    if not isinstance(content, dict) or content.get("kind") != KIND:
+        raise UserError(f"{path.name} is no profile of `memwall calibrate`: its kind is not {KIND!r}")
+    if content.get("version") != VERSION:
+        raise UserError(
+            f"profile {path.name} has version {content.get('version')!r}, and this memwall reads version {VERSION}: "
+            "calibrate again"
+        )
+    try:
+        record = ProfileRecord.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "its top level"
+        reason = first["msg"].removeprefix("Value error, ")
+        raise UserError(f"profile {path.name} cannot be used: {where}: {reason}") from None
+    tables = ProfileTables.from_json(record.model_dump())
+    try:
+        spec = model_from_config(
+            dict(record.model.config), record.model.name, record.quantization, source=f"profile {path.name}"
+        )
+        _check(record, tables)
+    except ValueError as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"profile {path.name} cannot be used: {error}") from None
+    return Profile(path.name, record, tables, spec)
+
+
+def _read(path: Path) -> str:
+    try:
+        if path.stat().st_size > _MAX_BYTES:
+            raise UserError(f"profile {path}: the file is too large to be one")
+        with (gzip.open if path.name.endswith(".gz") else open)(path, "rt", encoding="utf-8") as file:
+            return file.read()
+    except OSError as error:
+        raise UserError(f"cannot read profile {path}: {error.strerror or error}") from None
+    except (EOFError, UnicodeDecodeError, zlib.error) as error:
+        raise UserError(f"profile {path.name} is damaged: {error}") from None
+
+
+def _check(record: ProfileRecord, tables: ProfileTables) -> None:
+    """What fields alone do not tell.
+
+    Raises:
+        ValueError: in one sentence.
+    """
+    if record.gpu is not None and record.gpu not in list_gpus():
+        raise ValueError(f"it was measured on {record.gpu!r}, which the catalog does not know")
+    if not record.kv:
+        raise ValueError("it has no tables of any KV format")
+    known = [*(dtype.value for dtype in KVCacheDtype if dtype is not KVCacheDtype.AUTO), _CPU_FORMAT]
+    for name, kv in tables.kv.items():
+        if name not in known:
+            raise ValueError(f"it has tables of {name!r} KV; a KV format is one of {', '.join(known)}")
+        for table in ("decode", "prefill"):
+            if not getattr(kv, table):
+                raise ValueError(f"the {table} table of {name} KV is missing")
+        if any(point.prefills for point in kv.decode):
+            raise ValueError(f"the decode table of {name} KV has a step with prompt chunks")
+        if any(len(point.prefills) != 1 or point.decodes for point in kv.prefill):
+            raise ValueError(f"the prefill table of {name} KV has a step that is not one prompt chunk alone")
+        if any(not point.prefills for point in kv.mixed):
+            raise ValueError(f"the mixed table of {name} KV has a step without prompt chunks")
+        _check_growth(name, kv.decode, kv.prefill)
+
+
+def _check_growth(name: str, decode: Iterable[Point], prefill: Iterable[Point]) -> None:
+    """More work must not take much less time."""
+    uniform = [(point.batch, point.decodes[0][0], point) for point in decode if len(set(point.decodes)) == 1]
+    chunks = [(*point.prefills[0], point) for point in prefill]
+    for table, rows, more, longer in (
+        ("decode", uniform, "requests", "tokens of context"),
+        ("prefill", chunks, "new tokens", "tokens of context"),
+    ):
+        for axis, unit in ((0, more), (1, longer)):
+            groups: dict[int, dict[int, Point]] = {}
+            for row in rows:
+                groups.setdefault(row[1 - axis], {})[row[axis]] = row[2]
+            for group in groups.values():
+                _check_line(f"the {table} table of {name} KV", group, unit)
+
+
+def _check_line(table: str, line: Mapping[int, Point], unit: str) -> None:
+    slowest_at = None
+    for at in sorted(line):
+        point = line[at]
+        if slowest_at is not None:
+            slowest = line[slowest_at]
+            if point.step_s < _SLACK * slowest.step_s and point.high_s < slowest.low_s:
+                raise ValueError(
+                    f"in {table} a step of {at} {unit} takes {point.step_s * 1e3:.3g} ms and one of {slowest_at} "
+                    f"{slowest.step_s * 1e3:.3g} ms"
+                )
+        if slowest_at is None or point.step_s > line[slowest_at].step_s:
+            slowest_at = at

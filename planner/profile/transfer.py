@@ -1,0 +1,197 @@
+"""From what was measured to what was not: another model, KV format, number of ranks or GPU. Utilisation stays.
+
+A time is taken apart into what a roofline at the measured limits says, and how far it was from that. The roofline is
+worked out again for the new shapes and limits; the distance is kept, as a factor for work and per layer for what the
+smallest steps take beyond their weights (launch gaps, norms). Nothing of this is measured, so all of it is EXTRAPOLATED.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from planner.hardware import GpuSpec
+from planner.profile.decode import DecodeFit
+from planner.profile.fit import FittedKV
+from planner.profile.host import HostFit
+from planner.profile.prompt import AttentionRow, PromptFit
+from planner.profile.shape import ModelShape
+from planner.profile.tables import Limits
+from planner.step_time import Uncertainty
+
+# Of the fp8 rate's ratio to the bf16 rate on the data sheet, what scaled products reach (H200: 1,210 of 1,979 TFLOP/s
+# against 700 of 989).
+_FP8_REACHED = 0.86
+# Relative standard deviations that each change adds, to decode steps and to prompt steps. Stated, not measured; the
+# first is to be checked by predicting 8B from 1B and back.
+ADDED_UNCERTAINTY = {
+    "model": (0.06, 0.08),
+    "kv_cache_dtype": (0.04, 0.03),
+    "quantization": (0.08, 0.10),
+    "tensor_parallel_size": (0.08, 0.10),
+    "gpu": (0.12, 0.15),
+}
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """What a transfer multiplies.
+
+    Attributes:
+        source, target: shapes; source_limits, target_limits: rates.
+        link_s: seconds that the ranks of a step of so many tokens need to exchange their sums.
+    """
+
+    source: ModelShape
+    target: ModelShape
+    source_limits: Limits
+    target_limits: Limits
+    link_s: Callable[[int], float]
+
+    @property
+    def layers(self) -> float:
+        return self.target.num_layers / self.source.num_layers
+
+    @property
+    def key(self) -> float:
+        """Time to read one key of one layer, relative to the source."""
+        bandwidth = self.source_limits.copy_bytes_per_s / self.target_limits.copy_bytes_per_s
+        return self.target.kv_bytes / self.source.kv_bytes * bandwidth
+
+    def roofs(self, tokens: int, sampled: int) -> tuple[float, float]:
+        """Dense work of the source and of the target at their limits."""
+        found = []
+        for shape, limits in ((self.source, self.source_limits), (self.target, self.target_limits)):
+            flops = limits.flops_per_s(shape.fp8)
+            found.append(shape.products.seconds(tokens, sampled, limits.copy_bytes_per_s, flops))
+        return found[0], found[1]
+
+    def chunk_roofs(self, query: int, context: int) -> tuple[float, float]:
+        """Attention of a chunk likewise: the longer of scoring its pairs and reading its keys."""
+        found = []
+        for shape, limits in ((self.source, self.source_limits), (self.target, self.target_limits)):
+            keys = shape.decode_keys([context + query - 1])
+            compute_s = shape.prompt_pairs(query, context) * shape.pair_flops / limits.matmul_flops_per_s
+            found.append(max(compute_s, keys * shape.kv_bytes / limits.copy_bytes_per_s))
+        return found[0], found[1]
+
+
+def transferred(source: FittedKV, scaling: Scaling) -> FittedKV:
+    """The fit of something else, without points of its own."""
+    return FittedKV(
+        scaling.target,
+        source.engine,
+        _decode(source.decode, scaling),
+        _prompt(source.prompt, scaling),
+        _host(source.host, scaling),
+    )
+
+
+def _dense(sizes: Sequence[int], seconds: Sequence[float], scaling: Scaling, all_sampled: bool) -> tuple[float, ...]:
+    first, _ = scaling.roofs(sizes[0], sizes[0] if all_sampled else 1)
+    gaps = max(0.0, seconds[0] - first)
+    found = []
+    for size, measured in zip(sizes, seconds, strict=True):
+        before, after = scaling.roofs(size, size if all_sampled else 1)
+        work = max(measured - gaps, 0.1 * measured) * after / before
+        found.append(work + gaps * scaling.layers + scaling.link_s(size))
+    return tuple(found)
+
+
+def _decode(fit: DecodeFit, scaling: Scaling) -> DecodeFit:
+    attention = scaling.key * scaling.layers
+    return replace(
+        fit,
+        base_s=_dense(fit.sizes, fit.base_s, scaling, all_sampled=True),
+        key_s=fit.key_s * scaling.key,
+        ragged_s=fit.ragged_s * scaling.key,
+        residuals=tuple(
+            replace(row, seconds=tuple(s * attention for s in row.seconds), slope_s=row.slope_s * attention)
+            for row in fit.residuals
+        ),
+        num_layers=scaling.target.num_layers,
+        full_layers=sum(count for window, count in scaling.target.layers if window is None),
+        max_keys=round(fit.max_keys * scaling.layers),
+    )
+
+
+def _prompt(fit: PromptFit, scaling: Scaling) -> PromptFit:
+    return replace(
+        fit,
+        dense_s=_dense(fit.sizes, fit.dense_s, scaling, all_sampled=False),
+        attention=tuple(_attention(row, scaling) for row in fit.attention),
+        key_s=fit.key_s * scaling.key,
+        chunk_s=fit.chunk_s * scaling.layers,
+        row_s=fit.row_s * scaling.layers,
+        decodes_s=fit.decodes_s * scaling.layers,
+        exact={},
+        shape=scaling.target,
+        limits=scaling.target_limits,
+    )
+
+
+def _attention(row: AttentionRow, scaling: Scaling) -> AttentionRow:
+    by_pairs: dict[int, tuple[int, float]] = {}
+    for context, seconds in zip(row.contexts, row.seconds, strict=True):
+        before, after = scaling.chunk_roofs(row.query, context)
+        by_pairs[scaling.target.prompt_pairs(row.query, context)] = (context, seconds * after / before)
+    pairs = sorted(by_pairs)
+    contexts, seconds = zip(*(by_pairs[each] for each in pairs), strict=True)
+    # Further pairs: as long as before, relative to the rooflines at the last context.
+    per_pair = scaling.source.prompt_pairs(row.query, row.contexts[-1]) / pairs[-1]
+    before, after = scaling.chunk_roofs(row.query, row.contexts[-1])
+    return AttentionRow(row.query, contexts, tuple(pairs), seconds, row.rate_s * after / before * per_pair)
+
+
+def _host(fit: HostFit, scaling: Scaling) -> HostFit:
+    costs = dict(fit.costs)
+    # A decode step replays one graph; the others launch something for every layer.
+    for kind in ("pieces", "eager"):
+        if kind in costs:
+            costs[kind] = replace(costs[kind], step_s=costs[kind].step_s * scaling.layers)
+    return replace(fit, costs=costs, latency_s=tuple(s * scaling.layers for s in fit.latency_s), errors={})
+
+
+def limits_on(limits: Limits, measured_on: GpuSpec, gpu: GpuSpec) -> Limits:
+    """What another GPU is expected to do: its data sheet, at the share that the measured one reached."""
+    matmul = limits.matmul_flops_per_s * gpu.bf16_flops / measured_on.bf16_flops
+    fp8 = None
+    if gpu.fp8_flops is not None:
+        fp8 = matmul * gpu.fp8_flops / gpu.bf16_flops * _FP8_REACHED
+        if limits.matmul_fp8_flops_per_s is not None and measured_on.fp8_flops is not None:
+            fp8 = limits.matmul_fp8_flops_per_s * gpu.fp8_flops / measured_on.fp8_flops
+    copy = limits.copy_bytes_per_s * gpu.memory_bandwidth_bytes_per_s / measured_on.memory_bandwidth_bytes_per_s
+    return Limits(copy, matmul, fp8)
+
+
+def measured_link_s(
+    allreduce: Sequence[tuple[int, int, float]], ranks: int, num_layers: int, hidden_size: int
+) -> Callable[[int], float] | None:
+    """Two all-reduces a layer of bf16 hidden states, from a table; None if it has nothing for so many ranks.
+
+    Between measured sizes a power law; below them the latency of the smallest, beyond them the rate of the largest.
+    """
+    table = sorted((size, seconds) for world, size, seconds in allreduce if world == ranks)
+    if not table:
+        return None
+
+    def one(size: float) -> float:
+        if size <= table[0][0]:
+            return table[0][1]
+        for (low, low_s), (high, high_s) in zip(table, table[1:], strict=False):
+            if size <= high:
+                share = math.log(size / low) / math.log(high / low)
+                return low_s ** (1 - share) * high_s**share
+        return table[-1][1] * size / table[-1][0]
+
+    return lambda tokens: 2 * num_layers * one(tokens * hidden_size * 2)
+
+
+def widened(uncertainty: Uncertainty, changes: Sequence[str]) -> Uncertainty:
+    """The uncertainty with that of these changes added; they count as independent."""
+    decode, prefill = uncertainty.decode**2, uncertainty.prefill**2
+    for change in changes:
+        added = ADDED_UNCERTAINTY[change]
+        decode, prefill = decode + added[0] ** 2, prefill + added[1] ** 2
+    return Uncertainty(decode**0.5, prefill**0.5)
