@@ -1,4 +1,4 @@
-"""Measured step times: profiles that `memwall calibrate` writes, the fit between their points, and the models they give.
+"""Measured step times: profiles that `memwall calibrate` writes, the fit between their points, what it predicts.
 
     tables      the points of a profile as plain dataclasses            shape     what timing needs to know of a model
     decode      steps of decodes only                                   prompt    steps with prompt chunks

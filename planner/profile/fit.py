@@ -185,4 +185,3 @@ def _deviation(table: dict[str, Any]) -> float:
 def _repeat(points) -> float:
     errors = [(p.high_s - p.low_s) / _QUANTILE_SPAN / p.step_s / max(1, p.samples) ** 0.5 for p in points]
     return float(np.median(errors)) if errors else 0.0
-

@@ -122,7 +122,8 @@ class PromptFit:
         rows = self.attention
         high = bisect_left(rows, query, key=lambda row: row.query)
         if high == len(rows):
-            return self._at(rows[-1], context) / self._pairs(rows[-1], context) * self.shape.prompt_pairs(query, context)
+            per_pair = self._at(rows[-1], context) / self._pairs(rows[-1], context)
+            return per_pair * self.shape.prompt_pairs(query, context)
         if high == 0 or rows[high].query == query:
             # Fewer queries than measured read the same keys.
             return self._at(rows[high], context)

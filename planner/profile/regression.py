@@ -71,7 +71,6 @@ def choose(
     columns = {**always, **{name: optional[name] for name in best}}
     solved = solve(list(columns.values()), target, weight) if len(target) else np.zeros(len(columns))
     values = dict.fromkeys([*always, *optional], 0.0) | dict(zip(columns, map(float, solved), strict=True))
-    values = {name: value for name, value in values.items()}
     kept = {name for name in best if values[name] > 0}
     return Chosen(values, tuple(name for name in optional if name not in kept), score)
 

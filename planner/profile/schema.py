@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -126,7 +126,7 @@ class ProfileRecord(_Section):
     gpu_memory_bytes: Annotated[int, Field(ge=0)] | None = None
     limits: LimitsRecord
     model: ModelSection
-    quantization: str | None
+    quantization: Literal["fp8"] | None
     engine: EngineRecord
     kv: dict[str, KVRecord]
     allreduce: tuple[AllReduceRecord, ...]

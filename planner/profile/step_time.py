@@ -105,7 +105,7 @@ class ProfileStepTime(StepTime):
         return ticks + round(self.fitted.host.added_latency_s(step) * TICKS_PER_SECOND)
 
     def evidence_of(self, step: StepShape) -> Evidence:
-        """As `FittedKV.evidence`, but no decode step counts as MEASURED: that one step of many hits a point is chance."""
+        """As `FittedKV.evidence`, but no decode step counts as MEASURED: that one of many hits a point is chance."""
         if not self.evidence_varies or step.prefills or step.verifies:
             return self.fitted.evidence(step)
         return Evidence.INTERPOLATED if self.fitted.is_inside(step) else Evidence.EXTRAPOLATED

@@ -2,7 +2,7 @@
 
 A time is taken apart into what a roofline at the measured limits says, and how far it was from that. The roofline is
 worked out again for the new shapes and limits; the distance is kept, as a factor for work and per layer for what the
-smallest steps take beyond their weights (launch gaps, norms). Nothing of this is measured, so all of it is EXTRAPOLATED.
+smallest steps take beyond their weights (launch gaps, norms). None of this is measured: all of it is EXTRAPOLATED.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from planner.hardware import GpuSpec
 from planner.profile.decode import DecodeFit
@@ -179,7 +180,7 @@ def measured_link_s(
     def one(size: float) -> float:
         if size <= table[0][0]:
             return table[0][1]
-        for (low, low_s), (high, high_s) in zip(table, table[1:], strict=False):
+        for (low, low_s), (high, high_s) in pairwise(table):
             if size <= high:
                 share = math.log(size / low) / math.log(high / low)
                 return low_s ** (1 - share) * high_s**share

@@ -38,8 +38,8 @@ class PipelinedReplica(Replica):
 
         max(e + ticks, D + alone_ticks)
 
-    where alone_ticks is what it takes with nothing in flight. A step's tokens are there when it has ended on the device and the host, which may still be launching the next one,
-    looks at them.
+    where alone_ticks is what it takes with nothing in flight. A step's tokens are there when it has ended on the device
+    and the host, which may still be launching the next one, looks at them.
 
     Of a step of decodes alone_ticks is the host's time for its launch and then ticks, so that it begins on the device
     when the one before ends, or when it is launched.

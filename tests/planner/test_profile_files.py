@@ -1,0 +1,421 @@
+"""Profiles as files: read, refused, found for a deployment, and used by the command line."""
+
+import copy
+import gzip
+import json
+from dataclasses import replace
+
+import pytest
+from profiles_for_tests import Physics, profile, write
+
+from engine.scheduling import StepShape
+from planner.catalog import load_gpu, load_model
+from planner.deployment import Deployment
+from planner.errors import UserError
+from planner.kv_format import KVCacheDtype
+from planner.profile import library
+from planner.profile.library import find_profile, load_profiles
+from planner.profile.schema import load_profile
+from planner.profile.step_time import ProfileStepTime
+from planner.roofline import RooflineStepTime
+from planner.simulation import AcceptanceProcess
+from planner.speculation import DraftedStepTime, SpeculationConfig
+from planner.step_time import Evidence
+from planner.workload import SyntheticSpec, synthesize
+
+LLAMA, H200 = load_model("llama-3.1-8b"), load_gpu("h200_sxm")
+BF16 = KVCacheDtype.BFLOAT16
+
+
+@pytest.fixture(scope="module")
+def good() -> dict:
+    return profile(noise=0.003)
+
+
+@pytest.fixture
+def content(good) -> dict:
+    return copy.deepcopy(good)
+
+
+@pytest.fixture
+def path(tmp_path, good):
+    return write(tmp_path, good)
+
+
+# ---- reading -------------------------------------------------------------------------------------------------------
+
+
+def test_a_profile_is_read(path, good):
+    read = load_profile(path)
+    assert read.name == "profile.json"
+    assert read.record.gpu == "h200_sxm"
+    assert read.kv_cache_dtypes == (BF16,)
+    assert read.tables.kv["bfloat16"].decode[0].to_json() == good["kv"]["bfloat16"]["decode"][0]
+    step_time = read.step_time("bfloat16")
+    assert step_time.predict(StepShape(decode_contexts=[128])) == pytest.approx(
+        good["kv"]["bfloat16"]["decode"][0]["step_s"]
+    )
+    assert step_time.evidence is Evidence.INTERPOLATED
+    assert "llama-3.1-8b on NVIDIA H200, bfloat16 KV" in step_time.description
+
+
+def test_a_gzipped_profile_is_read(tmp_path, good):
+    path = tmp_path / "profile.json.gz"
+    path.write_bytes(gzip.compress(json.dumps(good).encode()))
+    assert load_profile(path).tables == load_profile(write(tmp_path, good)).tables
+
+
+def test_stored_errors_are_used(tmp_path, content):
+    fit = load_profile(write(tmp_path, content)).fitted("bfloat16")
+    stored = json.loads(json.dumps(fit.errors()))
+    stored["decode"]["leave_one_out"] = {"median": 0.1, "p90": 0.2, "max": 0.3}
+    content["kv"]["bfloat16"]["fit"] = stored
+    assert load_profile(write(tmp_path, content)).uncertainty("bfloat16").decode > 0.1
+    content["kv"]["bfloat16"]["fit"] = {"decode": "hand-edited"}
+    assert load_profile(write(tmp_path, content)).uncertainty("bfloat16") == fit.uncertainty()
+
+
+def points(content, table="decode"):
+    return content["kv"]["bfloat16"][table]
+
+
+def decode_at(content, context, batch):
+    return next(p for p in points(content) if p["decodes"] == [[context, batch]])
+
+
+def set_times(point, seconds):
+    point |= {"step_s": seconds, "low_s": 0.99 * seconds, "high_s": 1.01 * seconds}
+
+
+def other_gpu(content):
+    content["gpu"] = "h900"
+
+
+def swap(name, value):
+    return lambda content: content.update({name: value})
+
+
+def drop(*names):
+    def change(content):
+        for name in names[:-1]:
+            content = content[name]
+        del content[names[-1]]
+
+    return change
+
+
+BAD = {
+    "another version": (swap("version", 2), "version 2.*calibrate again"),
+    "no version": (drop("version"), "version None"),
+    "another kind": (swap("kind", "memwall-plan"), "no profile of `memwall calibrate`"),
+    "no tables": (swap("kv", {}), "no tables"),
+    "an unknown format": (lambda c: c["kv"].update(int3=c["kv"]["bfloat16"]), "'int3'"),
+    "a missing table": (drop("kv", "bfloat16", "decode"), "decode"),
+    "an empty table": (lambda c: c["kv"]["bfloat16"].update(prefill=[]), "prefill table of bfloat16 KV is missing"),
+    "NaN": (lambda c: points(c)[3].update(step_s=float("nan")), "decode.3.step_s"),
+    "a negative time": (lambda c: points(c)[0].update(step_s=-1.0), "decode.0.step_s"),
+    "no time at all": (lambda c: points(c)[0].update(step_s=0.0), "greater than 0"),
+    "a string": (lambda c: points(c)[0].update(step_s="fast"), "number"),
+    "an endless step": (lambda c: points(c)[0].update(high_s=1e9), "3600"),
+    "quantiles upside down": (lambda c: points(c)[0].update(low_s=1.0), "between low_s and high_s"),
+    "nothing in a step": (lambda c: points(c)[0].update(decodes=[]), "neither"),
+    "a prompt among decodes": (lambda c: points(c)[0].update(prefills=[[5, 0]]), "with prompt chunks"),
+    "two chunks alone": (lambda c: points(c, "prefill")[0].update(prefills=[[5, 0], [6, 0]]), "one prompt chunk alone"),
+    "decodes alone in mixed": (lambda c: points(c, "mixed")[0].update(prefills=[], decodes=[[4, 4]]), "mixed table"),
+    "less time for more context": (
+        lambda c: set_times(decode_at(c, 8192, 1), 0.001),
+        "a step of 8192 tokens of context takes 1 ms",
+    ),
+    "less time for more requests": (lambda c: set_times(decode_at(c, 128, 256), 0.002), "256 requests takes 2 ms"),
+    "less time for more tokens": (lambda c: set_times(points(c, "prefill")[7], 0.002), "new tokens takes 2 ms"),
+    "an unknown GPU": (other_gpu, "'h900', which the catalog does not know"),
+    "a model that is none": (lambda c: c["model"]["config"].update(hidden_size=-4), "hidden_size"),
+    "an unknown quantization": (swap("quantization", "fp3"), "quantization"),
+    "a list": (lambda c: c.update(engine=[]), "engine"),
+    "no bandwidth": (lambda c: c["limits"].update(copy_bytes_per_s=0), "copy_bytes_per_s"),
+    "text for a size": (lambda c: c["engine"].update(graph_sizes=["a"]), "graph_sizes"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_nonsense_is_refused_in_a_sentence(name, content, tmp_path):
+    change, words = BAD[name]
+    change(content)
+    with pytest.raises(UserError, match=words) as refused:
+        load_profile(write(tmp_path, content))
+    message = str(refused.value)
+    assert "profile.json" in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("text", ["", "[1]", "null", "{", "[" * 100_000, "\x00"])
+def test_other_files_are_refused(text, tmp_path):
+    path = tmp_path / "profile.json"
+    path.write_text(text)
+    with pytest.raises(UserError, match=r"profile\.json"):
+        load_profile(path)
+
+
+def test_absent_and_damaged_files_are_refused(tmp_path, path):
+    with pytest.raises(UserError, match="No such file"):
+        load_profiles([tmp_path / "nowhere.json"])
+    with pytest.raises(UserError, match="cannot read"):
+        load_profile(tmp_path)
+    damaged = tmp_path / "profile.json.gz"
+    damaged.write_bytes(gzip.compress(path.read_bytes())[:500])
+    with pytest.raises(UserError, match="damaged"):
+        load_profile(damaged)
+
+
+def test_noise_is_no_nonsense(content, tmp_path):
+    """On a CPU steps vary by half: what overlaps is not refused."""
+    for point in points(content):
+        point["low_s"], point["high_s"] = 0.3 * point["step_s"], 3 * point["step_s"]
+    slow = decode_at(content, 512, 8)
+    slow["step_s"] *= 1.5
+    load_profile(write(tmp_path, content))
+
+
+# ---- finding -------------------------------------------------------------------------------------------------------
+
+
+def test_nothing_is_shipped_that_cannot_be_used():
+    for each in library.shipped_profiles():
+        for dtype in each.kv_cache_dtypes:
+            assert each.step_time(dtype).predict(StepShape(decode_contexts=[100])) > 0
+
+
+def test_which_profile_serves(tmp_path, good):
+    eight = load_profile(write(tmp_path, {**good, "kv": {"bfloat16": good["kv"]["bfloat16"]}}, "8b.json"))
+    one = load_profile(write(tmp_path, profile(model="llama-3.2-1b", kv=("bfloat16", "int4")), "1b.json"))
+    both = (eight, one)
+
+    def found(model, gpu="h200_sxm", kv="bfloat16", tp=1, quantization=None):
+        match = find_profile(load_model(model, quantization), load_gpu(gpu), KVCacheDtype(kv), tp, both)
+        return match and (match.profile, match.changes)
+
+    assert found("llama-3.1-8b") == (eight, ())
+    assert found("llama-3.2-1b", kv="int4") == (one, ())
+    assert found("llama-3.1-8b", kv="fp8") == (eight, ("kv_cache_dtype",))
+    assert found("llama-3.1-8b", tp=2) == (eight, ("tensor_parallel_size",))
+    assert found("llama-3.1-8b", gpu="h100_sxm") == (eight, ("gpu",))
+    assert found("llama-3.1-8b", quantization="fp8") == (eight, ("quantization",))
+    assert found("llama-3.1-70b", tp=4) == (eight, ("model", "tensor_parallel_size"))
+    assert found("llama-3.2-3b")[1] == ("model",)
+    assert found("mixtral-8x7b") is None
+    assert find_profile(LLAMA, H200, BF16, 1, ()) is None
+
+
+def test_a_gpu_without_a_name_is_told_by_its_memory(tmp_path, content):
+    content["gpu"] = None
+    read = load_profile(write(tmp_path, content))
+    assert find_profile(LLAMA, H200, BF16, 1, (read,)).changes == ()
+    assert find_profile(LLAMA, load_gpu("h100_sxm"), BF16, 1, (read,)) is None
+
+
+# ---- deployments ---------------------------------------------------------------------------------------------------
+
+
+def test_a_deployment_takes_its_profile(path, good):
+    deployment = Deployment(LLAMA, H200, max_model_len=8192, profiles=(str(path),))
+    step_time = deployment.step_time()
+    assert isinstance(step_time, ProfileStepTime)
+    assert step_time.evidence is Evidence.INTERPOLATED
+    memory = deployment.memory()
+    assert memory.num_kv_blocks == 12_345
+    assert memory.block_size == 64
+    workload = synthesize(SyntheticSpec(request_rate=5.0, num_requests=20), seed=0)
+    system = deployment.system(workload)
+    assert system.pipeline_depth == 2
+    assert system.cache.num_blocks == 12_346
+    assert system.cache.block_size == 64
+
+
+def test_other_settings_have_other_blocks(path):
+    deployment = Deployment(LLAMA, H200, max_model_len=8192, profiles=(str(path),))
+    for changed in (
+        {"gpu_memory_utilization": 0.8},
+        {"max_num_seqs": 64},
+        {"block_size": 16},
+        {"kv_cache_dtype": KVCacheDtype.FP8},
+        {"tensor_parallel_size": 2},
+        {"num_gpu_blocks_override": 999},
+        {"profiles": ("none",)},
+    ):
+        assert replace(deployment, **changed).memory().num_kv_blocks != 12_345
+    assert replace(deployment, block_size=64).memory().num_kv_blocks == 12_345
+
+
+def test_without_a_profile_it_is_the_roofline(path):
+    none = Deployment(LLAMA, H200, max_model_len=8192, profiles=("none",))
+    assert isinstance(none.step_time(), RooflineStepTime)
+    assert none.step_time().uncertainty is None
+    workload = synthesize(SyntheticSpec(request_rate=5.0, num_requests=20), seed=0)
+    assert none.system(workload).pipeline_depth == 1
+    eager = Deployment(LLAMA, H200, max_model_len=8192, enforce_eager=True, profiles=(str(path),))
+    assert not isinstance(eager.step_time(), ProfileStepTime) or eager.step_time().evidence is Evidence.EXTRAPOLATED
+    with pytest.raises(UserError, match="--profile none"):
+        load_profiles(["none", str(path)])
+
+
+def test_speculation_waits_for_its_drafts(path):
+    acceptance = AcceptanceProcess((0.8, 0.7))
+    ngram = SpeculationConfig("ngram", 2, acceptance)
+    deployment = Deployment(LLAMA, H200, max_model_len=8192, speculation=ngram, profiles=(str(path),))
+    workload = synthesize(SyntheticSpec(request_rate=5.0, num_requests=20), seed=0)
+    assert deployment.system(workload).pipeline_depth == 1
+    drafted = replace(
+        deployment, speculation=SpeculationConfig("draft_model", 2, acceptance, load_model("llama-3.2-1b"))
+    )
+    step_time = drafted.step_time()
+    assert isinstance(step_time, DraftedStepTime)
+    step = StepShape(verifies=[(3, 100)] * 4)
+    assert step_time.ticks(step) > deployment.step_time().ticks(step)
+    assert step_time.alone_ticks(step) - step_time.ticks(step) == deployment.step_time().host_ticks(step)
+
+
+# ---- transfers -----------------------------------------------------------------------------------------------------
+
+
+def predicted(path, step, **changes):
+    deployment = replace(Deployment(LLAMA, H200, max_model_len=8192, profiles=(str(path),)), **changes)
+    step_time = deployment.step_time()
+    assert isinstance(step_time, ProfileStepTime)
+    return step_time, step_time.predict(step)
+
+
+def test_a_transfer_to_the_same_thing_changes_nothing(path):
+    """By its own way: the shapes of both sides are equal."""
+    from planner.profile.shape import ModelShape
+    from planner.profile.transfer import Scaling, transferred
+
+    read = load_profile(path)
+    fit, limits = read.fitted("bfloat16"), read.tables.limits
+    shape = ModelShape.of(LLAMA, BF16, 64)
+    assert shape == fit.shape
+    same = transferred(fit, Scaling(shape, shape, limits, limits, lambda tokens: 0.0))
+    for step in (
+        StepShape(decode_contexts=[700] * 30),
+        StepShape(prefills=[(300, 0), (40, 900)], decode_contexts=[50] * 9),
+        StepShape(prefills=[(2000, 4000)]),
+    ):
+        assert same.seconds(step) == pytest.approx(fit.seconds(step), rel=1e-6)
+        assert same.evidence(step) is Evidence.EXTRAPOLATED
+
+
+def test_transfers_scale_as_physics_does(path):
+    one, long_context, prompt = (
+        StepShape(decode_contexts=[100]),
+        StepShape(decode_contexts=[8000] * 64),
+        StepShape(prefills=[(8192, 0)]),
+    )
+    plain, decode_s = predicted(path, one)
+    keys_s = plain.predict(long_context) - plain.predict(StepShape(decode_contexts=[0] * 64))
+
+    # fp8 KV: half of the bytes of the keys, everything else as it was.
+    fp8, fp8_decode_s = predicted(path, one, kv_cache_dtype=KVCacheDtype.FP8)
+    fp8_keys_s = fp8.predict(long_context) - fp8.predict(StepShape(decode_contexts=[0] * 64))
+    assert fp8_keys_s == pytest.approx(keys_s / 2, rel=0.02)
+    assert fp8_decode_s == pytest.approx(decode_s, rel=0.01)
+
+    # A slower GPU: by its bandwidth where bytes decide, hardly at all where FLOPs do (an H100 has the same).
+    h100 = load_gpu("h100_sxm")
+    slower = H200.memory_bandwidth_bytes_per_s / h100.memory_bandwidth_bytes_per_s
+    other, _ = predicted(path, one, gpu=h100)
+    other_keys_s = other.predict(long_context) - other.predict(StepShape(decode_contexts=[0] * 64))
+    assert other_keys_s == pytest.approx(keys_s * slower, rel=0.02)
+    assert other.predict(prompt) == pytest.approx(plain.predict(prompt), rel=0.03)
+
+    # Two ranks: half the work each, and the exchange.
+    two, _ = predicted(path, prompt, tensor_parallel_size=2)
+    assert plain.predict(prompt) / 2 < two.predict(prompt) < 0.8 * plain.predict(prompt)
+
+    # A smaller model: by its weights, less the launch gaps of its layers.
+    small, small_s = predicted(path, one, model=load_model("llama-3.2-1b"))
+    assert decode_s * 2.47 / 16.06 * 0.9 < small_s < decode_s * 0.35
+
+    # fp8 weights read half as much.
+    eight, eight_s = predicted(path, one, model=load_model("llama-3.1-8b", "fp8"))
+    assert 0.5 * decode_s < eight_s < 0.7 * decode_s
+    for transferred in (fp8, other, two, small, eight):
+        assert transferred.evidence is Evidence.EXTRAPOLATED
+        assert transferred.evidence_of(one) is Evidence.EXTRAPOLATED
+        assert transferred.uncertainty.decode > plain.uncertainty.decode + 0.01
+        assert transferred.uncertainty.prefill > plain.uncertainty.prefill + 0.005
+        assert transferred.description.startswith("from the profile of llama-3.1-8b")
+        assert transferred.pipeline_depth == 2
+
+
+def test_the_exchange_of_ranks_is_measured_where_it_was(tmp_path, content):
+    step = StepShape(prefills=[(1024, 0)])
+    without, _ = predicted(write(tmp_path, content, "a.json"), step, tensor_parallel_size=2)
+    for size, seconds in ((8192, 1e-3), (1 << 23, 2e-3)):
+        row = {"world_size": 2, "bytes": size, "time_s": seconds, "low_s": seconds, "high_s": seconds, "samples": 9}
+        content["allreduce"].append(row)
+    slow, _ = predicted(write(tmp_path, content, "b.json"), step, tensor_parallel_size=2)
+    # 1,024 tokens are 8 MiB: 64 exchanges of 2 ms.
+    assert slow.predict(step) == pytest.approx(without.predict(step) + 64 * 2e-3, rel=0.05)
+
+
+def test_windows_are_transferred():
+    """gemma-3 has windows of 1,024 tokens in most layers: contexts beyond cost little."""
+    from planner.profile.fit import fit_kv
+    from planner.profile.shape import ModelShape
+    from planner.profile.tables import ProfileTables
+    from planner.profile.transfer import Scaling, transferred
+
+    tables = ProfileTables.from_json(profile(Physics()))
+    shape = ModelShape.of(LLAMA, BF16, 64)
+    fit = fit_kv(tables.kv["bfloat16"], shape, tables.limits, tables.engine)
+    target = ModelShape.of(load_model("gemma-3-27b"), BF16, 64)
+    gemma = transferred(fit, Scaling(shape, target, tables.limits, tables.limits, lambda tokens: 0.0))
+    assert {window for window, _ in target.layers} == {None, 1024}
+    at = {c: gemma.seconds(StepShape(decode_contexts=[c] * 8)) for c in (512, 1024, 9216)}
+    full = sum(count for window, count in target.layers if window is None)
+    rate = 26.6e-9 / 32 * target.kv_bytes / shape.kv_bytes
+    assert at[9216] - at[1024] == pytest.approx(8 * 8192 * full * rate, rel=0.05)
+    assert at[1024] - at[512] == pytest.approx(8 * 512 * target.num_layers * rate, rel=0.2)
+    assert gemma.seconds(StepShape(prefills=[(2048, 30_000)])) > 0
+
+
+# ---- the command line ----------------------------------------------------------------------------------------------
+
+LOAD = ("--request-rate", 4, "--num-prompts", 40, "--isl", 512, "--osl", 64, "--max-model-len", 8192)
+
+
+def test_simulate_with_a_profile(memwall, path):
+    outcome = memwall("simulate", *LOAD, "--profile", path, "--output", "json")
+    result = json.loads(outcome.out)["result"]
+    assert result["evidence"] == "interpolated"
+    assert sum(result["evidence_shares"].values()) == pytest.approx(1)
+    assert "NVIDIA H200" in result["step_time"]
+    text = memwall("simulate", *LOAD, "--profile", path).out
+    assert "profile of llama-3.1-8b on NVIDIA H200" in text
+    assert "uncalibrated" not in text
+
+
+def test_simulate_without_one(memwall):
+    result = json.loads(memwall("simulate", *LOAD, "--profile", "none", "--output", "json").out)["result"]
+    assert result["evidence"] == "uncalibrated"
+    assert result["evidence_shares"] == {"uncalibrated": 1.0}
+
+
+def test_a_transfer_is_told(memwall, path):
+    text = memwall("simulate", *LOAD, "--profile", path, "--kv-cache-dtype", "fp8").out
+    assert "extrapolated" in text
+    assert "transferred from another KV format" in " ".join(text.split())
+
+
+def test_plan_with_a_profile(memwall, path):
+    flags = ("--profile", path, "--max-num-seqs", 64, "-tp", 1, "--total-gpus", 2, "--finalists", 0, "-j", 1)
+    report = json.loads(memwall("plan", *LOAD, *flags, "--output", "json").out)
+    assert report["evidence"] == "extrapolated"  # fp8 KV was not measured
+    by_dtype = {plan["deployment"]["kv_cache_dtype"]: plan["result"]["evidence"] for plan in report["plans"]}
+    assert by_dtype == {"bfloat16": "interpolated", "fp8": "extrapolated"}
+
+
+def test_bad_profiles_on_the_command_line(memwall, tmp_path, content):
+    content["version"] = 7
+    for command in ("simulate", "plan"):
+        memwall(command, "--profile", write(tmp_path, content)).check_bad_input("version 7")
+        memwall(command, "--profile", tmp_path / "none.json").check_bad_input("cannot read")
