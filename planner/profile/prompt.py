@@ -193,8 +193,9 @@ def fit_chunks(
         size = padded(query, engine.piece_sizes)
         dense[size].append(max(least, mean[query][first] - rate[query] * first))
     sizes = sorted(dense)
-    # More tokens never take less. Lowering what noise put too high leaves every chunk a positive attention.
-    dense_s = np.minimum.accumulate([min(dense[size]) for size in reversed(sizes)])[::-1].tolist()
+    # More tokens may take less: libraries choose other kernels. The least of what is padded alike leaves every chunk a
+    # positive attention.
+    dense_s = [min(dense[size]) for size in sizes]
     at = dict(zip(sizes, dense_s, strict=True))
     attention = []
     for query in queries:
@@ -260,8 +261,8 @@ def fit_mixed(alone: PromptFit, mixed: Sequence[Point], decode: DecodeFit) -> Pr
     columns, target, weight = _mixed_columns(alone, mixed, decode)
     keys = columns.pop("key")
     # Keys of decodes either cost what they cost in decode steps, or what the mixed steps say.
-    fixed = choose({}, columns, target - decode.key_s * keys, weight)
-    free = choose({"key": keys}, columns, target, weight)
+    fixed = choose({}, columns, target - decode.key_s * keys, weight, robust=True)
+    free = choose({"key": keys}, columns, target, weight, robust=True)
     has_own_rate = len(mixed) > 2 and free.score < 0.98 * fixed.score
     chosen = free if has_own_rate else fixed
     shapes = [point_shape(point) for point in mixed]
@@ -324,4 +325,4 @@ def _coefficients(whole: PromptFit, decode: DecodeFit) -> dict[str, float | None
 def _left_out_mixed(columns, target: np.ndarray, weight: np.ndarray, names: list[str], key_s: float) -> np.ndarray:
     if "key" not in names:
         target = target - key_s * columns["key"]
-    return left_out([columns[name] for name in names], target, weight)
+    return left_out([columns[name] for name in names], target, weight, robust=True)

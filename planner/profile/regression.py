@@ -10,6 +10,10 @@ from typing import Any
 import numpy as np
 from scipy.optimize import nnls
 
+# A single step may be far off for reasons of its own; beyond this a relative error counts as no larger.
+_LARGE = 0.1
+# Reweighting towards least absolute errors: rounds, and the error below which a point gets no more weight.
+_ROUNDS, _SMALL = 4, 0.002
 # By how much a further coefficient must lower the leave-one-out error.
 _MUST_WIN = 0.02
 
@@ -21,7 +25,7 @@ class Chosen:
     Attributes:
         values: coefficient of each column; 0.0 of those that were dropped.
         dropped: columns that did not lower the leave-one-out error.
-        score: mean absolute leave-one-out error, in the weighted unit.
+        score: mean absolute leave-one-out error, in the weighted unit; 0.1 stands for everything above.
     """
 
     values: Mapping[str, float]
@@ -29,29 +33,48 @@ class Chosen:
     score: float
 
 
-def solve(columns: Sequence[np.ndarray], target: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    """Non-negative coefficients that minimise the weighted squares. One per column; none for no columns."""
+def solve(
+    columns: Sequence[np.ndarray], target: np.ndarray, weight: np.ndarray, robust: bool = False
+) -> np.ndarray:
+    """Non-negative coefficients that minimise the weighted squares. One per column; none for no columns.
+
+    Args:
+        robust: minimise about the absolute errors instead, which outliers bend less.
+    """
     if not len(columns):
         return np.zeros(0)
+    if robust:
+        solved, reweighted = solve(columns, target, weight), weight
+        for _ in range(_ROUNDS):
+            errors = np.abs(np.column_stack(columns) @ solved - target) * weight
+            reweighted = weight / np.sqrt(np.maximum(errors, _SMALL))
+            solved = solve(columns, target, reweighted)
+        return solved
     matrix = np.column_stack(columns) * weight[:, None]
     scale = np.linalg.norm(matrix, axis=0)
     scale[scale == 0] = 1.0
     return nnls(matrix / scale, target * weight, maxiter=50 * matrix.shape[1] + 100)[0] / scale
 
 
-def left_out(columns: Sequence[np.ndarray], target: np.ndarray, weight: np.ndarray) -> np.ndarray:
+def left_out(
+    columns: Sequence[np.ndarray], target: np.ndarray, weight: np.ndarray, robust: bool = False
+) -> np.ndarray:
     """Weighted error of each row, predicted from the others."""
     errors, rows = np.empty(len(target)), np.arange(len(target))
     for i in rows:
         others = rows != i
-        values = solve([column[others] for column in columns], target[others], weight[others])
+        values = solve([column[others] for column in columns], target[others], weight[others], robust)
         predicted = sum((value * column[i] for value, column in zip(values, columns, strict=True)), 0.0)
         errors[i] = (predicted - target[i]) * weight[i]
     return errors
 
 
 def choose(
-    always: Mapping[str, np.ndarray], optional: Mapping[str, np.ndarray], target: np.ndarray, weight: np.ndarray
+    always: Mapping[str, np.ndarray],
+    optional: Mapping[str, np.ndarray],
+    target: np.ndarray,
+    weight: np.ndarray,
+    robust: bool = False,
 ) -> Chosen:
     """Fit the columns `always`, and those of `optional` that lower the leave-one-out error.
 
@@ -65,11 +88,12 @@ def choose(
             columns = [*always.values(), *(optional[name] for name in subset)]
             if len(columns) >= len(target) and columns and size:
                 continue
-            found = float(np.abs(left_out(columns, target, weight)).mean()) if len(target) else 0.0
+            errors = np.abs(left_out(columns, target, weight, robust))
+            found = float(np.minimum(errors, _LARGE).mean()) if len(target) else 0.0
             if found < score * (1 - (_MUST_WIN if size else 0)):
                 best, score = subset, found
     columns = {**always, **{name: optional[name] for name in best}}
-    solved = solve(list(columns.values()), target, weight) if len(target) else np.zeros(len(columns))
+    solved = solve(list(columns.values()), target, weight, robust) if len(target) else np.zeros(len(columns))
     values = dict.fromkeys([*always, *optional], 0.0) | dict(zip(columns, map(float, solved), strict=True))
     kept = {name for name in best if values[name] > 0}
     return Chosen(values, tuple(name for name in optional if name not in kept), score)
