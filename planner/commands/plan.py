@@ -406,7 +406,7 @@ def _usd(value: float | None) -> str:
 
 def _winner(plan: Plan) -> list[str]:
     """The first plan in full: what binds, how sure, how full."""
-    from planner.commands.tables import milliseconds, pairs, paragraph, verdict, warnings
+    from planner.commands.tables import evidence, milliseconds, pairs, paragraph, verdict, warnings
 
     used, result = plan.deployment, plan.result
     rows = []
@@ -430,6 +430,7 @@ def _winner(plan: Plan) -> list[str]:
             f"{plan.max_concurrency:.1f} sequences of {used.max_model_len:,} tokens fit",
         )
     )
+    rows.append(("step times", evidence(result.evidence_shares)))
     if plan.usd_per_gpu_hour is not None:
         known = plan.price_date is None or plan.price_date in (plan.price_source or "")
         dated = f", {plan.price_date}" if plan.price_date and not known else ""

@@ -141,7 +141,7 @@ def simulate_table(report: SimulateReport) -> str:
         return memory_table(report.memory)
     well_founded = result.evidence in ("measured", "interpolated")
     return tables.page(
-        f"step times: {tables.verdict(well_founded, _evidence(result))} {_origin(result)}",
+        f"step times: {tables.verdict(well_founded, tables.evidence(result.evidence_shares))} {_origin(result)}",
         _question(report.deployment, report.workload),
         _latencies(result),
         _slo(report.slo, result),
@@ -149,14 +149,6 @@ def simulate_table(report: SimulateReport) -> str:
         _timeline(result),
         tables.warnings(result.warnings),
     )
-
-
-def _evidence(result: SimulationResult) -> str:
-    """In one word, or of how much of the steps' time each is true."""
-    shares = result.evidence_shares
-    if len(shares) < 2:
-        return str(result.evidence)
-    return ", ".join(f"{tables.percent(share)} {evidence}" for evidence, share in shares.items()) + ":"
 
 
 def _origin(result: SimulationResult) -> str:

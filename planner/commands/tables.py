@@ -10,7 +10,7 @@ import shutil
 import sys
 import tempfile
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -196,3 +196,10 @@ def percent(share: float) -> str:
 def count(number: int, noun: str) -> str:
     """`1 replica`, `2 replicas`."""
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def evidence(shares: Mapping[str, float]) -> str:
+    """What step times rest on: in one word, or of which share of their time each is true."""
+    if len(shares) == 1:
+        return str(*shares)
+    return ", ".join(f"{percent(share)} {what}" for what, share in shares.items())

@@ -47,6 +47,7 @@ class HostFit:
         sizes, latency_s: padded tokens of a prompt step, and its time with nothing in flight beyond its step time.
         row_latency_s: of that, per request that decodes in it.
         piece_sizes: which tell the kinds apart.
+        is_pipelined: whether two steps were in flight; otherwise all of this is empty, as step times have it in them.
     """
 
     costs: dict[str, HostCost]
@@ -55,6 +56,7 @@ class HostFit:
     row_latency_s: float
     piece_sizes: tuple[int, ...]
     errors: dict[str, Any]
+    is_pipelined: bool = False
 
     def kind(self, step: StepShape) -> str:
         if not step.prefills:
@@ -83,10 +85,7 @@ class HostFit:
 
 
 def fit_host(tables: KVTables, engine: EngineSettings) -> HostFit:
-    """Fit what the points say of the host; nothing where they do not, or where steps are not pipelined.
-
-    Without steps in flight together a step's period has the host's time in it already.
-    """
+    """Fit what the points say of the host; nothing where they do not, or where steps are not pipelined."""
     empty = HostFit({}, (), (), 0.0, engine.piece_sizes, {})
     on_gpu = any(point.gpu_s is not None for point in tables.decode)
     if not (engine.async_scheduling and on_gpu):
@@ -104,7 +103,7 @@ def fit_host(tables: KVTables, engine: EngineSettings) -> HostFit:
             costs[kind] = costs[other]
     sizes, latency_s = _latencies(tables.prefill, engine)
     row_s = _row_latency(HostFit({}, sizes, latency_s, 0.0, engine.piece_sizes, {}), tables.mixed)
-    return HostFit(costs, sizes, latency_s, row_s, engine.piece_sizes, errors)
+    return HostFit(costs, sizes, latency_s, row_s, engine.piece_sizes, errors, is_pipelined=True)
 
 
 def _cost(points: Sequence[Point]) -> tuple[HostCost, dict[str, Any]]:

@@ -8,7 +8,6 @@ from itertools import combinations
 from typing import Any
 
 import numpy as np
-from scipy.optimize import nnls
 
 # A single step may be far off for reasons of its own; beyond this a relative error counts as no larger.
 _LARGE = 0.1
@@ -33,9 +32,7 @@ class Chosen:
     score: float
 
 
-def solve(
-    columns: Sequence[np.ndarray], target: np.ndarray, weight: np.ndarray, robust: bool = False
-) -> np.ndarray:
+def solve(columns: Sequence[np.ndarray], target: np.ndarray, weight: np.ndarray, robust: bool = False) -> np.ndarray:
     """Non-negative coefficients that minimise the weighted squares. One per column; none for no columns.
 
     Args:
@@ -50,15 +47,15 @@ def solve(
             reweighted = weight / np.sqrt(np.maximum(errors, _SMALL))
             solved = solve(columns, target, reweighted)
         return solved
+    from scipy.optimize import nnls  # half a second, which a plan without a profile need not wait for
+
     matrix = np.column_stack(columns) * weight[:, None]
     scale = np.linalg.norm(matrix, axis=0)
     scale[scale == 0] = 1.0
     return nnls(matrix / scale, target * weight, maxiter=50 * matrix.shape[1] + 100)[0] / scale
 
 
-def left_out(
-    columns: Sequence[np.ndarray], target: np.ndarray, weight: np.ndarray, robust: bool = False
-) -> np.ndarray:
+def left_out(columns: Sequence[np.ndarray], target: np.ndarray, weight: np.ndarray, robust: bool = False) -> np.ndarray:
     """Weighted error of each row, predicted from the others."""
     errors, rows = np.empty(len(target)), np.arange(len(target))
     for i in rows:

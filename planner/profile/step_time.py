@@ -59,8 +59,7 @@ class ProfileStepTime(StepTime):
         if uncertainty is None and is_measured:
             uncertainty = fitted.uncertainty()
         self.uncertainty = uncertainty
-        # The host's times are there only if steps were measured with two in flight.
-        self.pipeline_depth = 2 if fitted.host.costs else 1
+        self.pipeline_depth = 2 if fitted.host.is_pipelined else 1
         self._decode_scale, self._prefill_scale = decode_scale, prefill_scale
         self._layers = fitted.shape.layers
         self._curves: dict[int, _Curve] = {}

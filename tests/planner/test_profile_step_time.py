@@ -167,3 +167,14 @@ def test_one_request_takes_what_its_steps_do(models):
     result = simulate(Workload("one", np.zeros(1), np.array([512]), np.array([100])), system(models[0], 5000, 2))
     assert result.ttft_ms.mean == pytest.approx(alone * 1e3, rel=0.01)
     assert result.e2el_ms.mean == pytest.approx((alone + decodes) * 1e3, rel=0.01)
+
+
+def test_a_profile_of_an_engine_with_one_step_in_flight():
+    """On a CPU: a step's period has everything in it."""
+    content = profile()
+    content["engine"]["async_scheduling"] = False
+    model = ProfileStepTime(fitted(content))
+    step = StepShape(prefills=[(512, 0)])
+    assert model.pipeline_depth == 1
+    assert model.host_ticks(step) == 0
+    assert model.alone_ticks(step) == model.ticks(step)
