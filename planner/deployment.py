@@ -9,7 +9,7 @@ from planner.errors import UserError
 from planner.hardware import GpuSpec, Price
 from planner.memory import KVCacheDtype, MemoryReport, MemorySettings, kv_layout, plan_memory, validate_parallelism
 from planner.model import ModelSpec
-from planner.profile.library import Match, find_profile, load_profiles, step_time_of
+from planner.profile.library import Match, find_profile, load_profiles, step_time_of, why_unusable
 from planner.roofline import RooflineStepTime
 from planner.simulation import System
 from planner.simulation.router import ROUTERS
@@ -110,7 +110,7 @@ class Deployment:
         From the profile that is nearest, transferred as far as it has to be; the uncalibrated roofline without one.
 
         Raises:
-            UserError: a profile that cannot be used.
+            UserError: a profile that cannot be used, or that was given and tells nothing of this deployment.
         """
         target = self._step_time_of(self.model)
         speculation = self.active_speculation
@@ -128,12 +128,15 @@ class Deployment:
 
     def _profile_for(self, model: ModelSpec) -> Match | None:
         profiles = load_profiles(self.profiles)
-        if self.enforce_eager:
-            # Without graphs the host decides, and its time is only known of the way that was measured.
-            profiles = tuple(profile for profile in profiles if profile.tables.engine.enforce_eager)
-        if not profiles:
-            return None
-        return find_profile(model, self.gpu, self.kv_cache_dtype, self.tensor_parallel_size, profiles)
+        usable = [p for p in profiles if why_unusable(p, model, self.gpu, self.enforce_eager) is None]
+        if usable:
+            return find_profile(model, self.gpu, self.kv_cache_dtype, self.tensor_parallel_size, usable)
+        if self.profiles and profiles:
+            reason = why_unusable(profiles[0], model, self.gpu, self.enforce_eager)
+            raise UserError(
+                f"profile {profiles[0].name} cannot serve {model.name} on {self.gpu.id}: {reason}; leave --profile out"
+            )
+        return None
 
     def _measured_pool(self) -> tuple[int, int] | None:
         """Block size and number of KV blocks that the engine had with these very settings, where that was measured."""

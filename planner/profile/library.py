@@ -101,14 +101,13 @@ def find_profile(
 ) -> Match | None:
     """The profile that needs the least transfer; None if none can serve.
 
-    Of equally near ones the model next in size, and then the first. Models with latent attention or experts, on either
-    side of a transfer, do too much differently.
+    Of equally near ones the model next in size, and then the first.
     """
     found: list[tuple[float, float, int, Match]] = []
     for place, profile in enumerate(profiles):
         for measured in profile.kv_cache_dtypes:
             changes = _changes(profile, measured, model, gpu, kv_cache_dtype, tensor_parallel_size)
-            if changes is None:
+            if changes and _is_special(profile.spec, model):
                 continue
             added = sum(ADDED_UNCERTAINTY[change][0] ** 2 for change in changes)
             distance = abs(math.log(model.num_parameters / profile.spec.num_parameters))
@@ -124,7 +123,7 @@ def _changes(
     gpu: GpuSpec,
     kv_cache_dtype: KVCacheDtype,
     tensor_parallel_size: int,
-) -> tuple[str, ...] | None:
+) -> tuple[str, ...]:
     changes = []
     if not same_shapes(profile.spec, model):
         changes.append("model")
@@ -136,11 +135,25 @@ def _changes(
         changes.append("tensor_parallel_size")
     if not is_same_gpu(profile, gpu):
         changes.append("gpu")
-        if profile.record.gpu is None:
-            return None
-    if changes and any(spec.mla or spec.moe for spec in (profile.spec, model)):
-        return None
     return tuple(changes)
+
+
+def _is_special(*specs: ModelSpec) -> bool:
+    """Latent attention and experts do too much differently for a transfer to or from them."""
+    return any(spec.mla or spec.moe for spec in specs)
+
+
+def why_unusable(profile: Profile, model: ModelSpec, gpu: GpuSpec, enforce_eager: bool) -> str | None:
+    """What keeps a profile from telling anything of such a deployment; None if nothing does."""
+    if profile.record.gpu is None and not is_same_gpu(profile, gpu):
+        return f"it was measured on {profile.record.gpu_name!r}, whose data sheet is not known"
+    if profile.tables.engine.enforce_eager != enforce_eager:
+        return f"it was measured {'with' if enforce_eager else 'without'} CUDA graphs"
+    if not same_shapes(profile.spec, model) and _is_special(profile.spec, model):
+        return f"it was measured with {profile.spec.name}, and experts or latent attention cannot be transferred"
+    if not profile.kv_cache_dtypes:
+        return "it has no tables of a KV format that a GPU would use"
+    return None
 
 
 def is_same_gpu(profile: Profile, gpu: GpuSpec) -> bool:

@@ -210,7 +210,8 @@ def test_a_gpu_without_a_name_is_told_by_its_memory(tmp_path, content):
     content["gpu"] = None
     read = load_profile(write(tmp_path, content))
     assert find_profile(LLAMA, H200, BF16, 1, (read,)).changes == ()
-    assert find_profile(LLAMA, load_gpu("h100_sxm"), BF16, 1, (read,)) is None
+    assert library.why_unusable(read, LLAMA, H200, False) is None
+    assert "NVIDIA H200" in library.why_unusable(read, LLAMA, load_gpu("h100_sxm"), False)
 
 
 # ---- deployments ---------------------------------------------------------------------------------------------------
@@ -252,10 +253,24 @@ def test_without_a_profile_it_is_the_roofline(path):
     assert none.step_time().uncertainty is None
     workload = synthesize(SyntheticSpec(request_rate=5.0, num_requests=20), seed=0)
     assert none.system(workload).pipeline_depth == 1
-    eager = Deployment(LLAMA, H200, max_model_len=8192, enforce_eager=True, profiles=(str(path),))
-    assert not isinstance(eager.step_time(), ProfileStepTime) or eager.step_time().evidence is Evidence.EXTRAPOLATED
     with pytest.raises(UserError, match="--profile none"):
         load_profiles(["none", str(path)])
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"enforce_eager": True}, "measured with CUDA graphs"),
+        ({"model": load_model("mixtral-8x7b")}, "experts"),
+        ({"gpu": load_gpu("h100_sxm")}, "data sheet"),
+    ],
+)
+def test_a_profile_that_tells_nothing_is_refused(tmp_path, content, changes, words):
+    content["gpu"] = None
+    path = write(tmp_path, content)
+    deployment = replace(Deployment(LLAMA, H200, max_model_len=8192, profiles=(str(path),)), **changes)
+    with pytest.raises(UserError, match=words):
+        deployment.step_time()
 
 
 def test_speculation_waits_for_its_drafts(path):
