@@ -34,8 +34,11 @@ DEFECT = 70  # EX_SOFTWARE of sysexits.h; not 1, which a script would take for a
 INTERRUPTED = 130
 
 _ROOMS = ("dashboard", "calibration", "planner", "engine", "kernels")
-_EXTRAS = dict.fromkeys(("generate", "serve", "bench", "calibrate", "validate"), "engine")
-_ORDER = ("plan", "simulate", "memory", "catalog", "export", "generate", "serve", "bench")
+_EXTRAS = dict.fromkeys(("generate", "serve", "bench", "calibrate"), "engine")
+_ORDER = (
+    "plan", "simulate", "memory", "catalog", "export", "generate", "serve", "bench", "calibrate", "calibrate-from",
+    "validate",
+)  # fmt: skip
 _ABOUT = "Plan LLM serving before renting a GPU: how many, which, at which precision, and what latency to expect."
 _EXIT_CODES = (
     "Exit codes: 0 the question was answered; 1 it was answered, and the answer is no (it does not fit, misses its "
