@@ -16,7 +16,7 @@ from engine.scheduling import StepShape
 from planner.deployment import Deployment
 from planner.memory import MemoryReport
 from planner.simulation import SLO
-from planner.step_time import StepTime
+from planner.step_time import TICKS_PER_SECOND, StepTime
 from planner.workload import Workload
 
 _GRID = 48
@@ -51,6 +51,12 @@ class Floors:
         self._step_time = step_time
         self._budget = deployment.max_num_batched_tokens
         self._tokens_per_step = deployment.num_speculative_tokens + 1
+        # With two steps in flight the host may see a first token late, as it is launching the next step, and the
+        # others on time.
+        self._late_s = 0.0
+        if step_time.pipeline_depth > 1:
+            largest = StepShape(prefills=[(self._budget, 0)])
+            self._late_s = step_time.host_ticks(largest) / TICKS_PER_SECOND
         # With prefix caching all but the last token of a prompt may be found.
         self._prompts_may_be_cached = deployment.enable_prefix_caching and workload.prefix_block_hashes is not None
 
@@ -72,9 +78,15 @@ class Floors:
         return self._step_time.predict(StepShape(decode_contexts=[context])) / self._tokens_per_step
 
     def _from_below(self, function, tokens: np.ndarray) -> np.ndarray:
-        """An increasing function at each of `tokens`, rounded down to a grid of their quantiles."""
+        """A function at each of `tokens`, rounded down to a grid of their quantiles.
+
+        It increases but for what measured times may have: a larger step that is faster, by its padding or its kernels.
+        So nowhere is it taken for more than it is further on in the grid, which leaves what happens between two of its
+        points.
+        """
         grid = np.unique(np.quantile(tokens, np.linspace(0, 1, _GRID), method="lower").astype(np.int64))
         values = np.array([function(int(n)) for n in grid])
+        values = np.minimum.accumulate(values[::-1])[::-1]
         return values[np.searchsorted(grid, tokens, side="right") - 1]
 
     def violated(self, slo: SLO) -> Floor | None:
@@ -87,7 +99,7 @@ class Floors:
         several = self.output_tokens > 1
         floors_ms = {
             "ttft": prefill * 1e3,
-            "tpot": token[several] * 1e3,
+            "tpot": (token[several] - self._late_s / (self.output_tokens[several] - 1)) * 1e3,
             "e2el": (prefill + (self.output_tokens - 1) * token) * 1e3,
         }
         why = {

@@ -42,7 +42,13 @@ class Evidence(StrEnum):
 
 
 #: For saying of several which one to worry about.
-WEAKEST_FIRST = (Evidence.UNCALIBRATED, Evidence.EXTRAPOLATED, Evidence.INTERPOLATED, Evidence.MEASURED)
+WEAKEST_FIRST = (
+    Evidence.UNCALIBRATED,
+    Evidence.SCALED,
+    Evidence.EXTRAPOLATED,
+    Evidence.INTERPOLATED,
+    Evidence.MEASURED,
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,7 +26,9 @@ CHECKS = [
     unsupported_method,
 ]
 
-schema = schemathesis.openapi.from_asgi("/openapi.json", make_app(FakeEngine("abc", max_model_len=400)))
+schema = schemathesis.openapi.from_asgi(
+    "/openapi.json", make_app(FakeEngine("abc", max_model_len=400, max_requests=2000))
+)
 
 
 @schema.parametrize()

@@ -33,7 +33,8 @@ def steady() -> Workload:
 
 
 def deployment(blocks: int | None = None, **settings) -> Deployment:
-    return Deployment(MODEL, GPU, **{"max_model_len": 2048, "num_gpu_blocks_override": blocks, **settings})
+    fixed = {"max_model_len": 2048, "num_gpu_blocks_override": blocks, "profiles": ("none",)}
+    return Deployment(MODEL, GPU, **fixed | settings)
 
 
 @cache

@@ -197,3 +197,23 @@ def test_demand_counts_what_the_prefix_cache_leaves():
 
 def test_all_at_once_is_no_rate():
     assert demand(load([0.0] * 50, [3000] * 50, [5] * 50), deployment("llama-3.1-8b")) == 1
+
+
+class Bumpy(StepTime):
+    """A chunk of 100 to 200 tokens is slower than any up to 400, as with a poor matrix kernel."""
+
+    def predict(self, step: StepShape) -> float:
+        tokens = step.num_tokens
+        return 0.05 if 100 <= tokens < 200 else 0.01 + tokens * 5e-5
+
+
+def test_floors_where_a_larger_step_is_faster():
+    """Up to what the steps between two lengths of the grid differ by."""
+    prompts = np.arange(50, 401)
+    workload = Workload("load", np.arange(len(prompts)) * 1.0, prompts, np.full(len(prompts), 2))
+    floors = Floors(workload, deployment("llama-3.2-1b"), Bumpy(), 0.0)
+    values = floors._from_below(floors.prefill_s, prompts)
+    exact = [Bumpy().predict(StepShape(prefills=[(int(n), 0)])) for n in prompts]
+    assert (np.diff(values) >= 0).all()
+    between = np.ceil(len(prompts) / 48) * 5e-5
+    assert (values <= np.array(exact) + between).all()
