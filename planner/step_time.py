@@ -16,9 +16,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from math import isqrt
+from typing import TYPE_CHECKING
 
 from engine.scheduling import StepShape
 from planner.errors import UserError
+
+if TYPE_CHECKING:
+    from planner.profile.clock import ClockModel
 
 TICKS_PER_SECOND = 10**15
 
@@ -216,7 +220,11 @@ def floored(run: DecodeRun, floor: int) -> DecodeRun:
 
 
 class StepTime(ABC):
-    """Predicts step times. Same shape, same time: it holds no state that a prediction changes."""
+    """Predicts step times. Same shape, same time: it holds no state that a prediction changes.
+
+    A device whose clock gives way has a `clock`; then `ticks` is the steady time, and `heated_ticks` that at a given
+    heat. Whoever runs the steps keeps the heat.
+    """
 
     #: What the predictions rest on.
     evidence: Evidence = Evidence.UNCALIBRATED
@@ -228,6 +236,8 @@ class StepTime(ABC):
     uncertainty: Uncertainty | None = None
     #: Steps that the engine behind these times keeps in flight.
     pipeline_depth: int = 1
+    #: How the device slows down when it is hot; None where nothing is known of that.
+    clock: ClockModel | None = None
 
     @abstractmethod
     def predict(self, step: StepShape) -> float:
@@ -244,6 +254,17 @@ class StepTime(ABC):
             UserError: if the prediction is not a number between 0 and an hour.
         """
         return to_ticks(self.predict(step), step)
+
+    def heated_ticks(self, step: StepShape, ticks: int, heat: float) -> int:
+        """Ticks of a step that begins on the device at this heat, where there is a `clock`; `ticks` otherwise.
+
+        What `alone_ticks` has beyond `ticks` is the host's, and does not depend on the heat.
+
+        Args:
+            ticks: what `ticks` says of the step.
+            heat: as `planner.profile.clock` has it.
+        """
+        return ticks
 
     def host_ticks(self, step: StepShape) -> int:
         """Ticks from the decision to run a step to the end of its launch; the device starts it then at the earliest.
@@ -306,7 +327,7 @@ class ScaledStepTime(StepTime):
         self.inner, self.decode, self.prefill = inner, decode, prefill
         self.evidence, self.evidence_varies = inner.evidence, inner.evidence_varies
         self.description, self.uncertainty = inner.description, inner.uncertainty
-        self.pipeline_depth = inner.pipeline_depth
+        self.pipeline_depth, self.clock = inner.pipeline_depth, inner.clock
 
     def _scale(self, step: StepShape) -> float:
         return self.prefill if step.prefills else self.decode
@@ -316,6 +337,9 @@ class ScaledStepTime(StepTime):
 
     def ticks(self, step: StepShape) -> int:
         return max(1, round(self.inner.ticks(step) * self._scale(step)))
+
+    def heated_ticks(self, step: StepShape, ticks: int, heat: float) -> int:
+        return self.inner.heated_ticks(step, ticks, heat)
 
     def host_ticks(self, step: StepShape) -> int:
         return self.inner.host_ticks(step)

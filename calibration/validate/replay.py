@@ -37,7 +37,7 @@ class SimulatedRun:
 
 def _noting(step_time: StepTime, steps: list[SimulatedStep]) -> StepTime:
     """The same model, which appends every step whose time it is asked for, in order."""
-    noting, ticks_of = copy.copy(step_time), step_time.ticks
+    noting, ticks_of, heated_of = copy.copy(step_time), step_time.ticks, step_time.heated_ticks
 
     def ticks(shape: StepShape) -> int:
         found = ticks_of(shape)
@@ -45,7 +45,13 @@ def _noting(step_time: StepTime, steps: list[SimulatedStep]) -> StepTime:
             steps.append(SimulatedStep(shape, found / TICKS_PER_SECOND))
         return found
 
-    object.__setattr__(noting, "ticks", ticks)  # frozen ones too
+    def heated_ticks(shape: StepShape, steady: int, heat: float) -> int:
+        found = heated_of(shape, steady, heat)
+        steps[-1] = SimulatedStep(shape, found / TICKS_PER_SECOND)
+        return found
+
+    for name, function in (("ticks", ticks), ("heated_ticks", heated_ticks)):
+        object.__setattr__(noting, name, function)  # frozen ones too
     return noting
 
 

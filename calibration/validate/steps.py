@@ -2,6 +2,9 @@
 
 Measured is the time on the GPU, from a step's first operation to its last; on a CPU, where a step runs while it is
 launched, the time from its start to its tokens.
+
+Where the clock of the device gives way, a step is predicted at the heat that the recorded steps before it left behind,
+by the same rules as the simulator's.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import numpy as np
 
 from engine.bench.step_log import LoggedStep
 from engine.scheduling import StepShape
+from planner.profile.clock import Heat
 from planner.step_time import TICKS_PER_SECOND, StepTime
 
 DECODE, DECODE_EAGER = "decode, in a graph", "decode, eager"
@@ -59,9 +63,11 @@ class PredictedLog:
 
 def predict_log(steps: Sequence[LoggedStep], step_time: StepTime, largest_piece: int | None) -> PredictedLog:
     """Every step of a log, predicted."""
-    device = np.array([step_time.ticks(step.shape) for step in steps]) / TICKS_PER_SECOND
+    steady = [step_time.ticks(step.shape) for step in steps]
     host = np.array([step_time.host_ticks(step.shape) for step in steps]) / TICKS_PER_SECOND
-    wait = np.array([_alone_ticks(step_time, step.shape) for step in steps]) / TICKS_PER_SECOND - device
+    alone = [_alone_ticks(step_time, step.shape, ticks) for step, ticks in zip(steps, steady, strict=True)]
+    wait = (np.array(alone) - np.array(steady)) / TICKS_PER_SECOND
+    device = np.array(_at_their_heat(steps, steady, step_time)) / TICKS_PER_SECOND
     is_whole = np.array([step.gpu_s is None for step in steps], bool)
     return PredictedLog(
         steps,
@@ -73,11 +79,34 @@ def predict_log(steps: Sequence[LoggedStep], step_time: StepTime, largest_piece:
     )
 
 
-def _alone_ticks(step_time: StepTime, shape: StepShape) -> int:
+def _alone_ticks(step_time: StepTime, shape: StepShape, ticks: int) -> int:
     """From the decision to run a step to its tokens, with nothing in flight."""
-    if shape.prefills and hasattr(step_time, "alone_ticks"):
-        return step_time.alone_ticks(shape)
-    return step_time.host_ticks(shape) + step_time.ticks(shape)
+    if shape.prefills:
+        return step_time.alone_ticks(shape, ticks)
+    return step_time.host_ticks(shape) + ticks
+
+
+def _at_their_heat(steps: Sequence[LoggedStep], steady: Sequence[int], step_time: StepTime) -> list[int]:
+    """What the steps take at the heat of the recorded device."""
+    if step_time.clock is None:
+        return list(steady)
+    heat, found = Heat(step_time.clock.tau_s), []
+    for step, ticks, begin in zip(steps, steady, begins_s(steps).tolist(), strict=True):
+        found.append(step_time.heated_ticks(step.shape, ticks, heat.at(begin)))
+        heat.ran(begin, begin + device_s(step), hot=bool(step.shape.prefills))
+    return found
+
+
+def begins_s(steps: Sequence[LoggedStep]) -> np.ndarray:
+    """When each step began on the device, float64 [n]: when it was decided, or when the one before had ended.
+
+    A log does not say; the end is no help, as the host may look at a step's tokens long after it.
+    """
+    begins, end = np.empty(len(steps)), 0.0
+    for n, step in enumerate(steps):
+        begins[n] = max(end, step.start_s)
+        end = begins[n] + device_s(step)
+    return begins
 
 
 @dataclass(frozen=True)

@@ -207,7 +207,9 @@ def step_time_of(
             limits = limits_on(source_limits, load_gpu(record.gpu), gpu)
         link_s = _link(profile, model, gpu, tensor_parallel_size, "gpu" in changes)
         fitted = transferred(fitted, Scaling(fitted.shape, target, source_limits, limits, link_s))
-    return ProfileStepTime(fitted, origin, uncertainty, max_num_seqs, max_num_batched_tokens)
+    # Another GPU has another power limit; on the same one what a step draws stays, whatever the model.
+    clock = None if "gpu" in changes else profile.clock
+    return ProfileStepTime(fitted, origin, uncertainty, max_num_seqs, max_num_batched_tokens, clock=clock)
 
 
 def _complete(limits, profile: Profile, gpu: GpuSpec):

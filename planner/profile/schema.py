@@ -7,6 +7,7 @@ import json
 import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,6 +18,7 @@ from planner.errors import UserError
 from planner.hf_config import model_from_config
 from planner.kv_format import KVCacheDtype
 from planner.model import ModelSpec
+from planner.profile.clock import ClockModel, fit_clock
 from planner.profile.fit import FittedKV, fit_kv
 from planner.profile.shape import ModelShape
 from planner.profile.step_time import ProfileStepTime
@@ -28,6 +30,9 @@ _CPU_FORMAT = "float32"  # of an engine on a CPU, which no deployment has
 # The share of a smaller step's time that a larger one may take at the least, where their spreads do not meet: padding
 # and other kernels can make a larger one faster (448 tokens on an H200 took 1.3 times as long as 512), but not by far.
 _SLACK = 0.5
+# A hot device is slower; noise may say otherwise by so much, and no clock gives way by more than the other.
+_LEAST_HEATED, _MOST_HEATED = 0.9, 3.0
+_MOST_STEPS = 10_000  # of a series, which is fitted whenever the profile is used
 
 _Seconds = Annotated[float, Field(gt=0, le=MAX_STEP_SECONDS)]
 _Count = Annotated[int, Field(ge=1, le=1 << 40)]
@@ -50,6 +55,7 @@ class PointRecord(_Section):
     low_s: _Seconds
     high_s: _Seconds
     samples: _Count
+    mean_s: _Seconds | None = None
     gpu_s: _Seconds | None = None
     alone_s: _Seconds | None = None
     host_s: Annotated[float, Field(ge=0, le=MAX_STEP_SECONDS)] | None = None
@@ -115,6 +121,78 @@ class AllReduceRecord(_Section):
     time_s: _Seconds
 
 
+class ClockPointRecord(_Section):
+    """One prompt chunk of so many tokens: in a stream of them, on a cool device, and on a hot one."""
+
+    tokens: _Count
+    steady_s: _Seconds
+    cool_s: _Seconds
+    hot_s: _Seconds
+    samples: _Count = 1
+
+    @model_validator(mode="after")
+    def _plausible(self) -> ClockPointRecord:
+        _check_heat(f"{self.tokens:,} tokens", self.cool_s, self.hot_s)
+        for name in ("cool_s", "hot_s"):
+            ratio = getattr(self, name) / self.steady_s
+            if not 1 / _MOST_HEATED <= ratio <= _MOST_HEATED:
+                raise ValueError(f"{name} of {self.tokens:,} tokens is {ratio:.3g} times steady_s")
+        return self
+
+
+class ClockDecodeRecord(_Section):
+    """Steps of decodes alone: at rest, and right behind prompt steps."""
+
+    batch: _Count
+    context: _Context
+    cool_s: _Seconds
+    hot_s: _Seconds
+
+    @model_validator(mode="after")
+    def _plausible(self) -> ClockDecodeRecord:
+        _check_heat(f"{self.batch} decodes", self.cool_s, self.hot_s)
+        return self
+
+
+class ClockSeriesRecord(_Section):
+    """Prompt steps one behind the other on a device that was cool before."""
+
+    tokens: _Count
+    decode_batch: Annotated[int, Field(ge=0)] = 0
+    gpu_s: Annotated[tuple[_Seconds, ...], Field(max_length=_MOST_STEPS)]
+    begin_s: tuple[Annotated[float, Field(ge=0, le=MAX_STEP_SECONDS)], ...]
+
+    @model_validator(mode="after")
+    def _in_order(self) -> ClockSeriesRecord:
+        if len(self.gpu_s) != len(self.begin_s):
+            raise ValueError(f"{len(self.gpu_s)} steps begin {len(self.begin_s)} times")
+        for n, (before, begin, after) in enumerate(zip(self.begin_s, self.gpu_s, self.begin_s[1:], strict=False), 2):
+            if after < before + 0.5 * begin:
+                raise ValueError(f"step {n} begins before the one before it is half over")
+        return self
+
+
+class ClockRecord(_Section):
+    """How the device slows down when it is hot."""
+
+    points: tuple[ClockPointRecord, ...] = ()
+    decode_points: tuple[ClockDecodeRecord, ...] = ()
+    series: Annotated[tuple[ClockSeriesRecord, ...], Field(max_length=64)] = ()
+
+    @model_validator(mode="after")
+    def _complete(self) -> ClockRecord:
+        if self.series and not self.points:
+            raise ValueError("it has series but no points, so that no cool and hot times are known")
+        return self
+
+
+def _check_heat(what: str, cool_s: float, hot_s: float) -> None:
+    if hot_s < _LEAST_HEATED * cool_s:
+        raise ValueError(f"{what} take {hot_s * 1e3:.3g} ms on a hot device and {cool_s * 1e3:.3g} ms on a cool one")
+    if hot_s > _MOST_HEATED * cool_s:
+        raise ValueError(f"{what} take {hot_s / cool_s:.3g} times as long on a hot device as on a cool one")
+
+
 class ProfileRecord(_Section):
     """A profile file."""
 
@@ -131,6 +209,7 @@ class ProfileRecord(_Section):
     engine: EngineRecord
     kv: dict[str, KVRecord]
     allreduce: tuple[AllReduceRecord, ...]
+    clock: ClockRecord | None = None
 
 
 @dataclass
@@ -146,6 +225,12 @@ class Profile:
     tables: ProfileTables
     spec: ModelSpec
     _fitted: dict[str, FittedKV] = field(default_factory=dict, repr=False)
+
+    @cached_property
+    def clock(self) -> ClockModel | None:
+        """How the device slows down when it is hot; None where that was not measured."""
+        section = self.record.clock
+        return fit_clock(section.model_dump()) if section else None
 
     @property
     def kv_cache_dtypes(self) -> tuple[KVCacheDtype, ...]:
@@ -182,7 +267,8 @@ class Profile:
         """
         fitted = self.fitted(kv_cache_dtype)
         uncertainty = self.uncertainty(kv_cache_dtype)
-        return ProfileStepTime(fitted, self.origin(kv_cache_dtype), uncertainty, max_num_seqs, max_num_batched_tokens)
+        limits = max_num_seqs, max_num_batched_tokens
+        return ProfileStepTime(fitted, self.origin(kv_cache_dtype), uncertainty, *limits, clock=self.clock)
 
     def origin(self, kv_cache_dtype: str) -> str:
         """What was measured, for people."""

@@ -6,9 +6,10 @@ from bisect import bisect_right
 from dataclasses import replace
 
 from engine.scheduling import StepShape
+from planner.profile.clock import ClockModel
 from planner.profile.decode import excess_of
 from planner.profile.fit import FittedKV
-from planner.profile.tables import EngineSettings
+from planner.profile.tables import EngineSettings, padded
 from planner.step_time import (
     TICKS_PER_SECOND,
     AffineRun,
@@ -41,6 +42,7 @@ class ProfileStepTime(StepTime):
         max_num_batched_tokens: int | None = None,
         decode_scale: float = 1.0,
         prefill_scale: float = 1.0,
+        clock: ClockModel | None = None,
     ) -> None:
         """
         Args:
@@ -50,6 +52,7 @@ class ProfileStepTime(StepTime):
             max_num_seqs, max_num_batched_tokens: of the deployment, which decide how steps are padded; None for those
                 of the profile.
             decode_scale, prefill_scale: what times of steps without and with prompt chunks are multiplied by.
+            clock: how the device slows down when it is hot.
         """
         self.fitted = with_limits(fitted, max_num_seqs, max_num_batched_tokens)
         self.description = description
@@ -60,6 +63,7 @@ class ProfileStepTime(StepTime):
             uncertainty = fitted.uncertainty()
         self.uncertainty = uncertainty
         self.pipeline_depth = 2 if fitted.host.is_pipelined else 1
+        self.clock = clock
         self._decode_scale, self._prefill_scale = decode_scale, prefill_scale
         self._layers = fitted.shape.layers
         self._curves: dict[int, _Curve] = {}
@@ -72,6 +76,7 @@ class ProfileStepTime(StepTime):
             self.uncertainty,
             decode_scale=self._decode_scale * decode,
             prefill_scale=self._prefill_scale * prefill,
+            clock=self.clock,
         )
 
     # ---- the contract ----------------------------------------------------------------------------------------------
@@ -87,6 +92,18 @@ class ProfileStepTime(StepTime):
         contexts = step.decode_contexts
         curve = self._curve(len(contexts))
         return curve.ticks_at(self.fitted.shape.decode_keys(contexts)) + curve.ragged_ticks(contexts)
+
+    def heated_ticks(self, step: StepShape, ticks: int, heat: float) -> int:
+        clock = self.clock
+        if clock is None:
+            return ticks
+        seconds = ticks / TICKS_PER_SECOND
+        if step.prefills:
+            tokens = padded(step.num_tokens, self.fitted.engine.piece_sizes)
+            return max(1, round(ticks * clock.prompt_factor(tokens, heat, seconds)))
+        if clock.is_felt_by_decodes(heat):
+            return max(1, round(ticks * clock.decode_factor(heat, seconds)))
+        return ticks
 
     def host_ticks(self, step: StepShape) -> int:
         if step.prefills or step.verifies:

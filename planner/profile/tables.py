@@ -20,7 +20,7 @@ class Point:
         prefills: (query tokens, context tokens) of each prompt chunk; each samples one token.
         decodes: (context tokens, how many requests have it), in order.
         step_s: median period of such steps one after another, with as many in flight as the engine has.
-        low_s, high_s: 10 % and 90 % quantile of the single periods; samples: how many there were.
+        low_s, high_s: 10 % and 90 % quantile of the single periods; samples: how many there were; mean_s: their mean.
         gpu_s: median time on the GPU; None without one.
         alone_s: median time from schedule to tokens on the host with nothing in flight; None if unknown.
         host_s: median CPU time of schedule, launch and update; None if unknown.
@@ -33,6 +33,7 @@ class Point:
     low_s: float
     high_s: float
     samples: int = 1
+    mean_s: float | None = None
     gpu_s: float | None = None
     alone_s: float | None = None
     host_s: float | None = None
@@ -48,8 +49,11 @@ class Point:
         return self.batch + sum(query for query, _ in self.prefills)
 
     def to_json(self) -> dict[str, Any]:
-        """As the profile has it."""
-        return asdict(self) | {"prefills": [list(p) for p in self.prefills], "decodes": [list(d) for d in self.decodes]}
+        """As the profile has it; older ones have no mean."""
+        row = asdict(self) | {"prefills": [list(p) for p in self.prefills], "decodes": [list(d) for d in self.decodes]}
+        if self.mean_s is None:
+            del row["mean_s"]
+        return row
 
     @classmethod
     def from_json(cls, row: Mapping[str, Any]) -> Point:

@@ -50,7 +50,7 @@ class PipelinedReplica(Replica):
 
         D(k + 2) = max(end of k, D(k + 1) + h) = D(k + 1) + max(d(k), h)
 
-    whichever of host and device is slower.
+    whichever of host and device is slower. Where the device is so hot that decodes feel it, there are no leaps.
     """
 
     _keeps_last_token = True
@@ -81,7 +81,7 @@ class PipelinedReplica(Replica):
             self._end_given_up()
         launched = env.now
         while len(flights) < _DEPTH:
-            if self.leap and flights and self._leap():
+            if self.leap and flights and not self._is_felt(flights[-1].end) and self._leap():
                 return
             step = self._schedule()
             if step is None:
@@ -89,11 +89,12 @@ class PipelinedReplica(Replica):
             host = self.step_time.host_ticks(step.shape)
             launched = env.now + host
             ticks = self.step_time.ticks(step.shape)
-            end = env.now + self.step_time.alone_ticks(step.shape, ticks)
+            begin = env.now + self.step_time.alone_ticks(step.shape, ticks) - ticks
             if flights:
-                end = max(end, flights[-1].end + ticks)
+                begin = max(begin, flights[-1].end)
+            ticks = self._run_at_heat(step.shape, ticks, begin)
             self._note_step(step, ticks)
-            flights.append(_Flight(step, end))
+            flights.append(_Flight(step, begin + ticks))
             if host and len(flights) < _DEPTH:
                 Timer(env, host, STEP_START, self._start)
                 return

@@ -11,8 +11,9 @@ import math
 import simpy
 
 from engine.scheduling import Request, RequestStatus, Scheduler, Step, StepShape
+from planner.profile.clock import Heat
 from planner.simulation.log import MAX_GAP, ReplicaLog
-from planner.step_time import DecodeRun, Evidence, StepTime, delayed
+from planner.step_time import TICKS_PER_SECOND, DecodeRun, Evidence, StepTime, delayed
 
 # Order of events at one instant: a step's end is seen by what arrives at that very instant, and the next step starts
 # only after everything has arrived.
@@ -96,6 +97,9 @@ class Replica:
         self._notes_evidence = step_time.evidence_varies
         self._run_inside = 0
         self._run_host = 0
+        # Of the device, where its clock depends on it.
+        clock = step_time.clock
+        self._heat = None if clock is None else Heat(clock.tau_s * TICKS_PER_SECOND)
         # SimPy cannot cancel an event; a timer of an older generation is stale.
         self._generation = 0
 
@@ -141,7 +145,7 @@ class Replica:
     def _start(self, _event: simpy.Event | None = None) -> None:
         self._starting = False
         scheduler = self.scheduler
-        if self.leap:
+        if self.leap and not self._is_felt(self.env.now):
             steps = scheduler.steady_steps()
             if steps > 1:
                 run, self._run_host = self._decode_run(steps)
@@ -154,9 +158,27 @@ class Replica:
             self._idle = True
         else:
             ticks, host = self.step_time.ticks(step.shape), self.step_time.host_ticks(step.shape)
+            wait = self.step_time.alone_ticks(step.shape, ticks) - ticks
+            ticks = self._run_at_heat(step.shape, ticks, self.env.now + wait)
             self._note_step(step, ticks)
             # The host looks for the tokens when its launch is over.
-            self._wait(max(host, self.step_time.alone_ticks(step.shape, ticks)))
+            self._wait(max(host, wait + ticks))
+
+    def _run_at_heat(self, shape: StepShape, ticks: int, begin: int) -> int:
+        """What a step takes that begins on the device then, at the heat that it has; it is heated by that."""
+        heat = self._heat
+        if heat is None:
+            return ticks
+        ticks = self.step_time.heated_ticks(shape, ticks, heat.at(begin))
+        heat.ran(begin, begin + ticks, hot=bool(shape.prefills))
+        return ticks
+
+    def _is_felt(self, begin: int) -> bool:
+        """Whether a step of decodes that begins then takes longer for the device's heat, and the next less again.
+
+        The device cools down while it decodes, so a leap that does not feel its first step's heat feels none.
+        """
+        return self._heat is not None and self.step_time.clock.is_felt_by_decodes(self._heat.at(begin))
 
     def _decode_run(self, steps: int) -> tuple[DecodeRun, int]:
         """The next `steps` steps of the running requests on the device, or fewer, and the host's time for each."""

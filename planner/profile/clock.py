@@ -1,0 +1,241 @@
+"""The clock of a device that runs into its power limit: prompt steps take longer the more of them there were.
+
+A step of matrix products draws more power than the device may take for long, so that the device lowers its clock; in
+between, while it decodes, it recovers. How far it has got is told by its heat E, between 0 and 1: the share of time
+spent in prompt steps, of which the past counts ever less.
+
+    E(t + d) = u - (u - E(t)) · exp(-d / tau)         u = 1 during a step with prompt chunks, 0 otherwise
+    time     = steady · (cool + (hot - cool) · h)     h = clip((E - e0) / (e1 - e0), 0, 1), E in the middle of the step
+
+`steady` is what a profile says of the step: measured among equal ones, in a stream of which the first are cool and the
+last hot. `cool` and `hot` are ratios to it by number of tokens: 512 tokens on an H200 take 0.87 of their steady time
+between decodes and as long again as that times 1.14 behind others. Steps of decodes alone slow down a little, too, by
+one ratio that is told by what they take right behind prompt steps; at rest their steady time is right.
+
+Numpy and the standard library only: calibration fits on the GPU machine what it has just measured.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+# What served loads of two KV formats on one H200 showed: taken where no series tells, and what a series that tells
+# little leaves alone. tau was between 0.05 and 0.10 s there; e0 0.39 and 0.46, e1 1.0.
+USUAL_TAU_S, USUAL_E0, USUAL_E1 = 0.08, 0.4, 1.0
+# How far the truth may be from that before a series has to say so: log(tau), e0, e1.
+_PRIOR = (0.5, 0.15, 0.15)
+_MIN_GAP = 0.1  # between e0 and e1
+_TAUS = tuple(float(tau) for tau in 0.02 * 1.25 ** np.arange(15))  # to 0.45 s
+_E0S = tuple(float(each) for each in np.arange(0.0, 0.81, 0.1))
+_E1S = tuple(float(each) for each in np.arange(0.5, 1.01, 0.1))
+# Rounds of looking closer around the best, each in half the steps.
+_ROUNDS = 4
+# Relative errors of single steps: none is known better than the least, and beyond so many deviations one has a cause
+# of its own.
+_LEAST_NOISE, _FAR = 0.003, 3.0
+
+
+@dataclass(frozen=True)
+class ClockModel:
+    """What was fitted.
+
+    Attributes:
+        tau_s: time constant. e0, e1: heat below which steps take their cool time, and from which on their hot one.
+        tokens: numbers of tokens, ascending. cool, hot: ratios to the steady time there; hot is not less than cool.
+        decode: ratio of a step of decodes alone that is hot to one that is cool, at least 1.
+    """
+
+    tau_s: float
+    e0: float
+    e1: float
+    tokens: tuple[int, ...]
+    cool: tuple[float, ...]
+    hot: tuple[float, ...]
+    decode: float = 1.0
+
+    def slowed(self, heat: float) -> float:
+        """From 0, the cool time, to 1, the hot one."""
+        return min(max((heat - self.e0) / (self.e1 - self.e0), 0.0), 1.0)
+
+    def ratios(self, tokens: int) -> tuple[float, float]:
+        """Cool and hot ratio: linear between measured numbers of tokens, held outside of them."""
+        at, cool, hot = self.tokens, self.cool, self.hot
+        high = bisect_right(at, tokens)
+        if high == 0:
+            return cool[0], hot[0]
+        if high == len(at):
+            return cool[-1], hot[-1]
+        low = high - 1
+        share = (tokens - at[low]) / (at[high] - at[low])
+        return cool[low] + share * (cool[high] - cool[low]), hot[low] + share * (hot[high] - hot[low])
+
+    def prompt_factor(self, tokens: int, heat: float, steady_s: float) -> float:
+        """What the steady time of a step with prompt chunks is multiplied by.
+
+        Args:
+            tokens: of the step, padded.
+            heat: when it begins on the device.
+            steady_s: its steady time: the longer it takes, the hotter it gets.
+        """
+        cool, hot = self.ratios(tokens)
+        at_start = cool + (hot - cool) * self.slowed(heat)
+        middle = 1.0 - (1.0 - heat) * math.exp(-0.5 * steady_s * at_start / self.tau_s)
+        return cool + (hot - cool) * self.slowed(middle)
+
+    def decode_factor(self, heat: float, steady_s: float) -> float:
+        """The same of a step of decodes alone; exactly 1 up to a heat of e0, as it only cools the device."""
+        if heat <= self.e0:
+            return 1.0
+        return 1.0 + (self.decode - 1.0) * self.slowed(heat * math.exp(-0.5 * steady_s / self.tau_s))
+
+    def is_felt_by_decodes(self, heat: float) -> bool:
+        """Whether a step of decodes that begins at this heat takes longer than its steady time."""
+        return self.decode > 1.0 and heat > self.e0
+
+
+class Heat:
+    """How hot a device is. Steps of decodes alone need not be told of: they are time that goes by.
+
+    Args:
+        tau: time constant, in the unit of all times here.
+    """
+
+    __slots__ = ("_at", "_level", "_tau")
+
+    def __init__(self, tau: float) -> None:
+        self._tau = tau
+        self._level = 0.0
+        self._at = 0
+
+    def at(self, time: float) -> float:
+        """The heat at a time not before the end of the last prompt step."""
+        if not self._level:
+            return 0.0
+        return self._level * math.exp(-max(0, time - self._at) / self._tau)
+
+    def ran(self, begin: float, end: float, hot: bool) -> None:
+        """The device ran a step; hot: one with prompt chunks."""
+        if hot:
+            self._level = 1.0 - (1.0 - self.at(begin)) * math.exp((begin - end) / self._tau)
+            self._at = end
+
+
+# ---- fit -------------------------------------------------------------------------------------------------------------
+
+
+def fit_clock(section: Mapping[str, Any] | None) -> ClockModel | None:
+    """Fit the "clock" section of a profile; it must be valid. None without one, or if it has no points."""
+    if not section or not section.get("points"):
+        return None
+    tau_s, e0, e1 = _fit_series(section.get("series") or ())
+    ratios: dict[int, list[tuple[float, float, float]]] = {}
+    for row in section["points"]:
+        row = dict(row)
+        pair = row["cool_s"] / row["steady_s"], row["hot_s"] / row["steady_s"]
+        ratios.setdefault(row["tokens"], []).append((*pair, row.get("samples") or 1))
+    tokens = sorted(ratios)
+    pairs = [_ordered(*np.average(np.array(rows)[:, :2], axis=0, weights=[w for *_, w in rows])) for rows in _at(ratios)]
+    cool, hot = zip(*pairs, strict=True)
+    decodes = [row["hot_s"] / row["cool_s"] for row in map(dict, section.get("decode_points") or ())]
+    decode = max(1.0, float(np.median(decodes))) if decodes else 1.0
+    return ClockModel(tau_s, e0, e1, tuple(tokens), cool, hot, decode)
+
+
+def _at(ratios: Mapping[int, list]) -> list[list]:
+    return [ratios[tokens] for tokens in sorted(ratios)]
+
+
+def _ordered(cool: float, hot: float) -> tuple[float, float]:
+    """Where a step feels nothing of the clock, noise may have it faster when hot: then both are their mean."""
+    if hot < cool:
+        cool = hot = (cool + hot) / 2
+    return float(cool), float(hot)
+
+
+def _fit_series(series: Sequence[Mapping[str, Any]]) -> tuple[float, float, float]:
+    """tau, e0 and e1 that explain how steps get slower one behind the other.
+
+    Each series has a cool and a hot time of its own, by least squares for given tau, e0 and e1; those are looked for
+    on a grid, then closer around its best point. Single steps that were disturbed count no more than a few deviations.
+    A series that never comes to its hot time, or has it from the start, tells little: what is usual then decides.
+    """
+    measured = [_Series.of(dict(each)) for each in series if len(dict(each)["gpu_s"]) > 3]
+    if not measured:
+        return USUAL_TAU_S, USUAL_E0, USUAL_E1
+    heats = {tau: [each.heat(tau) for each in measured] for tau in _TAUS}
+    grid = [(tau, e0, e1) for tau in _TAUS for e0 in _E0S for e1 in _E1S if e1 - e0 >= _MIN_GAP - 1e-9]
+    noise = max(_LEAST_NOISE, min(_deviation(_errors(measured, heats[tau], e0, e1)) for tau, e0, e1 in grid))
+
+    def cost(tau: float, e0: float, e1: float, heat: list[np.ndarray] | None = None) -> float:
+        errors = _errors(measured, heat or [each.heat(tau) for each in measured], e0, e1) / noise
+        from_usual = (math.log(tau / USUAL_TAU_S), e0 - USUAL_E0, e1 - USUAL_E1)
+        prior = sum((each / width) ** 2 for each, width in zip(from_usual, _PRIOR, strict=True))
+        return float((np.minimum(np.abs(errors), _FAR) ** 2).sum()) + prior
+
+    best = min(grid, key=lambda at: cost(*at, heats[at[0]]))
+    widths = (math.log(1.25), 0.1, 0.1)
+    for _ in range(_ROUNDS):
+        widths = tuple(width / 2 for width in widths)
+        around = [
+            (best[0] * math.exp(i * widths[0]), best[1] + j * widths[1], best[2] + k * widths[2])
+            for i in (-1, 0, 1)
+            for j in (-1, 0, 1)
+            for k in (-1, 0, 1)
+        ]
+        allowed = [at for at in around if at[1] >= 0.0 and at[2] <= 1.0 and at[2] - at[1] >= _MIN_GAP - 1e-9]
+        best = min(allowed, key=lambda at: cost(*at))
+    return best
+
+
+@dataclass(frozen=True)
+class _Series:
+    """Prompt steps one behind the other on a cool device, float64 [n] in seconds."""
+
+    begin_s: np.ndarray
+    gpu_s: np.ndarray
+
+    @classmethod
+    def of(cls, row: Mapping[str, Any]) -> _Series:
+        return cls(np.array(row["begin_s"], float), np.array(row["gpu_s"], float))
+
+    def heat(self, tau_s: float) -> np.ndarray:
+        """In the middle of each step, by the times that were measured."""
+        heat, found = Heat(tau_s), np.empty(len(self.gpu_s))
+        for i, (begin, gpu) in enumerate(zip(self.begin_s.tolist(), self.gpu_s.tolist(), strict=True)):
+            found[i] = 1.0 - (1.0 - heat.at(begin)) * math.exp(-0.5 * gpu / tau_s)
+            heat.ran(begin, begin + gpu, hot=True)
+        return found
+
+
+def _errors(series: Sequence[_Series], heats: Sequence[np.ndarray], e0: float, e1: float) -> np.ndarray:
+    """Relative errors of all steps, with the best cool and hot time of each series."""
+    found = []
+    for each, heat in zip(series, heats, strict=True):
+        slowed = np.clip((heat - e0) / (e1 - e0), 0.0, 1.0)
+        weight = 1 / each.gpu_s
+        for _ in range(3):
+            cool, added = _line(slowed, each.gpu_s, weight)
+            errors = (cool + added * slowed) / each.gpu_s - 1
+            far = np.abs(errors) / max(_LEAST_NOISE, _deviation(errors))
+            weight = 1 / each.gpu_s / np.sqrt(np.maximum(far / _FAR, 1.0))
+        found.append(errors)
+    return np.concatenate(found)
+
+
+def _line(x: np.ndarray, y: np.ndarray, weight: np.ndarray) -> tuple[float, float]:
+    """Constant and slope, not below 0, of a weighted line."""
+    w = weight**2 / (weight**2).sum()
+    mean_x, mean_y = float(w @ x), float(w @ y)
+    spread = float(w @ (x - mean_x) ** 2)
+    slope = max(0.0, float(w @ ((x - mean_x) * (y - mean_y))) / spread) if spread > 1e-12 else 0.0
+    return mean_y - slope * mean_x, slope
+
+
+def _deviation(errors: np.ndarray) -> float:
+    return float(np.median(np.abs(errors))) / 0.6745
