@@ -57,7 +57,11 @@ WEAKEST_FIRST = (
 
 @dataclass(frozen=True, slots=True)
 class Uncertainty:
-    """Relative standard deviations of predicted times: one factor for all steps of a kind, unknown but the same.
+    """Relative standard deviations of the time that all steps of a kind take together in a run.
+
+    What is the same for all of them (the state of the device, the build) counts in full. Where single shapes are off
+    independently of each other, a run that has many of them feels the mean; `planner.profile.fit` says how that is
+    told apart. So it is one factor for all steps of a kind, unknown but the same.
 
     Attributes:
         decode: of steps of decodes alone.

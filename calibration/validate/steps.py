@@ -67,7 +67,7 @@ def predict_log(steps: Sequence[LoggedStep], step_time: StepTime, largest_piece:
     host = np.array([step_time.host_ticks(step.shape) for step in steps]) / TICKS_PER_SECOND
     alone = [_alone_ticks(step_time, step.shape, ticks) for step, ticks in zip(steps, steady, strict=True)]
     wait = (np.array(alone) - np.array(steady)) / TICKS_PER_SECOND
-    device = np.array(_at_their_heat(steps, steady, step_time)) / TICKS_PER_SECOND
+    device = np.array(_at_their_heat(steps, steady, wait, step_time)) / TICKS_PER_SECOND
     is_whole = np.array([step.gpu_s is None for step in steps], bool)
     return PredictedLog(
         steps,
@@ -86,26 +86,31 @@ def _alone_ticks(step_time: StepTime, shape: StepShape, ticks: int) -> int:
     return step_time.host_ticks(shape) + ticks
 
 
-def _at_their_heat(steps: Sequence[LoggedStep], steady: Sequence[int], step_time: StepTime) -> list[int]:
+def _at_their_heat(
+    steps: Sequence[LoggedStep], steady: Sequence[int], wait_s: np.ndarray, step_time: StepTime
+) -> list[int]:
     """What the steps take at the heat of the recorded device."""
     if step_time.clock is None:
         return list(steady)
     heat, found = Heat(step_time.clock.tau_s), []
-    for step, ticks, begin in zip(steps, steady, begins_s(steps).tolist(), strict=True):
+    for step, ticks, begin in zip(steps, steady, begins_s(steps, wait_s), strict=True):
         found.append(step_time.heated_ticks(step.shape, ticks, heat.at(begin)))
         heat.ran(begin, begin + device_s(step), hot=bool(step.shape.prefills))
     return found
 
 
-def begins_s(steps: Sequence[LoggedStep]) -> np.ndarray:
-    """When each step began on the device, float64 [n]: when it was decided, or when the one before had ended.
+def begins_s(steps: Sequence[LoggedStep], wait_s: np.ndarray) -> list[float]:
+    """When each step began on the device: when the one before had ended, or its first work was launched.
 
-    A log does not say; the end is no help, as the host may look at a step's tokens long after it.
+    A log does not say. Ends are no help, as the host may look at a step's tokens long after it.
+
+    Args:
+        wait_s: float64 [n], from a decision until the device can begin.
     """
-    begins, end = np.empty(len(steps)), 0.0
-    for n, step in enumerate(steps):
-        begins[n] = max(end, step.start_s)
-        end = begins[n] + device_s(step)
+    begins, end = [], 0.0
+    for step, wait in zip(steps, wait_s.tolist(), strict=True):
+        begins.append(max(end, step.start_s + wait))
+        end = begins[-1] + device_s(step)
     return begins
 
 

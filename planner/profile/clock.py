@@ -134,28 +134,28 @@ def fit_clock(section: Mapping[str, Any] | None) -> ClockModel | None:
     if not section or not section.get("points"):
         return None
     tau_s, e0, e1 = _fit_series(section.get("series") or ())
-    ratios: dict[int, list[tuple[float, float, float]]] = {}
+    rows: dict[int, list[Mapping[str, Any]]] = {}
     for row in section["points"]:
-        row = dict(row)
-        pair = row["cool_s"] / row["steady_s"], row["hot_s"] / row["steady_s"]
-        ratios.setdefault(row["tokens"], []).append((*pair, row.get("samples") or 1))
-    tokens = sorted(ratios)
-    pairs = [_ordered(*np.average(np.array(rows)[:, :2], axis=0, weights=[w for *_, w in rows])) for rows in _at(ratios)]
-    cool, hot = zip(*pairs, strict=True)
-    decodes = [row["hot_s"] / row["cool_s"] for row in map(dict, section.get("decode_points") or ())]
+        rows.setdefault(row["tokens"], []).append(row)
+    tokens = sorted(rows)
+    cool, hot = zip(*(_ratios(rows[each]) for each in tokens), strict=True)
+    decodes = [row["hot_s"] / row["cool_s"] for row in section.get("decode_points") or ()]
     decode = max(1.0, float(np.median(decodes))) if decodes else 1.0
     return ClockModel(tau_s, e0, e1, tuple(tokens), cool, hot, decode)
 
 
-def _at(ratios: Mapping[int, list]) -> list[list]:
-    return [ratios[tokens] for tokens in sorted(ratios)]
+def _ratios(rows: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
+    """Cool and hot ratio of one number of tokens, which may have been measured several times.
 
+    Where a step feels nothing of the clock, noise may have it faster when hot: then both are their mean.
+    """
+    weights = [row.get("samples") or 1 for row in rows]
 
-def _ordered(cool: float, hot: float) -> tuple[float, float]:
-    """Where a step feels nothing of the clock, noise may have it faster when hot: then both are their mean."""
-    if hot < cool:
-        cool = hot = (cool + hot) / 2
-    return float(cool), float(hot)
+    def mean(name: str) -> float:
+        return float(np.average([row[name] / row["steady_s"] for row in rows], weights=weights))
+
+    cool, hot = mean("cool_s"), mean("hot_s")
+    return (cool, hot) if cool <= hot else ((cool + hot) / 2, (cool + hot) / 2)
 
 
 def _fit_series(series: Sequence[Mapping[str, Any]]) -> tuple[float, float, float]:
@@ -165,11 +165,13 @@ def _fit_series(series: Sequence[Mapping[str, Any]]) -> tuple[float, float, floa
     on a grid, then closer around its best point. Single steps that were disturbed count no more than a few deviations.
     A series that never comes to its hot time, or has it from the start, tells little: what is usual then decides.
     """
-    measured = [_Series.of(dict(each)) for each in series if len(dict(each)["gpu_s"]) > 3]
+    usual = (USUAL_TAU_S, USUAL_E0, USUAL_E1)
+    measured = [_Series.of(each) for each in series if len(each["gpu_s"]) > 3]
     if not measured:
-        return USUAL_TAU_S, USUAL_E0, USUAL_E1
-    heats = {tau: [each.heat(tau) for each in measured] for tau in _TAUS}
+        return usual
+    heats = {tau: [each.heat(tau) for each in measured] for tau in (USUAL_TAU_S, *_TAUS)}
     grid = [(tau, e0, e1) for tau in _TAUS for e0 in _E0S for e1 in _E1S if e1 - e0 >= _MIN_GAP - 1e-9]
+    grid.insert(0, usual)
     noise = max(_LEAST_NOISE, min(_deviation(_errors(measured, heats[tau], e0, e1)) for tau, e0, e1 in grid))
 
     def cost(tau: float, e0: float, e1: float, heat: list[np.ndarray] | None = None) -> float:

@@ -25,6 +25,16 @@ from planner.step_time import Evidence, Uncertainty
 _QUANTILE_SPAN = 2.563
 # So many mixed points tell how far whole steps are off.
 _ENOUGH_MIXED = 5
+# What the steps of a kind are off by together: the relative standard deviation of their summed time in served loads
+# (8B on an H200, two KV formats at five loads each), predicted by a fit whose clock was told by the other four loads.
+# It is how far the state of a device differs from one run to the next.
+_COMMON_DECODE, _COMMON_PROMPT = 0.004, 0.009
+# A step between two points is about so far off, as a share of what a point that is left out is: it is half as far from
+# them. (Noise would leave 1, a curve without noise a quarter.)
+_BETWEEN_POINTS = 0.5
+# Shapes whose errors are independent, as they are padded to other sizes: how many a run has at the least, counted as
+# 1 / sum of squared shares of the time. Of those served loads 2.5 to 27 graph sizes, and 7.2 to 9.8 sizes of prompts.
+_GRAPHS_IN_A_RUN, _SIZES_IN_A_RUN = 2.5, 7.0
 
 
 @dataclass
@@ -102,7 +112,13 @@ class FittedKV:
         return self._errors
 
     def uncertainty(self, errors: dict[str, Any] | None = None) -> Uncertainty:
-        """Relative standard deviations of decode steps and of steps with prompts, inside what was measured.
+        """Of what the decode steps and the steps with prompts of a run take together, inside what was measured.
+
+            deviation^2 = common^2 + ((leave-one-out / 2)^2 + repeat^2) / shapes in a run
+
+        Points are off by themselves: interpolation does not know which kernel the next size gets, and each point was
+        measured once. A run has steps of many shapes, of which some are too long and some too short. What is common to
+        all of them, as the state of the device is, does not average out.
 
         Args:
             errors: what `errors` found, if it is at hand.
@@ -111,9 +127,10 @@ class FittedKV:
         repeat = errors["repeat"]
         # Whole steps are what a simulation is made of; leaving a chunk out of its coarse grid says less of them.
         prompts = errors["mixed"] if errors["mixed"]["points"] >= _ENOUGH_MIXED else errors["prefill"]
-        decode = np.hypot(_deviation(errors["decode"]), repeat["decode"])
-        prompt = np.hypot(_deviation(prompts), repeat["prompt"])
-        return Uncertainty(float(decode), float(prompt))
+        between = (_BETWEEN_POINTS * _deviation(table) for table in (errors["decode"], prompts))
+        each = [np.hypot(own, repeat[name]) for own, name in zip(between, ("decode", "prompt"), strict=True)]
+        decode, prompt = each[0] / _GRAPHS_IN_A_RUN**0.5, each[1] / _SIZES_IN_A_RUN**0.5
+        return Uncertainty(float(np.hypot(decode, _COMMON_DECODE)), float(np.hypot(prompt, _COMMON_PROMPT)))
 
     # ---- inside ----------------------------------------------------------------------------------------------------
 
@@ -177,9 +194,13 @@ def _key(step: StepShape) -> tuple:
 
 
 def _deviation(table: dict[str, Any]) -> float:
-    """A standard deviation from the quantiles of absolute errors; outliers count as far as p90 feels them."""
+    """A standard deviation from the median of absolute errors.
+
+    Not from their tail: a point that was disturbed when it was measured is far from what the others say of it, and
+    wrong itself. Where every point is exact, it is the others that are right.
+    """
     found = table["leave_one_out"] or table["in_sample"]
-    return max(found["median"] / 0.6745, found["p90"] / 1.6449) if found else 0.0
+    return found["median"] / 0.6745 if found else 0.0
 
 
 def _repeat(points) -> float:

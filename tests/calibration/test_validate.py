@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from log_step_time import LogStepTime
-from virtual_engine import Affine, Scaled, Settings, load, served, write_record
+from virtual_engine import Affine, Heated, Scaled, Settings, load, served, write_record
 
 from calibration.validate.command import run
 from calibration.validate.external import external_record
@@ -50,9 +50,10 @@ def study_of(path, step_time, **options):
         (150, (None, 64)),
     ],
 )
-def test_equal_step_times_have_no_error(tmp_path, depth, host_s, blocks, windows):
+@pytest.mark.parametrize("model", [Affine, Heated])
+def test_equal_step_times_have_no_error(tmp_path, depth, host_s, blocks, windows, model):
     settings = Settings(num_blocks=blocks, max_model_len=600, depth=depth, windows=windows)
-    step_time = Affine(host_s=host_s)
+    step_time = model(host_s=host_s)
     found = study_of(write_record(tmp_path / "a.json", settings, load(rate=40.0), step_time), step_time)
     (level,) = found.levels
     lives = level.record.runs[0].lives
@@ -122,6 +123,21 @@ def test_steps_three_percent_slow(tmp_path):
         assert (part.host, part.schedule) == (pytest.approx(0, abs=5e-4), pytest.approx(0, abs=5e-4))
     assert level.comparison("tpot_ms.mean").is_met is False
     assert level.comparison("ttft_ms.p50").is_met is True
+
+
+def test_a_clock_that_is_not_known_shows_as_an_error_of_step_times(tmp_path):
+    """The device slows down, the prediction does not know: the parts say that it is neither host nor schedule."""
+    settings, truth = Settings(), Heated()
+    path = write_record(tmp_path / "a.json", settings, load(60, spacing_s=0.3, longest=500), truth)
+    (level,) = study_of(path, Affine()).levels
+    by_metric = {part.metric: part for part in level.decompositions[0].parts}
+    ttft = by_metric["ttft_ms.mean"]
+    assert ttft.step_times > 0.05
+    assert (ttft.host, ttft.schedule) == (pytest.approx(0, abs=5e-4), pytest.approx(0, abs=5e-4))
+    prompts = next(one for one in level.steps if one.kind == "all with prompts")
+    assert prompts.bias > 0.05
+    (known,) = study_of(path, truth).levels
+    assert next(one for one in known.steps if one.kind == "all with prompts").p90 < 2e-3
 
 
 def test_only_prompts_slow(tmp_path):

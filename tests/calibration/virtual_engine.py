@@ -24,6 +24,7 @@ from engine.sampling import sampling_requests
 from engine.sampling_params import SamplingParams
 from engine.scheduling import KVCacheConfig, Scheduler, SchedulerConfig
 from engine.sequence import Sequence
+from planner.profile.clock import ClockModel, Heat
 from planner.step_time import TICKS_PER_SECOND, StepTime
 
 
@@ -54,6 +55,19 @@ class Affine(StepTime):
 
     def scaled(self, decode=1.0, prefill=1.0):
         return Scaled(self, decode, prefill)
+
+
+@dataclass(frozen=True)
+class Heated(Affine):
+    """On a device that slows down under prompts."""
+
+    clock: ClockModel = ClockModel(0.05, 0.2, 0.8, (64, 512), (0.9, 0.8), (1.0, 1.2), 1.1)  # noqa: RUF009 - frozen
+
+    def heated_ticks(self, step, ticks, heat):
+        seconds = ticks / TICKS_PER_SECOND
+        if step.prefills:
+            return round(ticks * self.clock.prompt_factor(step.num_tokens, heat, seconds))
+        return round(ticks * self.clock.decode_factor(heat, seconds))
 
 
 class Scaled(StepTime):
@@ -97,11 +111,17 @@ class Device:
     def __init__(self, clock, step_time, noise):
         self.slots = SimpleNamespace(assign=lambda sequence: None, release=lambda sequence: None)
         self.clock, self.step_time, self.noise, self.free_at = clock, step_time, noise, 0
+        self.heat = Heat(step_time.clock.tau_s * TICKS_PER_SECOND) if step_time.clock else None
 
     def execute(self, step):
         self.clock.ticks += self.step_time.host_ticks(step.shape)
         begin = max(self.clock.ticks, self.free_at)
-        gpu = round(self.step_time.ticks(step.shape) * self.noise())
+        ticks = self.step_time.ticks(step.shape)
+        if self.heat is not None:
+            ticks = self.step_time.heated_ticks(step.shape, ticks, self.heat.at(begin))
+        gpu = round(ticks * self.noise())
+        if self.heat is not None:
+            self.heat.ran(begin, begin + gpu, hot=bool(step.shape.prefills))
         self.free_at = begin + gpu
         graph = None if step.shape.prefills else len(step.shape.decode_contexts)
         return Tokens(self.clock, self.free_at, gpu, len(sampling_requests(step)[0])), graph

@@ -27,6 +27,15 @@ LLAMA, H200 = load_model("llama-3.1-8b"), load_gpu("h200_sxm")
 BF16 = KVCacheDtype.BFLOAT16
 
 
+SHIPPED = library.shipped_profiles
+
+
+@pytest.fixture(autouse=True)
+def nothing_shipped(monkeypatch):
+    """What is shipped would stand behind every profile here, and sometimes be nearer."""
+    monkeypatch.setattr(library, "shipped_profiles", lambda: ())
+
+
 @pytest.fixture(scope="module")
 def good() -> dict:
     return profile(noise=0.003)
@@ -70,7 +79,7 @@ def test_stored_errors_are_used(tmp_path, content):
     stored = json.loads(json.dumps(fit.errors()))
     stored["decode"]["leave_one_out"] = {"median": 0.1, "p90": 0.2, "max": 0.3}
     content["kv"]["bfloat16"]["fit"] = stored
-    assert load_profile(write(tmp_path, content)).uncertainty("bfloat16").decode > 0.1
+    assert load_profile(write(tmp_path, content)).uncertainty("bfloat16").decode > 0.04
     content["kv"]["bfloat16"]["fit"] = {"decode": "hand-edited"}
     assert load_profile(write(tmp_path, content)).uncertainty("bfloat16") == fit.uncertainty()
 
@@ -134,7 +143,27 @@ BAD = {
     "a list": (lambda c: c.update(engine=[]), "engine"),
     "no bandwidth": (lambda c: c["limits"].update(copy_bytes_per_s=0), "copy_bytes_per_s"),
     "text for a size": (lambda c: c["engine"].update(graph_sizes=["a"]), "graph_sizes"),
+    "a clock of no time": (lambda c: clock_of(c)["points"][0].update(cool_s=0.0), "clock.points.0.cool_s"),
+    "faster when hot": (lambda c: clock_of(c)["points"][1].update(cool_s=0.02), "on a hot device and 20 ms on a cool"),
+    "far slower when hot": (
+        lambda c: clock_of(c)["decode_points"][0].update(hot_s=0.09),
+        "times as long on a hot device as on a cool one",
+    ),
+    "far from steady": (lambda c: clock_of(c)["points"][1].update(steady_s=0.09), "times steady_s"),
+    "a clock of text": (lambda c: clock_of(c)["points"][0].update(tokens="many"), "clock.points.0.tokens"),
+    "a series with an end missing": (lambda c: clock_of(c)["series"][0]["gpu_s"].pop(), "begin 3 times"),
+    "a series out of order": (lambda c: clock_of(c)["series"][0]["begin_s"].reverse(), "before the one before"),
+    "a series that tells of nothing": (lambda c: clock_of(c)["points"].clear(), "series but no points"),
+    "a list for a clock": (swap("clock", []), "clock"),
 }
+
+
+def clock_of(content):
+    """A clock section that is in order, put into the profile."""
+    points = [{"tokens": n, "steady_s": n * 2e-5, "cool_s": n * 1.8e-5, "hot_s": n * 2e-5} for n in (256, 512)]
+    series = [{"tokens": 512, "decode_batch": 16, "gpu_s": [0.01, 0.01, 0.011], "begin_s": [0.0, 0.01, 0.02]}]
+    decode = [{"batch": 64, "context": 1024, "cool_s": 0.01, "hot_s": 0.0103}]
+    return content.setdefault("clock", {"points": points, "decode_points": decode, "series": series})
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -146,6 +175,19 @@ def test_nonsense_is_refused_in_a_sentence(name, content, tmp_path):
     message = str(refused.value)
     assert "profile.json" in message
     assert "\n" not in message
+
+
+def test_a_clock_is_read_and_goes_where_the_gpu_is_the_same(tmp_path, content):
+    assert load_profile(write(tmp_path, content, "a.json")).step_time("bfloat16").clock is None
+    clock_of(content)
+    path = write(tmp_path, content, "b.json")
+    clock = load_profile(path).step_time("bfloat16").clock
+    assert (clock.tokens, clock.ratios(512)) == ((256, 512), (pytest.approx(0.9), pytest.approx(1.0)))
+    assert clock.decode == pytest.approx(1.03)
+    assert predicted(path, StepShape(prefills=[(512, 0)]), kv_cache_dtype=KVCacheDtype.FP8)[0].clock == clock
+    assert predicted(path, StepShape(prefills=[(512, 0)]), gpu=load_gpu("h100_sxm"))[0].clock is None
+    content["clock"] = {"points": [], "decode_points": [], "series": []}
+    assert load_profile(write(tmp_path, content, "c.json")).clock is None
 
 
 @pytest.mark.parametrize("text", ["", "[1]", "null", "{", "[" * 100_000, "\x00"])
@@ -180,7 +222,7 @@ def test_noise_is_no_nonsense(content, tmp_path):
 
 
 def test_nothing_is_shipped_that_cannot_be_used():
-    for each in library.shipped_profiles():
+    for each in SHIPPED():
         for dtype in each.kv_cache_dtypes:
             assert each.step_time(dtype).predict(StepShape(decode_contexts=[100])) > 0
 

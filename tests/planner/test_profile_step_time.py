@@ -10,9 +10,10 @@ from profiles_for_tests import Physics, profile
 from test_profile_fit import fitted, held_out
 
 from engine.scheduling import KVCacheConfig, SchedulerConfig, StepShape
+from planner.profile.clock import ClockModel
 from planner.profile.shape import ModelShape
 from planner.profile.step_time import ProfileStepTime
-from planner.simulation import SimulationOptions, System, simulate
+from planner.simulation import SimulationOptions, System, run, simulate
 from planner.step_time import TICKS_PER_SECOND, Evidence, PiecewiseRun, ScaledStepTime
 from planner.workload import Workload
 
@@ -25,7 +26,7 @@ def windowed(fit, layers):
 
 @pytest.fixture(scope="module")
 def models():
-    """Plain, noisy, ragged and windowed ones."""
+    """Plain, noisy, ragged and windowed ones, and of a device that slows down when it is hot."""
     plain = fitted(profile())
     noisy = fitted(profile(noise=0.02, seed=4))
     ragged = replace(plain, decode=replace(plain.decode, ragged_s=1e-9))
@@ -33,10 +34,13 @@ def models():
     return [ProfileStepTime(fit) for fit in (plain, noisy, ragged)] + [
         ProfileStepTime(windowed(plain, layers), uncertainty=ProfileStepTime(plain).uncertainty),
         ProfileStepTime(noisy, max_num_seqs=100, max_num_batched_tokens=512).scaled(1.013, 0.98),
+        ProfileStepTime(noisy, clock=CLOCK),
+        ScaledStepTime(ProfileStepTime(windowed(plain, layers), clock=replace(CLOCK, decode=1.0)), 1.01, 0.99),
     ]
 
 
-which = st.integers(0, 4)
+CLOCK = ClockModel(0.08, 0.3, 0.9, (128, 512, 1024), (0.95, 0.87, 0.9), (1.0, 1.02, 1.1), 1.04)
+which = st.integers(0, 6)
 batches = st.lists(st.integers(0, 3000), min_size=1, max_size=40)
 
 
@@ -141,6 +145,54 @@ def test_leaping_and_stepping_are_the_same(models, depth, num_blocks, patient):
             for leap in (True, False)
         ]
         assert results[0].model_dump_json() == results[1].model_dump_json()
+
+
+@given(st.integers(0, 10**6), st.floats(0.5, 60), st.sampled_from([1, 2]), st.floats(0.001, 2.0), st.floats(0, 0.8))
+@settings(deadline=None, max_examples=30)
+def test_leaping_and_stepping_are_the_same_on_a_hot_device(models, seed, rate, depth, tau, e0):
+    clock = replace(CLOCK, tau_s=tau, e0=e0, e1=e0 + 0.15)
+    model = ProfileStepTime(models[5].fitted, uncertainty=models[5].uncertainty, clock=clock)
+    many, one = (
+        simulate(load(seed, 25, rate), system(model, 300, depth), SimulationOptions(leap=leap))
+        for leap in (True, False)
+    )
+    assert many.model_dump_json() == one.model_dump_json()
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_a_clock_that_never_gives_way_changes_nothing(models, depth):
+    plain = models[1]
+    still = ClockModel(0.08, 0.4, 1.0, (64, 512), (1.0, 1.0), (1.0, 1.0))
+    clocked = ProfileStepTime(plain.fitted, uncertainty=plain.uncertainty, clock=still)
+    one, other = (simulate(load(3), system(model, 300, depth)) for model in (plain, clocked))
+    assert one.model_dump_json() == other.model_dump_json()
+
+
+def test_steady_times_know_no_heat(models):
+    """What is asked for without a device to be hot or cool: what was measured, with and without a clock."""
+    plain, clocked = models[1], models[5]
+    for step in held_out(50, seed=3):
+        assert clocked.ticks(step) == plain.ticks(step) == plain.heated_ticks(step, plain.ticks(step), 0.7)
+        assert clocked.alone_ticks(step) == plain.alone_ticks(step)
+
+
+def test_a_prompt_behind_others_by_hand(models):
+    """Two prompts, one at a time: the first is cool; the second comes as much later as the decodes last."""
+    model = models[5]
+    prompt = StepShape(prefills=[(512, 0)])
+    steady = model.ticks(prompt) / TICKS_PER_SECOND
+    added = model.alone_ticks(prompt) / TICKS_PER_SECOND - steady
+    for gap in (0.02, 0.5):
+        workload = Workload("two", np.array([0.0, gap]), np.array([512, 512]), np.array([1, 1]))
+        log = run(workload, system(model, 5000, 2)).requests
+        times, level, end = [], 0.0, 0.0
+        for begin in (added, gap + added):
+            level *= np.exp((end - begin) / 0.08)
+            guess = steady * (0.87 + 0.15 * np.clip((level - 0.3) / 0.6, 0, 1))
+            middle = 1 - (1 - level) * np.exp(-guess / 2 / 0.08)
+            times.append(steady * (0.87 + 0.15 * np.clip((middle - 0.3) / 0.6, 0, 1)))
+            level, end = 1 - (1 - level) * np.exp(-times[-1] / 0.08), begin + times[-1]
+        assert log.ttft_s == pytest.approx([times[0] + added, times[1] + added], rel=1e-9)
 
 
 @pytest.mark.parametrize("depth", [1, 2])
