@@ -44,7 +44,8 @@ class FittedKV:
     Attributes:
         decode, prompt, host: the three fits.
         shape: the model's. engine: the settings it was measured with.
-        tables: the points behind it; None once it has been transferred to something else.
+        tables: the points behind it, less those that tell of the host alone; None once it has been transferred to
+            something else.
     """
 
     shape: ModelShape
@@ -176,9 +177,10 @@ def fit_kv(tables: KVTables, shape: ModelShape, limits: Limits, engine: EngineSe
     for name in ("decode", "prefill"):
         if not getattr(tables, name):
             raise UserError(f"the profile has no {name} points, without which no step time can be told")
-    decode = fit_decode(tables.decode, shape, engine)
-    prompt = fit_prompt(tables.prefill, tables.mixed, decode, shape, limits, engine)
-    return FittedKV(shape, engine, decode, prompt, fit_host(tables, engine), tables)
+    told = tables.on_device()
+    decode = fit_decode(told.decode, shape, engine)
+    prompt = fit_prompt(told.prefill, told.mixed, decode, shape, limits, engine)
+    return FittedKV(shape, engine, decode, prompt, fit_host(tables, engine), told)
 
 
 def _runs(decodes) -> Counter:

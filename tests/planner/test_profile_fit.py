@@ -186,6 +186,25 @@ def test_more_of_a_prompt_takes_no_less(exact, query, context, more, contexts):
         assert 0 < times[0] < min(times[1:]) * 1.01
 
 
+def test_points_that_tell_of_the_host_alone_do_not_bend_the_others():
+    """The CPU had something else to do while some points were measured: such steps came as fast as it launched them."""
+    content = profile()
+    tables = content["kv"]["bfloat16"]
+    slow = [point for point in tables["prefill"] if point["prefills"] == [[128, 1024]]] + tables["mixed"][:12]
+    for point in slow:
+        seconds = 1.8 * point["step_s"]
+        point |= {"step_s": seconds, "low_s": seconds, "high_s": seconds, "host_s": 0.99 * seconds}
+    fit = fitted(content)
+    for step in [*held_out(60, seed=2), StepShape(prefills=[(128, 1024)])]:
+        if step.prefills:
+            assert fit.seconds(step) == pytest.approx(Physics().seconds(step), rel=0.015)
+    assert fit.errors()["mixed"]["points"] == len(tables["mixed"]) - 12
+    # Where nothing else tells of a length, what was measured stands.
+    only = next(point for point in tables["prefill"] if point["prefills"] == [[256, 0]])
+    only["host_s"] = only["step_s"]
+    assert fitted(content).seconds(StepShape(prefills=[(256, 0)])) == pytest.approx(only["step_s"])
+
+
 # ---- few points ----------------------------------------------------------------------------------------------------
 
 
