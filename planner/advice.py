@@ -6,7 +6,8 @@ from dataclasses import replace
 
 from planner.deployment import Deployment
 from planner.memory import MemoryReport
-from planner.simulation import SimulationOptions, SimulationResult, System, Verdict, simulate
+from planner.serving import simulate
+from planner.simulation import SimulationOptions, SimulationResult, System, Verdict
 from planner.step_time import Evidence
 from planner.workload import Workload
 

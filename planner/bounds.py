@@ -15,6 +15,7 @@ import numpy as np
 from engine.scheduling import StepShape
 from planner.deployment import Deployment
 from planner.memory import MemoryReport
+from planner.serving import arrival_seconds
 from planner.simulation import SLO
 from planner.step_time import TICKS_PER_SECOND, StepTime
 from planner.workload import Workload
@@ -49,14 +50,10 @@ class Floors:
         self.input_tokens = workload.input_tokens[measured]
         self.output_tokens = np.minimum(workload.output_tokens[measured], length - self.input_tokens)
         self._step_time = step_time
+        self._arrival_s = arrival_seconds(step_time)
         self._budget = deployment.max_num_batched_tokens
+        self._max_num_seqs = deployment.max_num_seqs
         self._tokens_per_step = deployment.num_speculative_tokens + 1
-        # With two steps in flight the host may see a first token late, as it is launching the next step, and the
-        # others on time.
-        self._late_s = 0.0
-        if step_time.pipeline_depth > 1:
-            largest = StepShape(prefills=[(self._budget, 0)])
-            self._late_s = step_time.host_ticks(largest) / TICKS_PER_SECOND
         # With prefix caching all but the last token of a prompt may be found.
         self._prompts_may_be_cached = deployment.enable_prefix_caching and workload.prefix_block_hashes is not None
 
@@ -76,6 +73,21 @@ class Floors:
     def token_s(self, context: int) -> float:
         """Seconds per output token of a request decoding alone, if every draft were accepted."""
         return self._step_time.predict(StepShape(decode_contexts=[context])) / self._tokens_per_step
+
+    def late_s(self) -> float:
+        """At most so much later than the step's end does a first token arrive, with the next step already running: the
+        host may be launching that one.
+
+        What a first token is late, the tokens after it seem to be early.
+        """
+        if self._step_time.pipeline_depth == 1:
+            return 0.0
+        beside = [0] * (self._max_num_seqs - 1)
+        sizes = [1 << i for i in range(self._budget.bit_length())]
+        steps = [StepShape(prefills=[(size, 0)], decode_contexts=rows) for size in sizes for rows in ([], beside)]
+        used = self._step_time
+        ticks = max(max(used.alone_ticks(step) - used.ticks(step), used.host_ticks(step)) for step in steps)
+        return ticks / TICKS_PER_SECOND
 
     def _from_below(self, function, tokens: np.ndarray) -> np.ndarray:
         """A function at each of `tokens`, rounded down to a grid of their quantiles.
@@ -98,9 +110,9 @@ class Floors:
         token = self._from_below(self.token_s, self.input_tokens)
         several = self.output_tokens > 1
         floors_ms = {
-            "ttft": prefill * 1e3,
-            "tpot": (token[several] - self._late_s / (self.output_tokens[several] - 1)) * 1e3,
-            "e2el": (prefill + (self.output_tokens - 1) * token) * 1e3,
+            "ttft": (self._arrival_s + prefill) * 1e3,
+            "tpot": (token[several] - self.late_s() / (self.output_tokens[several] - 1)) * 1e3,
+            "e2el": (self._arrival_s + prefill + (self.output_tokens - 1) * token) * 1e3,
         }
         why = {
             "ttft": "computing the prompt alone, without any queue",

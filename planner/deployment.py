@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from engine.scheduling import KVCacheConfig, SchedulerConfig
 from planner.errors import UserError
 from planner.hardware import GpuSpec, Price
 from planner.memory import KVCacheDtype, MemoryReport, MemorySettings, kv_layout, plan_memory, validate_parallelism
 from planner.model import ModelSpec
-from planner.profile.library import Match, find_profile, load_profiles, step_time_of, why_unusable
+from planner.profile.library import (
+    Match,
+    find_profile,
+    load_calibrations,
+    load_profiles,
+    step_time_of,
+    why_unusable,
+)
 from planner.roofline import RooflineStepTime
 from planner.simulation import System
 from planner.simulation.router import ROUTERS
 from planner.speculation import DraftedStepTime, SpeculationConfig
 from planner.step_time import StepTime
 from planner.workload import Workload
+
+if TYPE_CHECKING:
+    from planner.external.calibration import ExternalCalibration
 
 AUTO_ROUTER = "auto"
 _LENGTH_STEP = 1024
@@ -33,7 +44,8 @@ class Deployment:
         num_gpu_blocks_override: size of the KV pool of one replica; None to derive it from the memory model.
         speculation: None for plain decoding.
         profiles: paths of measured profiles, which the shipped ones stand behind; None for the shipped ones alone,
-            ("none",) for none at all, so that step times come from the data sheet.
+            ("none",) for none at all, so that step times come from the data sheet. Calibrations from outside may be
+            among them; then one of these has to be of this deployment.
     """
 
     model: ModelSpec
@@ -108,15 +120,40 @@ class Deployment:
         """The step-time model, drafting included.
 
         From the profile that is nearest, transferred as far as it has to be; the uncalibrated roofline without one.
+        A calibration from outside scales that.
 
         Raises:
             UserError: a profile that cannot be used, or that was given and tells nothing of this deployment.
         """
         target = self._step_time_of(self.model)
+        calibration = self._calibration()
+        if calibration is not None:
+            target = calibration.step_time(target)
         speculation = self.active_speculation
         if speculation is None or speculation.draft_model is None:
             return target
         return DraftedStepTime(target, self._step_time_of(speculation.draft_model), self.num_speculative_tokens)
+
+    def calibration_fault(self) -> str | None:
+        """Why none of the calibrations from outside that were given is of this deployment; None if nothing is wrong."""
+        given = load_calibrations(self.profiles)
+        faults = [each.differs(*self._seen_as()) for _, each in given]
+        return f"{given[0][0]}: {faults[0]}" if given and None not in faults else None
+
+    def _calibration(self) -> ExternalCalibration | None:
+        """The first calibration from outside that is of this deployment.
+
+        Raises:
+            UserError: some were given, and none is.
+        """
+        fault = self.calibration_fault()
+        if fault is not None:
+            raise UserError(fault)
+        given = (each for _, each in load_calibrations(self.profiles))
+        return next((each for each in given if each.differs(*self._seen_as()) is None), None)
+
+    def _seen_as(self) -> tuple[str, str, int, str]:
+        return self.model.name, self.gpu.id, self.tensor_parallel_size, str(self.kv_cache_dtype)
 
     def _step_time_of(self, model: ModelSpec) -> StepTime:
         block_size, tp = self.memory_settings().resolved_block_size, self.tensor_parallel_size
@@ -142,6 +179,11 @@ class Deployment:
         """Block size and number of KV blocks that the engine had with these very settings, where that was measured."""
         if self.num_gpu_blocks_override is not None or self.active_speculation is not None:
             return None
+        if self.calibration_fault() is None and (calibration := self._calibration()) is not None:
+            limits = self.max_num_seqs, self.max_num_batched_tokens
+            blocks = calibration.pool(*limits, self.gpu_memory_utilization)
+            size = calibration.settings.get("block_size")
+            return (size, blocks) if blocks and self.block_size in (None, size) else None
         match = self._profile_for(self.model)
         if match is None or match.changes:
             return None

@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from planner.advice import load_warnings
+from planner.basis import StepTimes
 from planner.deployment import Deployment
 from planner.errors import UserError
+from planner.intervals import Confidence, confidence, why_no_interval
 from planner.memory import MemoryReport
 from planner.quality import REFERENCE, KVQuality, parameters
 from planner.records import DeploymentRecord
@@ -31,7 +33,7 @@ _ROBUST_SHARE = 0.9
 
 
 class Range(Record):
-    """Lowest and highest value over the resampled loads."""
+    """Lowest and highest value over the given load and the draws."""
 
     low: float
     high: float
@@ -45,14 +47,14 @@ class SloTerm(Record):
     limit_ms: float
     achieved_ms: float = Field(description="at the percentile, on the given load")
     share_of_limit: float = Field(description="achieved / limit; the binding term has the largest")
-    range_ms: Range | None = Field(description="over the resampled loads; finalists only")
+    range_ms: Range | None = Field(description="over all draws; finalists only")
 
 
 class Loads(Record):
-    """How a finalist did on the given load and on resampled ones."""
+    """How a finalist did in the draws; where step times have no known error, on the given load and resampled ones."""
 
-    met: int = Field(description="loads on which every limit held")
-    of: int = Field(description="loads simulated")
+    met: int = Field(description="of them on which every limit held")
+    of: int = Field(description="simulated")
     method: str = Field(default="moving-block bootstrap of the arrivals, blocks of 60 s; the first is the given load")
 
 
@@ -72,7 +74,12 @@ class Plan(Record):
     tokens_per_s_per_user: float = Field(description="1 / mean TPOT")
     terms: tuple[SloTerm, ...]
     binding_term: str = Field(description="the limit that is nearest")
+    step_times: StepTimes = Field(description="what its step times rest on")
     loads: Loads | None = Field(description="finalists only")
+    confidence: Confidence | None = Field(
+        default=None, description="intervals, and the probability of meeting the SLO; finalists with known errors only"
+    )
+    no_interval: str | None = Field(default=None, description="why a finalist has no intervals; None if it has")
     pareto: bool = Field(description="no other plan has more tokens/s per GPU and more tokens/s per user")
     num_kv_blocks: int = Field(description="of one replica")
     max_concurrency: float = Field(description="sequences of max_model_len that one replica's KV pool holds")
@@ -87,6 +94,7 @@ class Plan(Record):
 class RejectionCause(StrEnum):
     """The constraint that an engine fails."""
 
+    PROFILE = "profile"
     QUALITY = "quality"
     MEMORY = "memory"
     FLOOR = "floor"
@@ -103,9 +111,10 @@ class Rejection(Record):
     max_num_seqs: int
     num_speculative_tokens: int
     cause: RejectionCause = Field(
-        description="quality: its KV format costs too much of it, or that was never measured; memory: one request does "
-        "not fit; floor: an idle replica misses the SLO; gpus and slo: simulated, "
-        "and missed with the whole GPU budget, which for gpus is smaller than what the load keeps busy"
+        description="profile: a calibration from outside was given, and is of another engine; quality: its KV format "
+        "costs too much of it, or that was never measured; memory: one request does not fit; floor: an idle replica "
+        "misses the SLO; gpus and slo: simulated, and missed with the whole GPU budget, which for gpus is smaller than "
+        "what the load keeps busy"
     )
     reason: str = Field(description="one sentence")
     term: str | None = Field(default=None, description="the SLO term, where the cause is floor")
@@ -154,6 +163,7 @@ class SearchEffort(Record):
     num_engines: int = Field(description="combinations of GPU, TP, KV dtype, max_num_seqs and k")
     num_candidates: int = Field(description="engines times the replica counts that the GPU budget allows")
     num_engines_without_quality: int = Field(default=0, description="excluded for their KV format")
+    num_engines_not_calibrated: int = Field(default=0, description="not the one that was calibrated from outside")
     num_engines_without_memory: int
     num_engines_out_of_reach: int = Field(description="an idle replica already misses the SLO")
     num_engines_simulated: int
@@ -207,6 +217,7 @@ def build_plan(question: Question, found: tuple[Deployment, SimulationResult], m
         tokens_per_s_per_user=1e3 / result.tpot_ms.mean if result.tpot_ms else 0.0,
         terms=terms,
         binding_term=max(terms, key=lambda term: term.share_of_limit).term,
+        step_times=StepTimes.of(result, deployment.step_time()),
         loads=None,
         pareto=False,
         num_kv_blocks=memory.num_kv_blocks,
@@ -286,16 +297,14 @@ def build_report(
     explored: list[Explored],
     plans: list[RankedPlan],
     finalists: list[RankedPlan],
-    runs: list[SimulationResult | None],
+    runs: list[list[SimulationResult]],
 ) -> PlanReport:
-    """Put everything together; `runs` are those of the first finalist, then of the second, and so on."""
-    per_finalist = question.num_loads
-    for place, finalist in enumerate(finalists):
-        mine = [run for run in runs[place * per_finalist : (place + 1) * per_finalist] if run is not None]
-        finalist.record = _with_loads(question, finalist.record, mine)
+    """Put everything together; `runs` are those of the first finalist, of the second, and so on, nominal ones first."""
+    for finalist, mine in zip(finalists, runs, strict=True):
+        finalist.record = _with_loads(question, finalist, mine)
     records = [plan.record for plan in plans]
     rejections = tuple(e.rejection for e in explored if e.rejection is not None)
-    step_times = [e.engine.step_time() for e in explored]
+    step_times = [e.engine.step_time() for e in explored if e.engine.calibration_fault() is None]
     known = {step_time.evidence for step_time in step_times}
     weakest = next(evidence for evidence in WEAKEST_FIRST if evidence in known)
     return PlanReport(
@@ -309,21 +318,26 @@ def build_report(
     )
 
 
-def _with_loads(question: Question, record: Plan, runs: list[SimulationResult]) -> Plan:
-    met = sum(bool(run.slo_met) for run in runs)
+def _with_loads(question: Question, finalist: RankedPlan, runs: list[SimulationResult]) -> Plan:
+    record, step_time = finalist.record, finalist.deployment_used.step_time()
+    sure = confidence(runs[0], runs[1:], step_time, question.seed)
+    held = [bool(run.slo_met) for run in (runs[1:] if sure else runs)]
+    met = sum(held)
     terms = []
     for term in record.terms:
         values = [metric.at_slo_percentile for run in runs if (metric := run.metric_ms(term.term)) is not None]
         spread = Range(low=min(values), high=max(values)) if values else None
         terms.append(term.model_copy(update={"range_ms": spread}))
     warnings = [*record.warnings, *runs[0].warnings]
-    if met < _ROBUST_SHARE * len(runs):
-        warnings.append(
-            f"the SLO holds on {met} of {len(runs)} loads, the given one and resamples: one more replica would be safer"
-        )
+    if met < _ROBUST_SHARE * len(held):
+        what = "draws of load and step times" if sure else "loads, the given one and resamples"
+        warnings.append(f"the SLO holds on {met} of {len(held)} {what}: one more replica would be safer")
+    loads = Loads(met=met, of=len(held), method=sure.method) if sure else Loads(met=met, of=len(held))
     update = {
         "terms": tuple(terms),
-        "loads": Loads(met=met, of=len(runs)),
+        "loads": loads,
+        "confidence": sure,
+        "no_interval": None if sure else why_no_interval(step_time) or "no resampled load has a request that it takes",
         "warnings": tuple(warnings),
         "result": runs[0].model_copy(update={"warnings": ()}),
     }
@@ -333,15 +347,17 @@ def _with_loads(question: Question, record: Plan, runs: list[SimulationResult]) 
 def _effort(explored: list[Explored]) -> SearchEffort:
     causes = [e.rejection.cause for e in explored if e.rejection is not None]
     without_quality = causes.count(RejectionCause.QUALITY)
+    not_calibrated = causes.count(RejectionCause.PROFILE)
     without_memory = causes.count(RejectionCause.MEMORY)
     out_of_reach = causes.count(RejectionCause.FLOOR)
     return SearchEffort(
         num_engines=len(explored),
         num_candidates=sum(e.num_candidates for e in explored),
         num_engines_without_quality=without_quality,
+        num_engines_not_calibrated=not_calibrated,
         num_engines_without_memory=without_memory,
         num_engines_out_of_reach=out_of_reach,
-        num_engines_simulated=len(explored) - without_quality - without_memory - out_of_reach,
+        num_engines_simulated=len(explored) - not_calibrated - without_quality - without_memory - out_of_reach,
         num_simulations=sum(e.num_simulations for e in explored),
     )
 

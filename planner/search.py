@@ -6,7 +6,8 @@ allowed, if its memory does not hold one request, or if an idle replica already 
 are tried by simulation: up from an estimate of the demand until the SLO is met, then by bisection, so that the plan
 passes and one replica less fails. (More replicas need not always be better: routing changes which requests meet. What
 is found is a point where one less fails.)
-The cheapest plans are simulated again on resampled loads, which says how much of the answer is this one trace.
+The cheapest plans are simulated again on resampled loads and with step times drawn from what is known of their error:
+how often the SLO holds then is how likely the plan meets it.
 """
 
 from __future__ import annotations
@@ -15,13 +16,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import product
 
-import joblib
-
 from planner.advice import cliff_warning
 from planner.bounds import Floor, Floors, busy_replicas
 from planner.deployment import Deployment, PriceList
 from planner.errors import UserError
 from planner.hardware import GpuSpec
+from planner.intervals import NUM_DRAWS, NUM_LOADS, Draw, draws, simulate_draw
+from planner.jobs import check_jobs, map_jobs
 from planner.memory import KVCacheDtype, MemoryReport, validate_parallelism
 from planner.model import ModelSpec
 from planner.plan_report import (
@@ -34,7 +35,8 @@ from planner.plan_report import (
     rank,
 )
 from planner.quality import KVQualityStudy, check_limit, load_kv_quality, quality_fault
-from planner.simulation import SLO, SimulationOptions, SimulationResult, SloLost, simulate
+from planner.serving import simulate
+from planner.simulation import SLO, SimulationOptions, SimulationResult, SloLost
 from planner.simulation.simulator import check_prompts, warmup_seconds
 from planner.speculation import SpeculationConfig
 from planner.workload import Workload
@@ -64,7 +66,9 @@ class Question:
         prices: USD per GPU hour.
         seed: of every random stream.
         num_finalists: plans that are simulated on resampled loads.
-        num_loads: loads per finalist, the given one included.
+        num_draws: simulations per finalist, on resampled loads and with drawn step times; None for
+            `planner.intervals.NUM_DRAWS`, or, where step times have no known error, `NUM_LOADS` loads, the given one
+            included.
         quantization: what the model's weights were quantised to at load, for the record.
         kv_quality: what each KV format costs in quality; None if that is unknown.
         max_kv_perplexity_increase_percent: KV formats that may cost more, or were never measured, are no candidates;
@@ -84,7 +88,7 @@ class Question:
     prices: PriceList = field(default_factory=PriceList)
     seed: int = 0
     num_finalists: int = 3
-    num_loads: int = 5
+    num_draws: int | None = None
     warmup_s: float | None = None
     reject_too_long: bool = False
     quantization: str | None = None
@@ -97,9 +101,9 @@ class Question:
             raise UserError("a plan needs an SLO: pass at least one of --ttft, --tpot, --e2el in milliseconds")
         if not self.gpus:
             raise UserError("a plan needs at least one GPU type: pass --system, e.g. h200_sxm,h100_sxm")
-        for name in ("total_gpus", "num_loads"):
+        for name in ("total_gpus", "num_draws"):
             value = getattr(self, name)
-            if value < 1:
+            if value is not None and value < 1:
                 raise UserError(f"{name} must be at least 1, not {value}")
         if self.num_finalists < 0:
             raise UserError(f"num_finalists must not be negative, not {self.num_finalists}")
@@ -158,39 +162,42 @@ def plan(question: Question, n_jobs: int = -1, progress: Progress | None = None)
         UserError: for input that makes no engine possible, and for an SLO that no engine of the search could meet even
             without load.
     """
-    if n_jobs == 0 or n_jobs < -1:
-        raise UserError(f"--jobs is {n_jobs}; it must be at least 1, or -1 for one process per core")
+    check_jobs(n_jobs)
     replace(question.engine, max_num_seqs=1).memory_settings()  # refuse what no engine of the search could be
     length = question.engine.max_model_len or question.model.max_position_embeddings
     budget = None if question.engine.enable_chunked_prefill else question.engine.max_num_batched_tokens
     check_prompts(question.workload, length, budget, question.reject_too_long)
     engines = list(engines_of(question))
+    faults = [engine.calibration_fault() for engine in engines]
+    if None not in faults:
+        raise UserError(f"no engine of this search is one that was calibrated from outside ({faults[0]})")
     note = progress or (lambda done, total, what: None)
     explored = []
-    for found in _map(n_jobs, explore, [(question, engine) for engine in engines]):
+    for found in map_jobs(n_jobs, explore, [(question, engine) for engine in engines]):
         explored.append(found)
         note(len(explored), len(engines), "engines")
     _refuse_if_impossible(question, explored)
     plans = rank([build_plan(question, e.plan, e.memory) for e in explored if e.plan and e.memory])
     finalists = choose_finalists(plans, question.num_finalists)
-    loads = [
-        (question, finalist.deployment_used, seed, finalist.result if seed == 0 else None)
+    checks = [
+        (question, finalist.deployment_used, draw, finalist.result if draw is None else None)
         for finalist in finalists
-        for seed in range(question.num_loads)
+        for draw in draws_of(question, finalist.deployment_used)
     ]
-    runs: list[SimulationResult | None] = []
-    for run in _map(n_jobs, repeat, loads):
-        runs.append(run)
-        note(len(runs), len(loads), "resampled loads")
+    runs: list[list[SimulationResult]] = [[] for _ in finalists]
+    owners = [place for place, each in enumerate(finalists) for _ in draws_of(question, each.deployment_used)]
+    for done, (place, run) in enumerate(zip(owners, map_jobs(n_jobs, repeat, checks), strict=True), start=1):
+        if run is not None:
+            runs[place].append(run)
+        note(done, len(checks), "draws")
     return build_report(question, explored, plans, finalists, runs)
 
 
-def _map(n_jobs: int, function: Callable, arguments: list[tuple]) -> Iterator:
-    """Results in the order of the arguments, as they come; in this process if parallel ones would not pay."""
-    if n_jobs == 1 or len(arguments) < 2:
-        return (function(*each) for each in arguments)
-    parallel = joblib.Parallel(n_jobs=n_jobs, return_as="generator", pre_dispatch="2*n_jobs")
-    return parallel(joblib.delayed(function)(*each) for each in arguments)
+def draws_of(question: Question, deployment: Deployment) -> list[Draw | None]:
+    """What a finalist is simulated on: None for the given load, and draws."""
+    if deployment.step_time().uncertainty is None:
+        return [None, *draws((question.num_draws or NUM_LOADS) - 1, question.seed)]
+    return [None, *draws(question.num_draws or NUM_DRAWS, question.seed)]
 
 
 # ---- the space -----------------------------------------------------------------------------------------------------
@@ -256,6 +263,9 @@ def _shapes(question: Question) -> list[tuple[GpuSpec, int]]:
 def explore(question: Question, engine: Deployment) -> Explored:
     """Find the fewest replicas of an engine that meet the SLO."""
     most = question.total_gpus // engine.tensor_parallel_size
+    uncalibrated = engine.calibration_fault()
+    if uncalibrated is not None:
+        return Explored(engine, most, rejection=Rejection.of(question, engine, RejectionCause.PROFILE, uncalibrated))
     fault = quality_fault(engine.kv_cache_dtype, question.kv_quality, question.max_kv_perplexity_increase_percent)
     if fault is not None:
         return Explored(engine, most, rejection=Rejection.of(question, engine, RejectionCause.QUALITY, fault))
@@ -340,25 +350,18 @@ def _try(question: Question, deployment: Deployment, memory: MemoryReport) -> Si
 
 
 def repeat(
-    question: Question, deployment: Deployment, seed: int, known: SimulationResult | None
+    question: Question, deployment: Deployment, draw: Draw | None, known: SimulationResult | None
 ) -> SimulationResult | None:
-    """A finalist on a resampled load; or, with the search's own result for the given load, the cliff looked for.
+    """A finalist in a draw; or, with the search's own result for the given load, the cliff looked for.
 
     None if the resampled load happens to have no request that the deployment takes.
     """
-    memory = deployment.memory()
-    if known is not None:
-        system = deployment.system(question.workload, memory)
+    system = deployment.system(question.workload, deployment.memory())
+    if draw is None or known is not None:
+        assert known is not None
         warnings = cliff_warning(question.workload, system, question.options(), known)
         return known.model_copy(update={"warnings": tuple(warnings)})
-    workload = question.workload.resampled(question.seed + seed)
-    if not (workload.input_tokens < memory.max_model_len).any():
-        return None
-    system = deployment.system(workload, memory)
-    options = replace(question.options(), seed=question.seed + seed)
-    if options.warmup_s is not None:
-        options = replace(options, warmup_s=min(options.warmup_s, workload.duration_s))
-    return simulate(workload, system, options)
+    return simulate_draw(question.workload, system, question.options(), draw)
 
 
 def _refuse_if_impossible(question: Question, explored: list[Explored]) -> None:
@@ -368,7 +371,8 @@ def _refuse_if_impossible(question: Question, explored: list[Explored]) -> None:
         UserError: naming the term that alone exceeds the SLO.
     """
     rejections = [e.rejection for e in explored]
-    fitting = [r for r in rejections if r is None or r.cause is not RejectionCause.MEMORY]
+    unfit = (RejectionCause.MEMORY, RejectionCause.PROFILE)
+    fitting = [r for r in rejections if r is None or r.cause not in unfit]
     floors = [r for r in fitting if r is not None and r.cause is RejectionCause.FLOOR]
     if not floors or len(floors) < len(fitting):
         return

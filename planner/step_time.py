@@ -48,8 +48,8 @@ class Evidence(StrEnum):
 #: For saying of several which one to worry about.
 WEAKEST_FIRST = (
     Evidence.UNCALIBRATED,
-    Evidence.SCALED,
     Evidence.EXTRAPOLATED,
+    Evidence.SCALED,
     Evidence.INTERPOLATED,
     Evidence.MEASURED,
 )

@@ -106,24 +106,34 @@ Profiles = Annotated[
     list[str] | None,
     flag(
         "--profile",
-        help="Step times measured by `memwall calibrate`; repeatable. Default: the shipped ones; none: data sheets.",
+        help="Step times of `memwall calibrate` or `calibrate-from`; repeatable. Default: shipped; none: data sheets.",
         panel=_SERVED,
         metavar="PATH|none",
     ),
 ]
 
 
-def profiles_from_option(profiles: list[str] | None) -> tuple[str, ...] | None:
+def profiles_from_option(profiles: list[str] | None, quantization: str | None) -> tuple[str, ...] | None:
     """The `profiles` of a `Deployment`, each of them read once to see that it can be used.
+
+    Args:
+        quantization: of the model's weights; a calibration from outside was of an engine that had one too.
 
     Raises:
         UserError: one cannot.
     """
-    from planner.profile.library import load_profiles
+    from planner.profile.library import load_calibrations, load_profiles
 
     if not profiles:
         return None
     load_profiles(profiles)
+    for name, calibration in load_calibrations(profiles):
+        if calibration.quantization != quantization:
+            words = [
+                f"{each} weights" if each else "weights that were not quantised"
+                for each in (calibration.quantization, quantization)
+            ]
+            raise UserError(f"{name}: the calibration is of {words[0]}, not of {words[1]}")
     return tuple(profiles)
 
 
@@ -589,6 +599,19 @@ class RunOptions:
         bool,
         flag("--reject-too-long", help="Reject prompts beyond max-model-len instead of refusing.", panel=_SIMULATION),
     ] = False
+    intervals: Annotated[
+        int | None,
+        flag(
+            "--intervals",
+            help="Simulations for intervals, 0 for none; default 16, where step times were measured and it is quick.",
+            panel=_SIMULATION,
+            min=0,
+            metavar="N",
+        ),
+    ] = None
+    jobs: Annotated[
+        int, flag("--jobs", "-j", help="Processes; -1 for one per core.", panel=_SIMULATION, metavar="N")
+    ] = -1
 
 
 def simulation_from_options(run: RunOptions, slo: SLOOptions, seed: int) -> SimulationOptions:

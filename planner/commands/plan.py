@@ -109,11 +109,19 @@ class SearchOptions:
         flag("--price-tier", help="low, typical or high of the catalog's prices.", panel=_SEARCH, metavar="TIER"),
     ] = "typical"
     finalists: Annotated[
-        int, flag("--finalists", help="Plans to check on resampled loads.", panel=_SEARCH, min=0, metavar="N")
+        int, flag("--finalists", help="Plans to say how sure they are of.", panel=_SEARCH, min=0, metavar="N")
     ] = 3
-    loads: Annotated[
-        int, flag("--loads", help="Loads per finalist, the given one included.", panel=_SEARCH, min=1, metavar="N")
-    ] = 5
+    draws: Annotated[
+        int | None,
+        flag(
+            "--draws",
+            help="Simulations per finalist on resampled loads and with drawn step times; default 16, or 5 loads where "
+            "step times have no known error.",
+            panel=_SEARCH,
+            min=1,
+            metavar="N",
+        ),
+    ] = None
     jobs: Annotated[int, flag("--jobs", "-j", help="Processes; -1 for one per core.", panel=_SEARCH, metavar="N")] = -1
 
 
@@ -174,7 +182,7 @@ def plan(
         enable_prefix_caching=hashes if enable_prefix_caching is None else enable_prefix_caching,
         enable_chunked_prefill=enable_chunked_prefill,
         router=router,
-        profiles=profiles_from_option(profile),
+        profiles=profiles_from_option(profile, quantization),
     )
     question = Question(
         engine=engine,
@@ -190,7 +198,7 @@ def plan(
         prices=_prices(search, [gpu.id for gpu in gpus]),
         seed=workload.seed,
         num_finalists=search.finalists,
-        num_loads=search.loads,
+        num_draws=search.draws,
         warmup_s=warmup_s,
         reject_too_long=reject_too_long,
         quantization=quantization,
@@ -309,7 +317,7 @@ def _table(report: PlanReport) -> str:
     rate = f"{load.request_rate_per_s:.2f} requests/s" if load.request_rate_per_s else "all at once"
     head = [
         paragraph(f"{asked.model} · {load.name}: {load.num_requests:,} requests, {rate} · p{asked.percentile:g} {slo}"),
-        paragraph(f"step times: {report.step_time}"),
+        paragraph(report.step_time, "step times: "),
     ]
     if not report.plans:
         return page(head, verdict(False, "no feasible plan"), _rejections(report.rejections), warnings(report.warnings))
@@ -318,6 +326,7 @@ def _table(report: PlanReport) -> str:
         _header(report), [row for place, row in enumerate(rows) if place < _SHOWN_PLANS or "*" in row[0]], left=2
     )
     notes = [
+        _legend(report),
         "$/1M: input and output tokens at this load. * on the Pareto front of tok/s/GPU and tok/s/user.",
         f"{len(report.plans)} feasible plans in all; those that differ in nothing but seqs share a row; --output json "
         f"has each of them.",
@@ -328,10 +337,49 @@ def _table(report: PlanReport) -> str:
         [paragraph(note) for note in notes],
         _kv_quality(report.plans),
         _winner(report.plans[0]),
+        _other_finalists(report.plans),
         _rejections(report.rejections),
         _effort(report),
         warnings(report.warnings),
     )
+
+
+def _legend(report: PlanReport) -> str:
+    """What the marks of step times mean, those that are there."""
+    from planner.basis import MARKS, MEANING
+
+    there = {plan.step_times.basis for plan in report.plans}
+    return "by, what step times rest on: " + "; ".join(
+        f"{MARKS[basis]} {meaning}" for basis, meaning in MEANING.items() if basis in there
+    )
+
+
+def _other_finalists(plans: Sequence[Plan]) -> list[str]:
+    """How sure the others are that were simulated several times."""
+    from planner.commands.tables import pairs, step_times
+
+    rows = [
+        (f"plan {plan.rank}", f"{_how_sure(plan)}; step times {step_times(plan.step_times)}")
+        for plan in plans[1:]
+        if plan.loads is not None
+    ]
+    return ["other finalists:", pairs(rows)] if rows else []
+
+
+def _how_sure(plan: Plan) -> str:
+    from planner.commands.tables import between, chance, milliseconds
+
+    sure = plan.confidence
+    if sure is None or sure.slo_probability is None:
+        assert plan.loads is not None, "only finalists are asked"
+        return f"no interval: {plan.no_interval}; the SLO held on {plan.loads.met} of {plan.loads.of} loads"
+    shown = [
+        f"{term.term.upper()} p{term.percentile:g} {between(found.at_slo_percentile, milliseconds)} ms"
+        for term in plan.terms
+        if (found := sure.metric_ms(term.term)) is not None
+    ]
+    tokens = between(sure.output_throughput_tokens_per_s, lambda value: f"{value:,.0f}")
+    return f"meets the SLO with probability {chance(sure.slo_probability)}; {', '.join(shown)}; {tokens} tokens/s"
 
 
 def _header(report: PlanReport) -> list[str]:
@@ -349,7 +397,8 @@ def _header(report: PlanReport) -> list[str]:
         *terms,
         "tok/s/GPU",
         "tok/s/user",
-        "loads",
+        "SLO held",
+        "by",
     ]
 
 
@@ -358,7 +407,7 @@ def _folded(plans: Sequence[Plan]) -> list[list[str]]:
     rows: dict[tuple[str, ...], list[str]] = {}
     for plan in plans:
         row = _row(plan)
-        same = rows.setdefault((*row[1:_SEQS_COLUMN], *row[_SEQS_COLUMN + 1 : -1]), row)
+        same = rows.setdefault((*row[1:_SEQS_COLUMN], *row[_SEQS_COLUMN + 1 : -2], row[-1]), row)
         if same is not row:
             same[_SEQS_COLUMN] += f",{row[_SEQS_COLUMN]}"
             same[0] += "*" if "*" in row[0] and "*" not in same[0] else ""
@@ -366,6 +415,7 @@ def _folded(plans: Sequence[Plan]) -> list[list[str]]:
 
 
 def _row(plan: Plan) -> list[str]:
+    from planner.basis import MARKS
     from planner.commands.tables import milliseconds
 
     used = plan.deployment
@@ -383,6 +433,7 @@ def _row(plan: Plan) -> list[str]:
         f"{plan.output_tokens_per_s_per_gpu:,.0f}",
         f"{plan.tokens_per_s_per_user:,.0f}",
         f"{plan.loads.met}/{plan.loads.of}" if plan.loads else "-",
+        MARKS[plan.step_times.basis],
     ]
 
 
@@ -406,13 +457,16 @@ def _usd(value: float | None) -> str:
 
 def _winner(plan: Plan) -> list[str]:
     """The first plan in full: what binds, how sure, how full."""
-    from planner.commands.tables import evidence, milliseconds, pairs, paragraph, verdict, warnings
+    from planner.commands.tables import between, chance, milliseconds, pairs, paragraph, step_times, verdict, warnings
 
     used, result = plan.deployment, plan.result
     rows = []
     for term in plan.terms:
         text = f"{milliseconds(term.achieved_ms)} ms of {term.limit_ms:g} ms ({term.share_of_limit:.0%})"
-        if term.range_ms is not None:
+        around = plan.confidence.metric_ms(term.term) if plan.confidence else None
+        if around is not None:
+            text += f"; 90 % interval {between(around.at_slo_percentile, milliseconds)} ms"
+        elif term.range_ms is not None:
             low, high = milliseconds(term.range_ms.low), milliseconds(term.range_ms.high)
             text += f"; {low} to {high} ms over resampled loads"
         rows.append(
@@ -421,8 +475,21 @@ def _winner(plan: Plan) -> list[str]:
                 text + (", the nearest limit" if term.term == plan.binding_term else ""),
             )
         )
-    if plan.loads:
+    if plan.confidence and plan.confidence.slo_probability:
+        drawn = f"with probability {chance(plan.confidence.slo_probability)}; drawn: {plan.confidence.method}"
+        rows.append(("meets the SLO", drawn))
+        asked = {term.term for term in plan.terms}
+        for name in ("ttft", "tpot", "e2el"):
+            found, around = result.metric_ms(name), plan.confidence.metric_ms(name)
+            if name not in asked and found is not None and around is not None:
+                shown = between(around.at_slo_percentile, milliseconds)
+                text = f"{milliseconds(found.at_slo_percentile)} ms; 90 % interval {shown} ms"
+                rows.append((f"{name.upper()} p{plan.terms[0].percentile:g}", text))
+        tokens = between(plan.confidence.output_throughput_tokens_per_s, lambda value: f"{value:,.0f}")
+        rows.append(("throughput", f"{result.output_throughput_tokens_per_s:,.0f} tokens/s; 90 % interval {tokens}"))
+    elif plan.loads:
         rows.append(("SLO held", f"on {plan.loads.met} of {plan.loads.of} loads ({plan.loads.method})"))
+        rows.append(("no interval", plan.no_interval or "-"))
     rows.append(
         (
             "KV cache",
@@ -430,7 +497,7 @@ def _winner(plan: Plan) -> list[str]:
             f"{plan.max_concurrency:.1f} sequences of {used.max_model_len:,} tokens fit",
         )
     )
-    rows.append(("step times", evidence(result.evidence_shares)))
+    rows.append(("step times", step_times(plan.step_times)))
     if plan.usd_per_gpu_hour is not None:
         known = plan.price_date is None or plan.price_date in (plan.price_source or "")
         dated = f", {plan.price_date}" if plan.price_date and not known else ""
@@ -466,6 +533,8 @@ def _effort(report: PlanReport) -> str:
 
     e = report.effort
     excluded = f"{e.num_engines_without_quality} excluded by KV quality, " if e.num_engines_without_quality else ""
+    if e.num_engines_not_calibrated:
+        excluded = f"{e.num_engines_not_calibrated} of which nothing was calibrated, {excluded}"
     return paragraph(
         f"searched {e.num_candidates:,} candidates ({e.num_engines} engines): {excluded}"
         f"{e.num_engines_without_memory} engines lack memory, {e.num_engines_out_of_reach} out of reach by bound, "
@@ -475,6 +544,6 @@ def _effort(report: PlanReport) -> str:
 
 def _nearest(report: PlanReport, question: Question) -> str:
     """The rejection that came furthest."""
-    order = {"quality": 0, "memory": 1, "floor": 2, "gpus": 3, "slo": 4}
+    order = {"profile": 0, "quality": 1, "memory": 2, "floor": 3, "gpus": 4, "slo": 5}
     best = max(report.rejections, key=lambda r: (order[r.cause.value], r.tensor_parallel_size))
     return f"closest is {best.system} at tensor parallel {best.tensor_parallel_size}, where {best.reason}"

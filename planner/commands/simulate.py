@@ -116,10 +116,10 @@ def simulate(
         enable_chunked_prefill=enable_chunked_prefill,
         router=router,
         speculation=speculation_from_options(speculation),
-        profiles=profiles_from_option(profile),
+        profiles=profiles_from_option(profile, quantization),
         **settings,
     )
-    report = simulate_report(load, deployment, options, quantization)
+    report = simulate_report(load, deployment, options, quantization, run.intervals, run.jobs)
     tables.deliver(report, simulate_table(report), output)
     if report.result is None:
         typer.echo(f"does not fit: {report.memory.reason}", err=True)
@@ -139,11 +139,11 @@ def simulate_table(report: SimulateReport) -> str:
         from planner.commands.memory import memory_table
 
         return memory_table(report.memory)
-    well_founded = result.evidence in ("measured", "interpolated")
     return tables.page(
-        f"step times: {tables.verdict(well_founded, tables.evidence(result.evidence_shares))} {_origin(result)}",
+        _step_times(report),
         _question(report.deployment, report.workload),
         _latencies(result),
+        _intervals(report),
         _slo(report.slo, result),
         _facts(report, result),
         _timeline(result),
@@ -151,8 +151,11 @@ def simulate_table(report: SimulateReport) -> str:
     )
 
 
-def _origin(result: SimulationResult) -> str:
-    return result.step_time.removeprefix(f"{result.evidence} ")
+def _step_times(report: SimulateReport) -> str:
+    found = report.step_times
+    assert found is not None, "a report with a result has them"
+    text = tables.paragraph(tables.step_times(found), "step times: ")
+    return text.replace(found.basis, tables.verdict(found.basis in ("measured", "interpolated"), found.basis), 1)
 
 
 def _question(deployment: DeploymentRecord, workload: WorkloadSummary) -> str:
@@ -187,6 +190,30 @@ def _latencies(result: SimulationResult) -> str:
     warmup = f" after {result.warmup_s:.3g} s of warm-up" if result.warmup_s else ""
     title = f"milliseconds, {result.num_measured:,} requests{warmup}"
     return f"{title}\n{tables.columns(['', 'mean', 'p50', 'p90', 'p95', 'p99', 'max'], rows)}"
+
+
+def _intervals(report: SimulateReport) -> str:
+    sure = report.confidence
+    if sure is None:
+        return tables.paragraph(f"no interval: {report.no_interval}")
+    rows = []
+    for name in ("ttft", "tpot", "e2el"):
+        found = sure.metric_ms(name)
+        if found is not None:
+            cells = [getattr(found, statistic) for statistic in ("mean", "p50", "p90", "p95", "p99")]
+            rows.append([name.upper(), *(tables.between(cell, tables.milliseconds) for cell in cells)])
+    title = tables.paragraph(
+        f"90 % intervals, milliseconds, of {sure.num_draws} draws of the load and of the step times"
+    )
+    rates = [("tokens", f"{tables.between(sure.output_throughput_tokens_per_s, _whole)} output tokens/s")]
+    if sure.slo_probability is not None:
+        rates.append(("meets the SLO", f"with probability {tables.chance(sure.slo_probability)}"))
+    table = tables.columns(["", "mean", "p50", "p90", "p95", "p99"], rows)
+    return f"{title}\n{table}\n{tables.pairs(rates)}"
+
+
+def _whole(value: float) -> str:
+    return f"{value:,.0f}"
 
 
 def _slo(slo: SLORecord, result: SimulationResult) -> str:

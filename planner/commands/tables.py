@@ -10,7 +10,7 @@ import shutil
 import sys
 import tempfile
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,10 +21,13 @@ from planner.errors import UserError
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
+    from planner.basis import StepTimes
     from planner.commands.options import OutputOptions
+    from planner.intervals import Interval, Probability
 
 MAX_WIDTH = 110
 _BARS = "▁▂▃▄▅▆▇█"
+_LITTLE = 1e-3
 
 
 def deliver(record: BaseModel, table: str, options: OutputOptions) -> None:
@@ -202,4 +205,37 @@ def evidence(shares: Mapping[str, float]) -> str:
     """What step times rest on: in one word, or of which share of their time each is true."""
     if len(shares) == 1:
         return str(*shares)
-    return ", ".join(f"{percent(share)} {what}" for what, share in shares.items())
+    return ", ".join(f"{_share(share)} {what}" for what, share in shares.items())
+
+
+def _share(share: float) -> str:
+    """As a percentage that is neither 0 nor 100 unless the share is."""
+    if 0 < share < _LITTLE:
+        return f"under {percent(_LITTLE)}"
+    return f"over {percent(1 - _LITTLE)}" if 1 - _LITTLE < share < 1 else percent(share)
+
+
+def step_times(found: StepTimes) -> str:
+    """Where step times come from and how far they may be off, in a sentence."""
+    text = f"{found.basis}: {found.description.removeprefix(f'{found.basis} ')}"
+    if len(found.shares) > 1:
+        text += f" ({evidence(found.shares)})"
+    if found.decode_uncertainty is None or found.prefill_uncertainty is None:
+        return text
+    return (
+        f"{text}; standard deviation {found.decode_uncertainty:.1%} of decodes, "
+        f"{found.prefill_uncertainty:.1%} of steps with prompts"
+    )
+
+
+def between(interval: Interval, shown: Callable[[float], str]) -> str:
+    """`181 to 195`."""
+    return f"{shown(interval.low)} to {shown(interval.high)}"
+
+
+def chance(found: Probability) -> str:
+    """`100 % (16 of 16 draws; 90 %: 83 to 100 %)`."""
+    return (
+        f"{100 * found.probability:.0f} % ({found.met} of {found.of} draws; 90 % interval "
+        f"{100 * found.low:.0f} to {100 * found.high:.0f} %)"
+    )

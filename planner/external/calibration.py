@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
@@ -11,21 +12,24 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field, ValidationError
 
+from engine.scheduling import StepShape
 from planner.errors import UserError
 from planner.external.errors import RunErrors, run_errors
-from planner.external.fit import Fit, fit_factors
+from planner.external.fit import NORMAL_90, Fit, fit_factors
 from planner.external.replay import Replayed, replay
 from planner.external.scaled import NAMES, SCALES, Factors, ScaledStepTime
 from planner.external.served_run import ServedRun
 from planner.external.server_facts import ServerFacts
 from planner.external.settings import ExternalSystem
 from planner.schema import Record
-from planner.step_time import StepTime
+from planner.step_time import StepTime, Uncertainty
 
 VERSION = 1
 KIND = "memwall-external-calibration"
 # Of one run: more requests take longer to replay a hundred times and hardly narrow the factors.
 MAX_FITTED = 2000
+# A step that stands for many, where a factor's share of a step is asked for.
+_TYPICAL_BATCH, _TYPICAL_CONTEXT = 32, 1024
 
 
 class FactorRecord(Record):
@@ -77,16 +81,49 @@ class ExternalCalibration(Record):
         return Factors(**{name: record.value for name, record in self.factors.items()})
 
     def step_time(self, base: StepTime) -> ScaledStepTime:
-        """The base step time, scaled; `factors.arrival_s` remains to be added to times to first token."""
-        names = ", ".join(run.name for run in self.runs)
-        return ScaledStepTime(base, self.as_factors(), names)
-
-    def check(self, model: str, gpu: str, tensor_parallel_size: int, kv_cache_dtype: str) -> None:
-        """Refuse another deployment than the one that was seen.
+        """The base step time, scaled; `factors.arrival_s` remains to be added to times to first token.
 
         Raises:
-            UserError: naming what differs.
+            UserError: the factors were fitted on another base.
         """
+        if base.description != self.base:
+            raise UserError(
+                f"the calibration scales step times of the {self.base}, but here they are of the {base.description}; "
+                "calibrate from the runs again"
+            )
+        names = ", ".join(run.name for run in self.runs)
+        depth = self.settings.get("pipeline_depth", 1)
+        return ScaledStepTime(base, self.as_factors(), names, self.uncertainty(base), depth)
+
+    def uncertainty(self, base: StepTime) -> Uncertainty:
+        """Relative standard deviations of a typical decode step and of a typical step with a prompt chunk.
+
+        Each factor's interval counts by the share of the step that it scales, as if factors were independent; what
+        requests that were not fitted are off by on average comes on top.
+        """
+        decodes = [_TYPICAL_CONTEXT] * _TYPICAL_BATCH
+        floor = base.predict(StepShape(decode_contexts=[0] * _TYPICAL_BATCH))
+        step = base.predict(StepShape(decode_contexts=decodes))
+        mixed = base.predict(StepShape(prefills=[(_TYPICAL_CONTEXT, 0)], decode_contexts=decodes))
+        parts = {"weights": floor, "kv": max(0.0, step - floor), "request_s": float(_TYPICAL_BATCH)}
+        tested = self.after or self.fitted
+        tpot = tested.tpot.mean if tested.tpot else 0.0
+        return Uncertainty(
+            decode=math.hypot(self._deviation(parts), tpot),
+            prefill=math.hypot(self._deviation(parts | {"prefill": max(0.0, mixed - step)}), tested.ttft.p50),
+        )
+
+    def _deviation(self, parts: Mapping[str, float]) -> float:
+        """Of the sum of parts times their factors, relative to it."""
+        total, variance = 0.0, 0.0
+        for name, seconds in parts.items():
+            factor = self.factors[name]
+            total += factor.value * seconds
+            variance += ((factor.high - factor.low) / (2 * NORMAL_90) * seconds) ** 2
+        return math.sqrt(variance) / total
+
+    def differs(self, model: str, gpu: str, tensor_parallel_size: int, kv_cache_dtype: str) -> str | None:
+        """How a deployment differs from the one that was seen, in one sentence; None if it does not."""
         asked = {
             "model": model,
             "gpu": gpu,
@@ -95,7 +132,32 @@ class ExternalCalibration(Record):
         }
         for name, value in asked.items():
             if getattr(self, name) != value:
-                raise UserError(f"the calibration is of {name} {getattr(self, name)}, not {value}")
+                return f"the calibration is of {name} {getattr(self, name)}, not {value}"
+        return None
+
+    def check(self, model: str, gpu: str, tensor_parallel_size: int, kv_cache_dtype: str) -> None:
+        """Refuse another deployment than the one that was seen.
+
+        Raises:
+            UserError: naming what differs.
+        """
+        fault = self.differs(model, gpu, tensor_parallel_size, kv_cache_dtype)
+        if fault is not None:
+            raise UserError(fault)
+
+    def pool(self, max_num_seqs: int, max_num_batched_tokens: int, gpu_memory_utilization: float) -> int | None:
+        """KV blocks that requests could hold, where the server said so and its memory was shared out like this."""
+        asked = {
+            "max_num_seqs": max_num_seqs,
+            "max_num_batched_tokens": max_num_batched_tokens,
+            "gpu_memory_utilization": gpu_memory_utilization,
+        }
+        blocks = self.settings.get("num_gpu_blocks")
+        if type(blocks) is not int or self.origin.get("num_gpu_blocks") == "the memory model":
+            return None
+        if any(self.settings.get(name) != value for name, value in asked.items()):
+            return None
+        return blocks - 1  # vLLM counts the null block
 
 
 def calibrate_external(

@@ -33,7 +33,7 @@ _SCALE_SD = 0.7
 _REQUEST_SHARE = 0.002  # of a decode step without context
 _ARRIVAL_SD_S = 0.05
 _IDENTIFIED = 0.5
-_NORMAL_90 = 1.645
+NORMAL_90 = 1.645
 
 # Central differences start from this step (in the prior's standard deviations) and double it until the moments move by
 # more than requests jumping from one step to the next can make them.
@@ -209,7 +209,7 @@ class _Problem:
         return np.clip(x, self._lowest, -np.array([*self._lowest[: len(SCALES)], -np.inf, -np.inf]))
 
     def estimate(self, i: int, x: float, sd: float, identified: bool, alike: str | None) -> Estimate:
-        low, middle, high = (x + z * sd for z in (-_NORMAL_90, 0.0, _NORMAL_90))
+        low, middle, high = (x + z * sd for z in (-NORMAL_90, 0.0, NORMAL_90))
         values = [value * float(self._units[i]) for value in (middle, low, high)]
         if NAMES[i] in SCALES:
             values = [float(np.exp(value)) for value in values]

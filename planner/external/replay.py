@@ -5,13 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import numpy as np
-import simpy
 
 from planner.errors import UserError
 from planner.external.scaled import Factors, ScaledStepTime
 from planner.external.served_run import ServedRun
-from planner.simulation import SimulationOptions, System, simulator
-from planner.simulation.log import RequestLog
+from planner.simulation import System, run
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,26 +27,22 @@ class Replayed:
     num_preemptions: int
 
 
-def replay(run: ServedRun, system: System, factors: Factors | None = None) -> Replayed:
+def replay(served: ServedRun, system: System, factors: Factors | None = None) -> Replayed:
     """Simulate a run on `system`, its step time scaled by `factors`.
 
     Raises:
         UserError: a request that the system cannot take; it served the run, so a setting must be wrong.
     """
     factors = factors or Factors()
-    workload = run.workload()
+    workload = served.workload()
     longest = int((workload.input_tokens + workload.output_tokens).max())
     if longest > system.scheduler.max_model_len:
         raise UserError(
-            f"{run.name} has a request of {longest} tokens, but max_model_len is {system.scheduler.max_model_len}: the "
-            "settings are not those of the server that answered it"
+            f"{served.name} has a request of {longest} tokens, but max_model_len is {system.scheduler.max_model_len}: "
+            "the settings are not those of the server that answered it"
         )
     scaled = replace(system, step_time=ScaledStepTime(system.step_time, factors))
-    env = simpy.Environment(initial_time=0)
-    log = RequestLog(len(workload))
-    replicas = simulator._replicas(env, scaled, log, True)
-    env.process(simulator._arrivals(env, workload, scaled, SimulationOptions(), replicas, log))
-    env.run()
+    log = run(workload, scaled).requests
     e2el_s = log.e2el_s + factors.arrival_s
     gaps = (workload.output_tokens - 1).astype(np.float64)
     gaps[gaps == 0] = np.nan

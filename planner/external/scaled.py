@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, fields
 
 from engine.scheduling import StepShape
 from planner.errors import UserError
-from planner.step_time import TICKS_PER_SECOND, DecodeRun, Evidence, StepTime, TableRun
+from planner.step_time import TICKS_PER_SECOND, DecodeRun, Evidence, StepTime, TableRun, Uncertainty
 
 # Scale factors as fractions of 2**20, so that a step's ticks are integers whichever way they are reached.
 _ONE = 1 << 20
@@ -70,13 +70,29 @@ class ScaledStepTime(StepTime):
 
     evidence = Evidence.SCALED
 
-    def __init__(self, base: StepTime, factors: Factors, source: str = "") -> None:
+    def __init__(
+        self,
+        base: StepTime,
+        factors: Factors,
+        source: str = "",
+        uncertainty: Uncertainty | None = None,
+        pipeline_depth: int = 1,
+        decode: float = 1.0,
+        prefill: float = 1.0,
+    ) -> None:
         """
         Args:
             source: whose runs the factors were fitted to, for people.
+            uncertainty: of the scaled times.
+            pipeline_depth: steps that the engine seen from outside has in flight.
+            decode, prefill: what whole steps without and with prompt chunks are multiplied by on top of the factors.
         """
         self.base = base
         self.factors = factors
+        self.source = source
+        self.uncertainty = uncertainty
+        self.pipeline_depth = pipeline_depth
+        self._steps = decode, prefill
         origin = f" to {source}" if source else ""
         self.description = f"{base.description}, scaled{origin}"
         self._prefill = round(factors.prefill * _ONE)
@@ -101,10 +117,17 @@ class ScaledStepTime(StepTime):
         else:
             decodes = floor
         prefill = max(0, self.base.ticks(step) - decodes) if step.prefills else 0
-        return self._ticks(floor, decodes - floor, prefill, step.num_requests)
+        ticks = self._ticks(floor, decodes - floor, prefill, step.num_requests)
+        return self._stretched(ticks, self._steps[bool(step.prefills)])
 
     def host_ticks(self, step: StepShape) -> int:
         return self.base.host_ticks(step)
+
+    def alone_ticks(self, step: StepShape, ticks: int | None = None) -> int:
+        if not step.prefills:
+            return super().alone_ticks(step, ticks)
+        base = self.base.ticks(step)
+        return (self.ticks(step) if ticks is None else ticks) + self.base.alone_ticks(step, base) - base
 
     def decode_run(self, contexts: list[int], steps: int) -> DecodeRun:
         batch = len(contexts)
@@ -112,8 +135,22 @@ class ScaledStepTime(StepTime):
         run = self.base.decode_run(contexts, min(steps, _LISTED_STEPS))
         durations = []
         for first, increment, count in run.segments(run.steps):
-            durations += [self._ticks(floor, first + increment * j - floor, 0, batch) for j in range(count)]
+            ticks = (self._ticks(floor, first + increment * j - floor, 0, batch) for j in range(count))
+            durations += [self._stretched(each, self._steps[0]) for each in ticks]
         return TableRun(durations)
+
+    @property
+    def arrival_s(self) -> float:
+        """What every TTFT and E2EL takes beyond the engine's steps, as `planner.serving` adds it."""
+        return self.factors.arrival_s
+
+    def scaled(self, decode: float = 1.0, prefill: float = 1.0) -> ScaledStepTime:
+        steps = self._steps[0] * decode, self._steps[1] * prefill
+        return ScaledStepTime(self.base, self.factors, self.source, self.uncertainty, self.pipeline_depth, *steps)
+
+    @staticmethod
+    def _stretched(ticks: int, by: float) -> int:
+        return ticks if by == 1.0 else max(1, round(ticks * by))
 
     def _ticks(self, floor: int, cached: int, prefill: int, requests: int) -> int:
         scaled = (self._weights * floor + self._kv * max(0, cached) + self._prefill * prefill) >> 20

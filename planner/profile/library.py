@@ -1,13 +1,21 @@
-"""Which profile serves a deployment: the shipped ones, the user's, and what each would have to be transferred for."""
+"""Which profile serves a deployment: the shipped ones, the user's, and what each would have to be transferred for.
+
+Beside profiles of `memwall calibrate` the user may give calibrations of `memwall calibrate-from`, which hold for one
+deployment only and scale the step times that profiles or data sheets give it.
+"""
 
 from __future__ import annotations
 
+import gzip
+import json
 import math
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from planner.catalog import load_gpu
 from planner.errors import UserError
@@ -20,6 +28,9 @@ from planner.profile.step_time import ProfileStepTime
 from planner.profile.transfer import ADDED_UNCERTAINTY, Scaling, limits_on, measured_link_s, transferred, widened
 from planner.roofline import RooflineStepTime
 
+if TYPE_CHECKING:
+    from planner.external.calibration import ExternalCalibration
+
 #: In place of a profile's path: no profile at all, not even a shipped one.
 NO_PROFILE = "none"
 _SUFFIXES = (".json", ".json.gz")
@@ -27,11 +38,11 @@ _SUFFIXES = (".json", ".json.gz")
 _MEMORY_SLACK = 0.02
 
 _CHANGE_WORDS = {
-    "model": "another model",
-    "kv_cache_dtype": "another KV format",
+    "model": "another model to {model}",
+    "kv_cache_dtype": "another KV format to {kv_cache_dtype}",
     "quantization": "other weight bits",
-    "tensor_parallel_size": "one GPU",
-    "gpu": "another GPU",
+    "tensor_parallel_size": "one GPU to {tensor_parallel_size}",
+    "gpu": "another GPU to {gpu}",
 }
 
 
@@ -52,6 +63,8 @@ class Match:
 def load_profiles(paths: Sequence[str | Path] | None) -> tuple[Profile, ...]:
     """The user's profiles, and behind them the shipped ones; only the latter for None, nothing for "none".
 
+    Calibrations from outside are left out.
+
     Raises:
         UserError: a profile that cannot be used, or "none" beside others.
     """
@@ -62,10 +75,21 @@ def load_profiles(paths: Sequence[str | Path] | None) -> tuple[Profile, ...]:
         if len(names) > 1:
             raise UserError("--profile none means no profile at all; leave it out to use those that are given")
         return ()
-    return (*map(_load, names), *shipped_profiles())
+    given = [_load(name) for name in names]
+    return (*(each for each in given if isinstance(each, Profile)), *shipped_profiles())
 
 
-def _load(name: str) -> Profile:
+def load_calibrations(paths: Sequence[str | Path] | None) -> tuple[tuple[str, ExternalCalibration], ...]:
+    """The calibrations from outside among the user's profiles, each with the name of its file.
+
+    Raises:
+        UserError: one that cannot be used.
+    """
+    given = [(Path(path).name, _load(str(path))) for path in paths or () if str(path) != NO_PROFILE]
+    return tuple((name, each) for name, each in given if not isinstance(each, Profile))
+
+
+def _load(name: str) -> Profile | ExternalCalibration:
     try:
         stat = Path(name).stat()
     except OSError as error:
@@ -74,8 +98,22 @@ def _load(name: str) -> Profile:
 
 
 @cache
-def _load_once(name: str, mtime_ns: int, size: int) -> Profile:
+def _load_once(name: str, mtime_ns: int, size: int) -> Profile | ExternalCalibration:
+    from planner.external.calibration import KIND, parse_external  # which itself plans with profiles
+
+    document = _content(name)
+    if isinstance(document, dict) and document.get("kind") == KIND:
+        return parse_external(document, Path(name).name)
     return load_profile(name)
+
+
+def _content(name: str) -> object:
+    """The JSON of a file, to tell its kind; None if it is none, which reading it as a profile will complain about."""
+    try:
+        with (gzip.open if name.endswith(".gz") else open)(name, "rt", encoding="utf-8") as file:
+            return json.load(file)
+    except (OSError, EOFError, ValueError, RecursionError, zlib.error):
+        return None
 
 
 @cache
@@ -198,7 +236,9 @@ def step_time_of(
     record = profile.record
     origin = profile.origin(match.kv_cache_dtype)
     if changes:
-        words = ", ".join(_CHANGE_WORDS[change] for change in changes)
+        here = {"model": model.name, "gpu": gpu.name, "kv_cache_dtype": str(kv_cache_dtype)}
+        here |= {"tensor_parallel_size": str(tensor_parallel_size)}
+        words = ", ".join(_CHANGE_WORDS[change].format(**here) for change in changes)
         origin = f"from the {origin}: transferred from {words}"
         target = ModelShape.of(model, kv_cache_dtype, block_size, tensor_parallel_size)
         source_limits = _complete(profile.tables.limits, profile, gpu)

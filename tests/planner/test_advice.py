@@ -103,7 +103,8 @@ def test_saturation():
 
 
 def test_uncalibrated():
-    assert mentions(examined(3 * KNEE), "uncalibrated")
+    assert not mentions(examined(3 * KNEE), "uncalibrated")
+    assert mentions(examine(steady(), replace(deployment(3 * KNEE), profiles=("none",))), "uncalibrated")
 
 
 def conversations(count: int = 60, turns: int = 4) -> Workload:

@@ -445,7 +445,10 @@ def test_simulate_contract(memwall):
     assert report.workload.num_requests == 60
     assert report.result.slo_met
     assert report.result.num_finished == 60
-    assert report.result.evidence == "uncalibrated"
+    assert report.result.evidence == "interpolated"
+    assert report.step_times.basis == "interpolated"
+    assert report.confidence.num_draws == 16
+    assert report.no_interval is None
 
 
 def test_simulate_same_seed_same_bytes(memwall):
@@ -457,7 +460,7 @@ def test_simulate_same_seed_same_bytes(memwall):
 def test_simulate_table(memwall):
     outcome = memwall("simulate", *SMALL_LOAD, "--ttft", 1000, "--e2el", 60_000, "--percentile", 95)
     assert outcome.code == 0
-    assert outcome.out.startswith("step times: uncalibrated roofline")
+    assert outcome.out.startswith("step times: interpolated: profile of llama-3.1-8b on NVIDIA H200, bfloat16 KV")
     text = " ".join(outcome.out.split())
     for words in (
         "llama-3.1-8b on 1 replica × 1 × h200_sxm, bfloat16 KV, max_model_len 1,024, prefix caching off",
@@ -471,7 +474,8 @@ def test_simulate_table(memwall):
         "preemptions 0",
         "the workload tells of no shared prompts",
         "▁",
-        "warning: step times are uncalibrated",
+        "90 % intervals, milliseconds, of 16 draws of the load and of the step times",
+        "meets the SLO with probability 100 % (16 of 16 draws; 90 % interval 83 to 100 %)",
     ):
         assert words in text
     assert max(map(len, outcome.out.splitlines())) <= 110
@@ -495,7 +499,7 @@ def test_simulate_what_does_not_fit_exits_1(memwall):
 
 
 def test_simulate_prefix_hit_rate_beside_the_workloads_own(memwall):
-    shared = ("--shared-prefix-tokens", 480, "--num-shared-prefixes", 3)
+    shared = ("--shared-prefix-tokens", 480, "--num-shared-prefixes", 3, "--block-size", 16)
     report = json.loads(memwall("simulate", *SMALL_LOAD, *shared, "--output", "json").out)
     assert report["deployment"]["enable_prefix_caching"] is True  # as vLLM has it, where it can matter
     own = report["workload"]["infinite_cache_hit_rate"]

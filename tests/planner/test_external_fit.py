@@ -241,7 +241,8 @@ def test_a_request_beyond_the_servers_limit_is_refused():
 @pytest.fixture(scope="module")
 def calibration() -> ExternalCalibration:
     run = served(TRUTH, 4.0, 120, 0)
-    external = external_system(MODEL, GPU, ServerFacts(), [run], {"async_scheduling": True, "num_gpu_blocks": 20_000})
+    flags = {"async_scheduling": True, "num_gpu_blocks": 20_000}
+    external = external_system(MODEL, GPU, ServerFacts(), [run], flags, base=BASE)
     return calibrate_external([run], external, ServerFacts(), command="test", date="2026-11-22")
 
 

@@ -15,7 +15,7 @@ import pytest
 from planner.plan_report import PlanReport, read_plan
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-QUICK = ("--loads", "1", "--finalists", "1", "--jobs", "1")
+QUICK = ("--draws", "1", "--finalists", "1", "--jobs", "1")
 SMALL = ("--num-prompts", "60", "--isl", "512", "--osl", "16", *QUICK)
 ONE = ("--tensor-parallel-size", "1", "--max-num-seqs", "64", "--kv-cache-dtype", "auto")
 TRACE = "arrival_s,input_tokens,output_tokens\n" + "".join(f"{i / 4},{200 + i},{10 + i % 5}\n" for i in range(40))
@@ -42,7 +42,10 @@ def test_without_arguments_it_plans_the_default(memwall):
     assert "p99 TTFT ≤ 1000 ms, TPOT ≤ 50 ms" in text
     assert "plan 1: 1 × h200_sxm as 1 replica of TP 1" in text
     assert ", the nearest limit" in text
-    assert "uncalibrated" in text
+    assert "meets the SLO with probability" in text
+    assert "step times interpolated: profile of llama-3.1-8b on NVIDIA H200, bfloat16 KV" in text
+    assert "T measured on something else, and transferred" in text
+    assert "uncalibrated" not in text
 
 
 def test_the_json_is_the_contract(memwall):
@@ -64,7 +67,9 @@ def test_the_json_is_the_contract(memwall):
     assert (asked["model"], asked["systems"], asked["total_gpus"]) == ("llama-3.1-8b", ["h200_sxm", "h100_sxm"], 64)
     assert (asked["ttft_ms"], asked["tpot_ms"], asked["e2el_ms"], asked["percentile"]) == (1000.0, 50.0, None, 99.0)
     assert asked["workload"]["num_requests"] == 60
-    assert document["evidence"] == "uncalibrated"
+    assert document["evidence"] == "extrapolated"  # the H100's
+    bases = {plan["deployment"]["system"]: plan["step_times"]["basis"] for plan in document["plans"]}
+    assert bases == {"h200_sxm": "interpolated", "h100_sxm": "transferred"}
     assert [plan["rank"] for plan in document["plans"]] == [1, 2]
     first = document["plans"][0]
     assert first["deployment"]["system"] == "h100_sxm"
@@ -208,14 +213,14 @@ def test_a_table_in_a_narrow_pipe_is_not_cropped(tmp_path):
     assert "…" not in done.stdout.replace("memwall plan … --output-file", "")
     lines = done.stdout.splitlines()
     start = next(i for i, line in enumerate(lines) if line.lstrip().startswith("#"))
-    for title in ("TTFT ms", "TPOT ms", "E2EL ms", "tok/s/GPU", "tok/s/user", "loads", "$/1M", "TP×rep"):
+    for title in ("TTFT ms", "TPOT ms", "E2EL ms", "tok/s/GPU", "tok/s/user", "SLO held", "by", "$/1M", "TP×rep"):
         assert title in lines[start]
     plans = read_plan((tmp_path / "plan.json").read_text(), "plan.json").plans
     rows = list(itertools.takewhile(str.strip, lines[start + 1 :]))
     ranks = []
     for line in rows:
         cells = line.split()
-        assert len(cells) == 15
+        assert len(cells) == 16
         ranks.append(int(cells[0].rstrip("*")))
         plan = plans[ranks[-1] - 1]
         assert cells[0].endswith("*") == plan.pareto
@@ -280,7 +285,7 @@ BAD_FLAGS = [
     ("--total-gpus 0", "total_gpus", "at least 1"),
     ("--total-gpus many", "--total-gpus is 'many'"),
     ("--finalists -1", "--finalists is '-1'"),
-    ("--loads 0", "--loads is '0'"),
+    ("--draws 0", "--draws is '0'"),
     ("--jobs x", "--jobs is 'x'"),
     ("--jobs 0", "--jobs"),
     ("--warmup-s nan", "warm-up"),

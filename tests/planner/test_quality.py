@@ -15,7 +15,7 @@ from planner.quality import KVQualityStudy, described, quality_fault, read_kv_qu
 
 FP8, INT8, INT4, INT2 = (KVCacheDtype(name) for name in ("fp8", "int8", "int4", "int2"))
 BF16 = KVCacheDtype.BFLOAT16
-SMALL = ("--num-prompts", "60", "--isl", "512", "--osl", "16", "--loads", "1", "--finalists", "1", "--jobs", "1")
+SMALL = ("--num-prompts", "60", "--isl", "512", "--osl", "16", "--draws", "1", "--finalists", "1", "--jobs", "1")
 ONE = ("--tensor-parallel-size", "1", "--max-num-seqs", "64")
 
 
