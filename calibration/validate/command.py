@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from calibration.validate.external import OutsideServer
 from calibration.validate.html import report
 from calibration.validate.profiles import Predictor, step_time_for
 from calibration.validate.records import ServedRecord, read
@@ -41,8 +42,8 @@ def run(arguments: list[str], predictor_for: Callable[[ServedRecord], Predictor]
         raise UserError(f"--runs is {options.runs}; it must be from 1 to {_MOST_RUNS:,}")
     outputs = [(flag, path) for flag, path in (("--json", options.json), ("--html", options.html)) if path is not None]
     inputs = [("record", path) for path in options.records]
-    if options.profile is not None:
-        inputs.append(("--profile", options.profile))
+    files = (("--profile", options.profile), ("--server-log", options.server_log), ("--metrics", options.metrics))
+    inputs += [(flag, path) for flag, path in files if path is not None]
     ensure_distinct(inputs, outputs)
     for _, path in outputs:
         ensure_writable(path)
@@ -50,10 +51,18 @@ def run(arguments: list[str], predictor_for: Callable[[ServedRecord], Predictor]
     for path in names:
         if names.count(path) > 1:
             raise UserError(f"{path.name} is given {names.count(path)} times; give it once")
-    records = [read(path) for path in options.records]
+    outside = _outside(options)
+    records, predictors = [], {}
+    for path in options.records:
+        if outside.can_read(path):
+            predictors.update(outside.read(path))
+        else:
+            records.append(read(path))
+    if records and (useless := _given_of_outside(options)):
+        raise UserError(f"{useless[0]} is of servers that are not ours; {records[0].name} says itself what served it")
     found = study(
-        records,
-        predictor_for or (lambda record: step_time_for(record, options.profile)),
+        [*records, *predictors],
+        predictor_for or (lambda record: predictors.get(record) or step_time_for(record, options.profile)),
         num_draws=0 if options.no_intervals else options.runs,
         seed=options.seed,
         say=lambda line: print(line, file=sys.stderr, flush=True),
@@ -75,11 +84,14 @@ def _parser() -> ArgumentParser:
         type=Path,
         nargs="+",
         metavar="RECORD",
-        help="of `memwall bench serve`, one per load level; a step log NAME.steps[.RUN].jsonl.gz beside NAME.json is "
-        "read too",
+        help="of `memwall bench serve`, one per load level (a step log NAME.steps[.RUN].jsonl.gz beside NAME.json is "
+        "read too), of `vllm bench serve --save-detailed` or SGLang's bench_serving, or a table of requests",
     )
     parser.add_argument(
-        "--profile", type=Path, metavar="PATH", help="of `memwall calibrate` [the shipped one for what served]"
+        "--profile",
+        type=Path,
+        metavar="PATH",
+        help="of `memwall calibrate` or `calibrate-from` [the shipped one for what served]",
     )
     parser.add_argument(
         "--runs",
@@ -97,4 +109,51 @@ def _parser() -> ArgumentParser:
     parser.add_argument(
         "--strict", action=argparse.BooleanOptionalAction, default=False, help="exit with 1 if a figure is missed"
     )
+    group = parser.add_argument_group("servers that are not ours", "default: what the log says, else vLLM's defaults")
+    for name, (kind, metavar, what) in _OUTSIDE.items():
+        group.add_argument(_flag(name), type=kind, metavar=metavar, help=what)
+    group.add_argument(
+        "--async-scheduling",
+        action=argparse.BooleanOptionalAction,
+        help="whether it schedules a step while the one before runs",
+    )
     return parser
+
+
+# What is said of a server that is not ours: its flags, by the names of OutsideServer or ServerFacts.
+_OUTSIDE: dict[str, tuple[Callable[[str], object], str, str]] = {
+    "model": (str, "NAME", "the model it served"),
+    "system": (str, "GPU", "the GPU it ran on, e.g. h200_sxm"),
+    "quantization": (str, "fp8", "of its weights"),
+    "server_log": (Path, "LOG", "its output: start-up and statistics lines"),
+    "metrics": (Path, "FILE", "the text of its /metrics"),
+    "tensor_parallel_size": (integer, "N", "GPUs it ran on"),
+    "kv_cache_dtype": (str, "DTYPE", "format of its KV cache"),
+    "max_model_len": (integer, "TOKENS", "longest sequence"),
+    "max_num_seqs": (integer, "N", "most sequences in one step"),
+    "max_num_batched_tokens": (integer, "TOKENS", "token budget of one step"),
+    "block_size": (integer, "TOKENS", "tokens per KV block"),
+    "num_gpu_blocks": (integer, "N", "KV blocks it had"),
+}
+_ABOUT = ("model", "system", "quantization", "server_log", "metrics")
+
+
+def _flag(name: str) -> str:
+    spelled = "num_gpu_blocks_override" if name == "num_gpu_blocks" else name
+    return "--" + spelled.replace("_", "-")
+
+
+def _value(options: argparse.Namespace, name: str) -> object:
+    return getattr(options, _flag(name)[2:].replace("-", "_"))
+
+
+def _given_of_outside(options: argparse.Namespace) -> list[str]:
+    """Flags about servers that are not ours, those that were given."""
+    return [_flag(name) for name in (*_OUTSIDE, "async_scheduling") if _value(options, name) is not None]
+
+
+def _outside(options: argparse.Namespace) -> OutsideServer:
+    names = [name for name in (*_OUTSIDE, "async_scheduling") if name not in _ABOUT]
+    flags = {name: value for name in names if (value := _value(options, name)) is not None}
+    about = {name: _value(options, name) for name in _ABOUT}
+    return OutsideServer(**about, profile=options.profile, flags=flags)

@@ -2,12 +2,113 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from calibration.validate.profiles import Predictor
 from calibration.validate.records import EngineSettings, Lives, ServedRecord, ServedRun
+from engine.errors import UserError
+from planner.catalog import load_gpu, load_model
+from planner.deployment import Deployment
+from planner.external.bench_detail import is_bench_detail
+from planner.external.readers import read_served_runs, read_server_facts
+from planner.external.settings import ExternalSystem, external_system
+from planner.step_time import Evidence
+from planner.workload.tables import read_text
+
+_TABLES = (".csv", ".jsonl", ".csv.gz", ".jsonl.gz")
+
+
+@dataclass(frozen=True)
+class OutsideServer:
+    """What is known of a server that is not ours, beside what its benchmark recorded.
+
+    Attributes:
+        model, system: what it served, and on which GPU (catalog ids); None for what its log says, and for unknown.
+        quantization: of the weights.
+        server_log, metrics: files with what it printed.
+        profile: of step times; None for the shipped ones.
+        flags: settings by the names of `planner.external.server_facts.ServerFacts`; they go before its log.
+    """
+
+    model: str | None = None
+    system: str | None = None
+    quantization: str | None = None
+    server_log: Path | None = None
+    metrics: Path | None = None
+    profile: Path | None = None
+    flags: Mapping[str, Any] = field(default_factory=dict)
+
+    def can_read(self, path: Path) -> bool:
+        """Whether a file is of somebody else's benchmark."""
+        if path.name.endswith(_TABLES):
+            return True
+        try:
+            return is_bench_detail(read_text(path))
+        except (UserError, OSError):
+            return False
+
+    def read(self, path: Path) -> list[tuple[ServedRecord, Predictor]]:
+        """Each load of a file with the step times to predict it with; runs of the same load are one record.
+
+        Raises:
+            UserError: it cannot be used, or it is not known what served it.
+        """
+        facts = read_server_facts(self.server_log, self.metrics)
+        name = self.model or facts.value("model")
+        if name is None:
+            raise UserError(f"{path.name} does not say which model was served; pass --model or --server-log")
+        if self.system is None:
+            raise UserError(f"{path.name} does not say which GPU served it; pass --system, e.g. h200_sxm")
+        gpu, model = load_gpu(self.system), load_model(name, self.quantization)
+        runs = read_served_runs(path)
+        found = external_system(model, gpu, facts, runs, dict(self.flags))
+        if found.system.speculation is not None:
+            raise UserError(f"the server behind {path.name} speculated; validate takes runs without speculation")
+        predictor, found = self._predictor(found)
+        stem = re.sub(r"\.(json|jsonl|csv)(\.gz)?$", "", path.name)
+        loads = _loads(runs)
+        names = [stem] if len(loads) == 1 else [f"{stem}.{number}" for number in range(1, len(loads) + 1)]
+        records = [
+            external_record(one, "an outside benchmark", load, found, model.name, gpu.name)
+            for one, load in zip(names, loads, strict=True)
+        ]
+        weights = {"quantization": self.quantization}
+        return [(replace(record, engine=replace(record.engine, **weights)), predictor) for record in records]
+
+    def _predictor(self, found: ExternalSystem) -> tuple[Predictor, ExternalSystem]:
+        """The step times, and the system with as many steps in flight as a calibration of it found."""
+        profiles = None if self.profile is None else (str(self.profile),)
+        deployment: Deployment = replace(found.deployment, profiles=profiles)
+        step_time = deployment.step_time()
+        if step_time.evidence is Evidence.SCALED and not found.depth_known:
+            found = found.with_depth(step_time.pipeline_depth)
+        guessed = [name for name, (_, origin) in found.origin.items() if origin in _GUESSES]
+        important = [name for name in guessed if name in _IMPORTANT]
+        notes = (f"{', '.join(important)}: neither flag nor log says, so a default stands in",) if important else ()
+        return Predictor(step_time, step_time.description, None, notes), found
+
+
+_GUESSES = ("vLLM's default", "the memory model")
+_IMPORTANT = ("max_num_seqs", "max_num_batched_tokens", "num_gpu_blocks")
+
+
+def _loads(runs: Sequence[Any]) -> list[list[Any]]:
+    """Runs with the same arrivals and lengths together."""
+    loads: list[list[Any]] = []
+    for run in runs:
+        same = (load for load in loads if _lives(load[0]).same_load(_lives(run)))
+        found = next(same, None)
+        if found is None:
+            loads.append([run])
+        else:
+            found.append(run)
+    return loads
 
 
 def external_record(name: str, source: str, runs: Sequence[Any], found: Any, model: str, gpu: str) -> ServedRecord:

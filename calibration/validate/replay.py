@@ -10,6 +10,7 @@ import numpy as np
 from calibration.validate.records import EngineSettings, Lives
 from engine.scheduling import KVCacheConfig, SchedulerConfig, StepShape
 from planner.errors import UserError
+from planner.serving import arrival_seconds
 from planner.simulation import SimulationOptions, System, run
 from planner.step_time import TICKS_PER_SECOND, StepTime
 from planner.workload import Workload
@@ -81,11 +82,12 @@ def simulate_run(name: str, lives: Lives, engine: EngineSettings, step_time: Ste
             f"{log.output_tokens[index]} in the simulation, so the two did not serve the same workload"
         )
     arrival_s = lives.arrival_s
+    seen_s = arrival_s + arrival_seconds(step_time)  # what a client sees comes later by the way in and out
     predicted = Lives(
         arrival_s,
         arrival_s + log.queue_s,
-        arrival_s + log.ttft_s,
-        arrival_s + log.e2el_s,
+        seen_s + log.ttft_s,
+        seen_s + log.e2el_s,
         lives.input_tokens,
         lives.output_tokens,
         log.preemptions,

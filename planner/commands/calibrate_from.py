@@ -152,11 +152,11 @@ def calibrate_from(
     """
     from planner.catalog import load_model
     from planner.external.calibration import calibrate_external
-    from planner.external.readers import read_served_runs
+    from planner.external.readers import read_served_runs, read_server_facts
     from planner.external.settings import external_system
 
     runs = [run for path in results for run in read_served_runs(path)]
-    facts = _facts(server_log, metrics)
+    facts = read_server_facts(server_log, metrics)
     name = model or facts.value("model")
     if name is None:
         raise UserError("neither --model nor a server log says which model was served")
@@ -177,22 +177,6 @@ def calibrate_from(
     if save is not None:
         tables.write_whole(save, document)
     tables.deliver(calibration, calibration_table(calibration, facts), output)
-
-
-def _facts(server_log: Path | None, metrics: Path | None) -> ServerFacts:
-    from planner.external.server_facts import ServerFacts
-    from planner.external.server_log import read_server_log
-    from planner.workload.tables import read_text
-
-    facts = ServerFacts()
-    for path in (server_log, metrics):
-        if path is not None:
-            try:
-                facts = facts.merged(read_server_log(read_text(path)))
-            except UserError as error:
-                named = str(error) if path.name in str(error) else f"{path.name}: {error}"
-                raise UserError(named) from None
-    return facts
 
 
 class _Progress:

@@ -150,10 +150,12 @@ def test_the_script_is_one_shell_command():
 
 
 def test_record_fills_in_defaults():
-    record = DeploymentRecord.from_deployment(
-        Deployment(load_model("llama-3.1-8b"), load_gpu("h200_sxm"), profiles=("none",))
+    record = DeploymentRecord.from_deployment(Deployment(load_model("llama-3.1-8b"), load_gpu("h200_sxm")))
+    assert (record.max_model_len, record.block_size, record.kv_cache_dtype) == (
+        131072,
+        64,
+        "bfloat16",
     )
-    assert (record.max_model_len, record.block_size, record.kv_cache_dtype) == (131072, 16, "bfloat16")
     assert (record.num_speculative_tokens, record.speculative_method, record.draft_model) == (0, None, None)
     assert DeploymentRecord.model_validate_json(record.model_dump_json()) == record
 
