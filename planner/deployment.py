@@ -15,6 +15,7 @@ from planner.profile.library import (
     find_profile,
     load_calibrations,
     load_profiles,
+    shipped_profiles,
     step_time_of,
     why_unusable,
 )
@@ -168,7 +169,7 @@ class Deployment:
         usable = [p for p in profiles if why_unusable(p, model, self.gpu, self.enforce_eager) is None]
         if usable:
             return find_profile(model, self.gpu, self.kv_cache_dtype, self.tensor_parallel_size, usable)
-        if self.profiles and profiles:
+        if profiles and not any(profiles[0] is each for each in shipped_profiles()):
             reason = why_unusable(profiles[0], model, self.gpu, self.enforce_eager)
             raise UserError(
                 f"profile {profiles[0].name} cannot serve {model.name} on {self.gpu.id}: {reason}; leave --profile out"

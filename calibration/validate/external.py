@@ -68,6 +68,13 @@ class OutsideServer:
         gpu, model = load_gpu(self.system), load_model(name, self.quantization)
         runs = read_served_runs(path)
         found = external_system(model, gpu, facts, runs, dict(self.flags))
+        longest = max(int((run.input_tokens + run.output_tokens).max()) for run in runs)
+        limit = found.system.scheduler.max_model_len
+        if longest > limit:
+            raise UserError(
+                f"{path.name} has a request of {longest} tokens, but max_model_len is {limit}: the settings are not "
+                "those of the server that answered it"
+            )
         if found.system.speculation is not None:
             raise UserError(f"the server behind {path.name} speculated; validate takes runs without speculation")
         predictor, found = self._predictor(found)

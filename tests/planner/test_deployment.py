@@ -17,6 +17,7 @@ from planner.speculation import SpeculationConfig
 from planner.workload import Workload
 
 MODEL, GPU = load_model("llama-3.1-8b"), load_gpu("h200_sxm")
+# With the memory model's blocks, not those of a profile.
 DEPLOYMENT = Deployment(MODEL, GPU, max_model_len=8192, profiles=("none",))
 RATES = AcceptanceProcess((0.8, 0.7))
 
