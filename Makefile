@@ -22,7 +22,7 @@ setup: $(BASE_INSTALLED) ## create .venv and install Memwall into it
 
 setup-engine: $(ENGINE_INSTALLED) ## the same with torch, Triton and transformers, for memwall generate, serve and bench
 
-plan: $(BASE_INSTALLED) ## run memwall plan with its default question
+plan: $(BASE_INSTALLED) ## plan Llama-3.1-8B on H200, memwall plan's default question, from the shipped profile
 	@$(VENV)/bin/memwall plan
 
 test: $(TEST_INSTALLED) ## run the tests (those that need a GPU are skipped without one)
