@@ -218,7 +218,7 @@ def _share(share: float) -> str:
 def step_times(found: StepTimes) -> str:
     """Where step times come from and how far they may be off, in a sentence."""
     text = f"{found.basis}: {found.description.removeprefix(f'{found.basis} ')}"
-    if len(found.shares) > 1:
+    if max(found.shares.values()) <= 1 - _LITTLE:
         text += f" ({evidence(found.shares)})"
     if found.decode_uncertainty is None or found.prefill_uncertainty is None:
         return text

@@ -39,9 +39,9 @@ _MEMORY_SLACK = 0.02
 
 _CHANGE_WORDS = {
     "model": "another model to {model}",
-    "kv_cache_dtype": "another KV format to {kv_cache_dtype}",
+    "kv_cache_dtype": "another KV format",
     "quantization": "other weight bits",
-    "tensor_parallel_size": "one GPU to {tensor_parallel_size}",
+    "tensor_parallel_size": "one GPU",
     "gpu": "another GPU to {gpu}",
 }
 
@@ -236,9 +236,7 @@ def step_time_of(
     record = profile.record
     origin = profile.origin(match.kv_cache_dtype)
     if changes:
-        here = {"model": model.name, "gpu": gpu.name, "kv_cache_dtype": str(kv_cache_dtype)}
-        here |= {"tensor_parallel_size": str(tensor_parallel_size)}
-        words = ", ".join(_CHANGE_WORDS[change].format(**here) for change in changes)
+        words = ", ".join(_CHANGE_WORDS[change].format(model=model.name, gpu=gpu.name) for change in changes)
         origin = f"from the {origin}: transferred from {words}"
         target = ModelShape.of(model, kv_cache_dtype, block_size, tensor_parallel_size)
         source_limits = _complete(profile.tables.limits, profile, gpu)

@@ -460,7 +460,7 @@ def test_simulate_without_one(memwall):
 def test_a_transfer_is_told(memwall, path):
     text = memwall("simulate", *LOAD, "--profile", path, "--kv-cache-dtype", "fp8").out
     assert text.startswith("step times: transferred: from the profile of")
-    assert "transferred from another KV format to fp8" in " ".join(text.split())
+    assert "transferred from another KV format" in " ".join(text.split())
 
 
 def test_plan_with_a_profile(memwall, path):
