@@ -20,7 +20,7 @@ from scipy.stats import beta
 from planner.schema import Record
 from planner.serving import simulate
 from planner.simulation import Distribution, SimulationOptions, SimulationResult, System
-from planner.step_time import StepTime
+from planner.step_time import Evidence, StepTime
 from planner.workload import Workload
 
 LEVEL = 0.90
@@ -77,6 +77,8 @@ class Confidence(Record):
     """Relative standard deviation of the factor that the times of decode steps were multiplied by."""
     prefill_uncertainty: float
     """The same of steps with prompt chunks."""
+    unknown_share: float
+    """Share of the steps' time that lies outside of what was measured, where those deviations promise too much."""
     method: str = "load: moving-block bootstrap of its arrivals, blocks of 60 s; step times: log-normal, stratified"
     """What was drawn, and how."""
     ttft_ms: DistributionInterval | None
@@ -174,10 +176,18 @@ def confidence(
         seed=seed,
         decode_uncertainty=sure.decode,
         prefill_uncertainty=sure.prefill,
+        unknown_share=_unknown_share(point, step_time),
         slo_probability=None if point.slo_met is None else probability([bool(run.slo_met) for run in runs]),
         **{name: _distribution(getattr(point, name), [getattr(run, name) for run in runs]) for name in _LATENCIES},
         **{name: interval(getattr(point, name), [getattr(run, name) for run in runs]) for name in _RATES},
     )
+
+
+def _unknown_share(point: SimulationResult, step_time: StepTime) -> float:
+    """What was transferred as a whole has the error of that in its uncertainty; single steps beyond a grid have not."""
+    if step_time.evidence is Evidence.EXTRAPOLATED:
+        return 0.0
+    return point.evidence_shares.get(Evidence.EXTRAPOLATED, 0.0)
 
 
 def interval(point: float, values: Sequence[float]) -> Interval:

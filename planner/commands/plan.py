@@ -457,7 +457,17 @@ def _usd(value: float | None) -> str:
 
 def _winner(plan: Plan) -> list[str]:
     """The first plan in full: what binds, how sure, how full."""
-    from planner.commands.tables import between, chance, milliseconds, pairs, paragraph, step_times, verdict, warnings
+    from planner.commands.tables import (
+        between,
+        chance,
+        milliseconds,
+        pairs,
+        paragraph,
+        step_times,
+        unknown,
+        verdict,
+        warnings,
+    )
 
     used, result = plan.deployment, plan.result
     rows = []
@@ -509,7 +519,8 @@ def _winner(plan: Plan) -> list[str]:
     launch = paragraph(
         "To launch it: memwall plan … --output-file plan.json, then memwall export plan.json --target vllm"
     )
-    return [verdict(True, name), pairs(rows), *warnings(plan.warnings), launch]
+    beyond = unknown(plan.confidence) if plan.confidence else []
+    return [verdict(True, name), pairs(rows), *beyond, *warnings(plan.warnings), launch]
 
 
 def _rejections(rejections: Sequence[Rejection]) -> list[str]:

@@ -209,7 +209,7 @@ def _intervals(report: SimulateReport) -> str:
     if sure.slo_probability is not None:
         rates.append(("meets the SLO", f"with probability {tables.chance(sure.slo_probability)}"))
     table = tables.columns(["", "mean", "p50", "p90", "p95", "p99"], rows)
-    return f"{title}\n{table}\n{tables.pairs(rates)}"
+    return "\n".join([title, table, tables.pairs(rates), *tables.unknown(sure)])
 
 
 def _whole(value: float) -> str:

@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 
     from planner.basis import StepTimes
     from planner.commands.options import OutputOptions
-    from planner.intervals import Interval, Probability
+    from planner.intervals import Confidence, Interval, Probability
 
 MAX_WIDTH = 110
 _BARS = "▁▂▃▄▅▆▇█"
-_LITTLE = 1e-3
+_LITTLE, _MUCH = 1e-3, 1e-2
 
 
 def deliver(record: BaseModel, table: str, options: OutputOptions) -> None:
@@ -231,6 +231,14 @@ def step_times(found: StepTimes) -> str:
 def between(interval: Interval, shown: Callable[[float], str]) -> str:
     """`181 to 195`."""
     return f"{shown(interval.low)} to {shown(interval.high)}"
+
+
+def unknown(sure: Confidence) -> list[str]:
+    """A warning where a good part of the steps is beyond what the intervals know; else nothing."""
+    if sure.unknown_share < _MUCH:
+        return []
+    what = f"{percent(sure.unknown_share)} of the steps' time is extrapolated"
+    return warnings([f"{what}, and the intervals do not know how far that is off: they are too narrow"])
 
 
 def chance(found: Probability) -> str:

@@ -81,7 +81,7 @@ class ExternalCalibration(Record):
         return Factors(**{name: record.value for name, record in self.factors.items()})
 
     def step_time(self, base: StepTime) -> ScaledStepTime:
-        """The base step time, scaled; `factors.arrival_s` remains to be added to times to first token.
+        """The base step time, scaled; `planner.serving` adds `factors.arrival_s` to what clients see.
 
         Raises:
             UserError: the factors were fitted on another base.

@@ -65,7 +65,7 @@ class ScaledStepTime(StepTime):
 
     Attributes:
         base: the step time that is scaled.
-        factors: by how much. `factors.arrival_s` is the caller's to add to the times to first token.
+        factors: by how much. `factors.arrival_s` is in no step; `planner.serving` adds it to what clients see.
     """
 
     evidence = Evidence.SCALED

@@ -230,6 +230,18 @@ def test_step_times_of_a_result():
     assert StepTimes.of(result, Constant(None)).decode_uncertainty is None
 
 
+def test_steps_beyond_what_was_measured_are_told():
+    """Their error is not in the uncertainty; of a transfer it is."""
+    step_time = Constant(0.05)
+    point, runs, inside = judged(step_time, load())
+    assert inside.unknown_share == 0
+    shares = {Evidence.INTERPOLATED: 0.7, Evidence.EXTRAPOLATED: 0.3}
+    beyond = point.model_copy(update={"evidence_shares": shares})
+    assert confidence(beyond, runs, step_time, 0).unknown_share == 0.3
+    step_time.evidence = Evidence.EXTRAPOLATED
+    assert confidence(beyond, runs, step_time, 0).unknown_share == 0
+
+
 # ---- simulate and plan ---------------------------------------------------------------------------------------------
 
 H200, LLAMA = load_gpu("h200_sxm"), load_model("llama-3.1-8b")
@@ -337,6 +349,15 @@ def test_simulate_on_the_command_line(memwall):
     assert "probability" not in text
     memwall("simulate", "--intervals", "-1").check_bad_input("--intervals is '-1'")
     memwall("simulate", *LOAD, "--jobs", 0).check_bad_input("--jobs is 0")
+
+
+def test_speculation_is_extrapolated_and_says_so(memwall):
+    """The shipped profile has no verification steps."""
+    config = '{"method": "ngram", "num_speculative_tokens": 2}'
+    line = ("simulate", *LOAD, "--intervals", 2, "--speculative-config", config, "--acceptance-rates", "0.9,0.8")
+    text = " ".join(memwall(*line).out.split())
+    assert "step times: extrapolated" in text
+    assert "the intervals do not know how far that is off" in text
 
 
 def test_plan_on_the_command_line(memwall):
