@@ -1,0 +1,35 @@
+"""The dashboard: `memwall dashboard`, or `streamlit run dashboard/app.py`."""
+
+from __future__ import annotations
+
+import streamlit as st
+
+from dashboard import inputs
+from dashboard.components import complain, guarded
+
+PAGES = (
+    ("pages/plan.py", "Plan", ":material/fact_check:", "plan"),
+    ("pages/what_if.py", "What if", ":material/compare_arrows:", "what-if"),
+    ("pages/memory.py", "Context & memory", ":material/memory:", "memory"),
+    ("pages/speculation.py", "Speculation", ":material/fast_forward:", "speculation"),
+    ("pages/calibration.py", "Calibration", ":material/straighten:", "calibration"),
+    ("pages/catalog.py", "Catalog", ":material/list:", "catalog"),
+)
+
+
+def main() -> None:
+    """Draw the shared inputs, then the page."""
+    st.set_page_config(page_title="Memwall", page_icon=":material/memory:", layout="wide")
+    pages = [
+        st.Page(path, title=title, icon=icon, url_path=url, default=url == "plan") for path, title, icon, url in PAGES
+    ]
+    page = st.navigation(pages)
+    with guarded():
+        inputs.sidebar()
+        fault = inputs.shared().fault
+        if fault is not None:
+            complain(fault)
+        page.run()
+
+
+main()

@@ -1,0 +1,139 @@
+"""Pieces that pages are made of: charts with their text, answers that are being computed, errors as one sentence."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import traceback
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import streamlit as st
+
+from dashboard.figures.theme import Chart
+from dashboard.services.jobs import DEFECT, Job, State, jobs
+from planner.errors import UserError
+
+_POLL_SECONDS = 0.4
+#: What is ready by then appears without a progress bar.
+_PATIENCE_SECONDS = 0.25
+
+
+def owner() -> str:
+    """This browser session."""
+    return st.session_state.setdefault("session", uuid.uuid4().hex)
+
+
+@contextlib.contextmanager
+def guarded() -> Iterator[None]:
+    """Bad input is one sentence on the page; a defect is one sentence too, and its traceback is in the log."""
+    try:
+        yield
+    except UserError as error:
+        complain(str(error))
+    except Exception as error:
+        # Streamlit's own way of stopping a script.
+        if type(error).__module__.startswith("streamlit."):
+            raise
+        traceback.print_exc(file=sys.stderr)
+        complain(DEFECT)
+
+
+def complain(sentence: str) -> None:
+    """One sentence about what is wrong."""
+    text = " ".join(sentence.split())
+    st.error(escaped(f"{text[:1].upper()}{text[1:]}"), icon=":material/error:")
+
+
+def escaped(text: str) -> str:
+    """Text that Markdown shall show as it is."""
+    for sign in "\\`*_{}[]<>#|$~":
+        text = text.replace(sign, f"\\{sign}")
+    return text.replace("\n", " ")
+
+
+def show_chart(chart: Chart, key: str) -> None:
+    """A chart, its summary, and its data as a table."""
+    st.plotly_chart(
+        chart.figure, key=key, alt=chart.summary, config={"displaylogo": False, "modeBarButtonsToRemove": ["lasso2d"]}
+    )
+    st.caption(escaped(chart.summary))
+    if chart.table:
+        with st.expander("The same as a table", key=f"{key}_table"):
+            show_table(chart.table, key=f"{key}_data")
+
+
+def show_table(rows: Sequence[Mapping[str, Any]], key: str, **more: Any) -> Any:
+    """Rows as a table; numbers that are already text stay as they are."""
+    return st.dataframe(list(rows), hide_index=True, key=key, **more)
+
+
+def note_warnings(warnings: Sequence[str]) -> None:
+    """What to know before believing the numbers."""
+    for warning in dict.fromkeys(warnings):
+        st.warning(escaped(f"{warning[:1].upper()}{warning[1:]}."), icon=":material/warning:")
+
+
+# ---- work in other processes ---------------------------------------------------------------------------------------
+
+
+def answer_of(
+    slot: str,
+    key: str,
+    function: Callable[..., Any],
+    *arguments: Any,
+    waiting: str,
+    patience: float = _PATIENCE_SECONDS,
+) -> Any:
+    """What a job says; None while it is at work, with its progress on the page, and if it failed, with the reason.
+
+    Args:
+        slot: what for; a new question in the same slot ends the old one.
+        key: the question's hash.
+        function, arguments: the work, of `dashboard.services.work`.
+        waiting: what is being done, for people.
+        patience: seconds to wait before a progress bar is shown.
+    """
+    cancelled = st.session_state.setdefault("cancelled", {})
+    if cancelled.get(slot) == key:
+        st.info("Cancelled.", icon=":material/cancel:")
+        if st.button("Compute it after all", key=f"{slot}_again"):
+            cancelled.pop(slot)
+            st.rerun()
+        return None
+    job = jobs().ask(owner(), slot, key, function, *arguments)
+    job.wait(patience)
+    if job.state is State.DONE:
+        return job.result
+    if job.state is State.FAILED:
+        complain(job.error or DEFECT)
+        return None
+    if job.state is State.CANCELLED:
+        st.info("The computation was ended.", icon=":material/cancel:")
+        return None
+    _watch(job, slot, key, waiting)
+    return None
+
+
+def _watch(job: Job, slot: str, key: str, waiting: str) -> None:
+    """A progress bar that looks after itself, and runs the page again when there is an answer."""
+
+    @st.fragment(run_every=_POLL_SECONDS)
+    def progress() -> None:
+        if job.is_finished:
+            st.rerun()
+        share = min(1.0, job.done / job.total) if job.total else 0.0
+        text = waiting
+        if job.state is State.WAITING:
+            text += ": waiting for other people's questions"
+        elif job.total:
+            text += f": {job.done} of {job.total} {job.what}"
+        bar, button = st.columns([5, 1], vertical_alignment="center")
+        bar.progress(share, text=escaped(text))
+        if button.button("Cancel", key=f"{slot}_cancel", width="stretch"):
+            st.session_state["cancelled"][slot] = key
+            jobs().cancel(owner(), slot)
+            st.rerun()
+
+    progress()

@@ -1,0 +1,89 @@
+"""How all figures look: colours that colour-blind people tell apart, dashes and markers that say the same again."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import plotly.graph_objects as go
+
+#: Okabe and Ito, "Color universal design" (2008), in the order of contrast on white and on black.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
+MARKERS = ("circle", "square", "diamond", "triangle-up", "x", "star")
+PATTERNS = ("", "/", "x", ".", "-", "+")
+NEUTRAL = "#7F7F7F"
+GOOD_REGION = "rgba(0, 158, 115, 0.12)"
+HEIGHT = 380
+_WRAP = 60
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A figure, and the same for those who do not see it.
+
+    Attributes:
+        figure: for Plotly.
+        summary: what it shows, in a sentence or two.
+        table: its data, one row each.
+    """
+
+    figure: go.Figure
+    summary: str
+    table: Sequence[Mapping[str, Any]] = field(default_factory=tuple)
+
+
+def series(number: int) -> dict[str, Any]:
+    """Line and marker of the n-th series: colour, dash and symbol all differ."""
+    colour = COLOURS[number % len(COLOURS)]
+    return {
+        "line": {"color": colour, "dash": DASHES[number % len(DASHES)], "width": 2},
+        "marker": {"color": colour, "symbol": MARKERS[number % len(MARKERS)], "size": 8},
+    }
+
+
+def bar(number: int) -> dict[str, Any]:
+    """Fill of the n-th kind of bar: colour and pattern."""
+    return {
+        "color": COLOURS[number % len(COLOURS)],
+        "pattern": {
+            "shape": PATTERNS[number % len(PATTERNS)],
+            "fillmode": "overlay",
+            "fgcolor": "white",
+            "fgopacity": 0.6,
+        },
+    }
+
+
+def hover(*lines: str, definition: str = "") -> str:
+    """A hover template: what the point is, and what its metric means."""
+    wrapped = textwrap.wrap(definition, _WRAP)
+    told = [*lines, *(f"<i>{line}</i>" for line in wrapped)]
+    return "<br>".join(told) + "<extra></extra>"
+
+
+def figure(x: str, y: str, height: int = HEIGHT, **layout: Any) -> go.Figure:
+    """An empty figure with named axes; the names end in the unit."""
+    empty = go.Figure()
+    empty.update_layout(
+        height=height,
+        margin={"l": 10, "r": 10, "t": 30, "b": 10},
+        legend={"orientation": "h", "yanchor": "bottom", "y": 1.02, "x": 0},
+        hoverlabel={"align": "left"},
+        uirevision="keep",
+        **layout,
+    )
+    empty.update_xaxes(title_text=x, automargin=True)
+    empty.update_yaxes(title_text=y, automargin=True)
+    return empty
+
+
+def limit_line(target: go.Figure, value: float, text: str, axis: str = "y", **position: Any) -> None:
+    """A dashed line where an SLO ends, with its name on it."""
+    line = {"color": NEUTRAL, "dash": "dash", "width": 2}
+    if axis == "y":
+        target.add_hline(y=value, line=line, annotation={"text": text}, annotation_position="top left", **position)
+    else:
+        target.add_vline(x=value, line=line, annotation={"text": text}, annotation_position="top right", **position)

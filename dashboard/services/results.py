@@ -1,0 +1,191 @@
+"""The planner's results as pages show them. The one place that knows which field says what: where the planner tells
+more (intervals, probabilities), only this module has to learn it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from dashboard.services.work import TrialAnswer
+from planner.plan_report import Plan, SloTerm
+from planner.simulation import SimulationResult
+from planner.step_time import Evidence
+
+Interval = tuple[float, float]
+
+TERMS = {"ttft": "TTFT", "tpot": "TPOT", "e2el": "E2EL"}
+_WORDS = {
+    Evidence.UNCALIBRATED: "uncalibrated: from data sheets, not from a measured GPU",
+    Evidence.EXTRAPOLATED: "extrapolated from what was measured",
+    Evidence.INTERPOLATED: "interpolated between measured steps",
+    Evidence.MEASURED: "measured",
+    Evidence.SCALED: "another model's times, scaled",
+}
+# A share of the steps' time below which it is not worth a word.
+_NEGLIGIBLE = 0.01
+
+
+# ---- numbers -------------------------------------------------------------------------------------------------------
+
+
+def shown(value: float | None, interval: Interval | None = None, digits: int = 3) -> str:
+    """A number with no more digits than its interval allows: the last one is where the interval is wide.
+
+    Args:
+        digits: significant ones, where there is no interval.
+    """
+    if value is None or not math.isfinite(value):
+        return "–"
+    if value == 0:
+        return "0"
+    magnitude = math.floor(math.log10(abs(value)))
+    place = magnitude - digits + 1
+    if interval is not None:
+        half = (interval[1] - interval[0]) / 2
+        if half > 0:
+            place = max(place, min(magnitude, math.floor(math.log10(half))))
+    return f"{round(value, -place):,.{max(0, -place)}f}"
+
+
+def shown_range(interval: Interval | None) -> str:
+    """Both ends, to the digits that tell them apart."""
+    if interval is None:
+        return ""
+    return f"{shown(interval[0], interval)} to {shown(interval[1], interval)}"
+
+
+def usd(value: float | None) -> str:
+    """Dollars and cents; fractions of a cent where it is less than a dollar."""
+    if value is None:
+        return "no price"
+    return f"${value:,.2f}" if value >= 1 else f"${value:.3g}"
+
+
+# ---- intervals and confidence --------------------------------------------------------------------------------------
+
+
+def _pair(value: Any) -> Interval | None:
+    """An interval in whatever form: low and high of a record, or two numbers."""
+    low, high = getattr(value, "low", None), getattr(value, "high", None)
+    if low is None and isinstance(value, Sequence) and not isinstance(value, str) and len(value) == 2:
+        low, high = value
+    if low is None or high is None:
+        return None
+    return float(low), float(high)
+
+
+def term_interval(term: SloTerm) -> Interval | None:
+    """The interval of what a plan achieves in one term of the SLO."""
+    for name in ("interval_ms", "range_ms"):
+        found = _pair(getattr(term, name, None))
+        if found is not None:
+            return found
+    return None
+
+
+def probability(plan: Plan) -> float | None:
+    """How likely the plan meets its SLO, 0 to 1, where the planner says so."""
+    for name in ("probability_of_slo", "slo_probability", "probability"):
+        found = getattr(plan, name, None)
+        if isinstance(found, int | float):
+            return float(found)
+        found = getattr(found, "value", None)
+        if isinstance(found, int | float):
+            return float(found)
+    return None
+
+
+def confidence(plan: Plan) -> str:
+    """How sure a plan is, in words."""
+    parts = []
+    likely = probability(plan)
+    if likely is not None:
+        parts.append(f"it meets the SLO with a probability of {shown(100 * likely, digits=2)} %")
+    if plan.loads is not None:
+        parts.append(f"the SLO held on {plan.loads.met} of {plan.loads.of} loads, this one and resamples of it")
+    elif likely is None:
+        parts.append("the SLO holds on this load; it was not tried on others")
+    return "; ".join(parts)
+
+
+def is_sure(plan: Plan) -> bool:
+    """Whether nothing speaks against it."""
+    likely = probability(plan)
+    held = plan.loads is None or plan.loads.met == plan.loads.of
+    return held and (likely is None or likely >= 0.9)
+
+
+def metric_interval(answer: TrialAnswer, metric: str, at: str) -> Interval | None:
+    """The interval of one number of a trial: the planner's own, else the range over the loads that were tried.
+
+    Args:
+        metric: a distribution of `SimulationResult`, e.g. "ttft_ms". at: one of its fields, e.g. "p99".
+    """
+    result = answer.report.result
+    own = getattr(result, "intervals", None)
+    if own is not None:
+        found = own.get(f"{metric}.{at}") if isinstance(own, dict) else getattr(getattr(own, metric, None), at, None)
+        pair = _pair(found)
+        if pair is not None:
+            return pair
+    if result is None:
+        return None
+    values = [getattr(getattr(each, metric), at) for each in (result, *answer.others) if getattr(each, metric)]
+    return (min(values), max(values)) if len(values) > 1 else None
+
+
+def number_interval(answer: TrialAnswer, field: str) -> Interval | None:
+    """The same of a plain number of `SimulationResult`."""
+    result = answer.report.result
+    if result is None:
+        return None
+    values = [float(getattr(each, field)) for each in (result, *answer.others)]
+    return (min(values), max(values)) if len(values) > 1 else None
+
+
+# ---- evidence ------------------------------------------------------------------------------------------------------
+
+
+def evidence_words(result: SimulationResult) -> str:
+    """What the step times of a result rest on, largest share first."""
+    shares = result.evidence_shares or {result.evidence: 1.0}
+    told = sorted(((share, kind) for kind, share in shares.items() if share >= _NEGLIGIBLE), reverse=True)
+    if len(told) == 1:
+        return _WORDS[Evidence(told[0][1])]
+    return ", ".join(f"{share:.0%} {_WORDS[Evidence(kind)]}" for share, kind in told)
+
+
+def evidence_tag(result: SimulationResult) -> str:
+    """One word beside a number that rests on too little; empty where it rests on measurements."""
+    shares = result.evidence_shares or {result.evidence: 1.0}
+    for kind in (Evidence.UNCALIBRATED, Evidence.SCALED, Evidence.EXTRAPOLATED):
+        if shares.get(kind, 0.0) >= _NEGLIGIBLE:
+            return str(kind)
+    return ""
+
+
+# ---- verdicts ------------------------------------------------------------------------------------------------------
+
+
+def verdict(is_good: bool) -> str:
+    """Pass or fail, as a sign and a word; colour is left to those who see it."""
+    return "✓ meets" if is_good else "✗ misses"
+
+
+def definition(metric: str) -> str:
+    """What a metric is, in the planner's own words.
+
+    Args:
+        metric: a field of `SimulationResult` or `Plan`.
+    """
+    for model in (SimulationResult, Plan):
+        field = model.model_fields.get(metric)
+        if field is not None and field.description:
+            return field.description
+    return ""
+
+
+def best(plans: Iterable[Plan]) -> Plan | None:
+    """The first."""
+    return next(iter(plans), None)

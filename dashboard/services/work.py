@@ -1,0 +1,285 @@
+"""What runs in processes of its own. Each function takes a `Report` for progress, and plain questions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from dashboard.services.jobs import Report
+from dashboard.services.questions import Search, Traffic, Trial
+from planner.errors import UserError
+from planner.plan_report import Plan, PlanReport
+from planner.search import Question
+from planner.search import plan as search_plans
+from planner.simulate_report import SimulateReport, simulate_report
+from planner.simulation import SimulationResult, Verdict, simulate
+from planner.workload import Workload
+
+#: Of each point of a sweep: long enough for a queue to show, short enough to wait for.
+SWEEP_SECONDS = 150.0
+_RESAMPLED = 2
+
+
+# ---- plan ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Cheaper:
+    """Something that would cost less than the plan, and why it is none."""
+
+    what: str
+    usd_per_hour: float | None
+    reason: str
+
+
+@dataclass(frozen=True)
+class PlanAnswer:
+    """A search's report, and why nothing cheaper will do.
+
+    Attributes:
+        is_quick: a first look at the beginning of the load.
+    """
+
+    report: PlanReport
+    cheaper: tuple[Cheaper, ...]
+    is_quick: bool
+
+
+def plan(report: Report, search: Search, trace: Workload | None, is_quick: bool) -> PlanAnswer:
+    """Search.
+
+    Raises:
+        UserError: as `planner.search.plan`.
+    """
+    question = search.question(search.traffic.workload(trace), is_quick)
+    found = search_plans(question, n_jobs=1, progress=report)
+    cheaper = why_not_cheaper(question, found) if found.plans and not is_quick else ()
+    return PlanAnswer(found, cheaper, is_quick)
+
+
+def why_not_cheaper(question: Question, found: PlanReport) -> tuple[Cheaper, ...]:
+    """The plan with one replica less, and cheaper engines that no number of replicas makes good, dearest first."""
+    best = found.plans[0]
+    answers = []
+    if best.deployment.replicas > 1:
+        answers.append(_one_less(question, best))
+    prices = {gpu.id: question.prices.price(gpu) for gpu in question.gpus}
+    seen = set()
+    for each in found.rejections:
+        price = prices.get(each.system)
+        cost = price.usd_per_gpu_hour * each.tensor_parallel_size if price else None
+        # The least that such an engine costs is one replica.
+        if cost is None or best.usd_per_hour is None or cost >= best.usd_per_hour:
+            continue
+        what = f"{each.tensor_parallel_size} × {each.system} (TP {each.tensor_parallel_size}), {each.kv_cache_dtype} KV"
+        if (what, each.reason) not in seen:
+            seen.add((what, each.reason))
+            answers.append(Cheaper(what, cost, each.reason))
+    return tuple(sorted(answers, key=lambda each: -(each.usd_per_hour or 0.0)))
+
+
+def _one_less(question: Question, best: Plan) -> Cheaper:
+    used = best.deployment
+    gpu = next(gpu for gpu in question.gpus if gpu.id == used.system)
+    deployment = replace(
+        question.engine,
+        gpu=gpu,
+        tensor_parallel_size=used.tensor_parallel_size,
+        replicas=used.replicas - 1,
+        kv_cache_dtype=next(each for each in question.kv_cache_dtypes if each.value == used.kv_cache_dtype),
+        max_num_seqs=used.max_num_seqs,
+    )
+    smaller = simulate_report(question.workload, deployment, question.options(), question.quantization).result
+    price = best.usd_per_gpu_hour
+    what = f"{deployment.num_gpus} × {gpu.id} ({deployment.replicas} replicas of TP {used.tensor_parallel_size})"
+    return Cheaper(what, price * deployment.num_gpus if price else None, _misses(question, smaller))
+
+
+def _misses(question: Question, result: SimulationResult | None) -> str:
+    if result is None:
+        return "does not fit"
+    parts = []
+    if result.verdict is Verdict.SATURATED:
+        parts.append("saturated: requests arrive faster than they are served")
+    for term, limit in question.slo.limits().items():
+        metric = result.metric_ms(term)
+        if metric is not None and metric.at_slo_percentile > limit:
+            over = f"{term.upper()} p{question.slo.percentile:g} is {metric.at_slo_percentile:,.3g} ms"
+            parts.append(f"{over}, above {limit:,.6g} ms")
+    return "; ".join(parts) or "it meets the SLO on this load too: the margin is within the noise of the search"
+
+
+# ---- what if -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TrialAnswer:
+    """One configuration under one load.
+
+    Attributes:
+        report: on the given load.
+        others: the same on resampled loads, for intervals.
+    """
+
+    report: SimulateReport
+    others: tuple[SimulationResult, ...]
+
+
+def try_one(report: Report, trial: Trial, trace: Workload | None) -> TrialAnswer:
+    """Simulate, then again on resampled loads.
+
+    Raises:
+        UserError: as `planner.simulate_report.simulate_report`.
+    """
+    workload = trial.traffic.workload(trace)
+    deployment = trial.engine.deployment(workload)
+    total = 1 + _RESAMPLED
+    report(0, total, "loads simulated")
+    answer = simulate_report(workload, deployment, trial.options(), trial.quantization)
+    others = []
+    if answer.result is not None:
+        for seed in range(1, total):
+            report(seed, total, "loads simulated")
+            load = workload.resampled(trial.traffic.seed + seed)
+            result = simulate(load, deployment.system(load, answer.memory), trial.options())
+            others.append(result.model_copy(update={"timeline": ()}))
+    return TrialAnswer(answer, tuple(others))
+
+
+@dataclass(frozen=True)
+class SweepPoint:
+    """A configuration at one request rate; result is None where it does not fit."""
+
+    request_rate: float
+    result: SimulationResult | None
+
+
+def sweep(
+    report: Report, trials: Sequence[Trial], trace: Workload | None, factors: Sequence[float]
+) -> tuple[tuple[SweepPoint, ...], ...]:
+    """Each configuration at multiples of its load's request rate, in order, until it is saturated.
+
+    Raises:
+        UserError: as `planner.deployment.Deployment.system`.
+    """
+    lines = []
+    total = len(trials) * len(factors)
+    for place, trial in enumerate(trials):
+        workload = trial.traffic.workload(trace)
+        deployment = trial.engine.deployment(workload)
+        memory = deployment.memory()
+        points = []
+        for number, factor in enumerate(factors):
+            report(place * len(factors) + number, total, "request rates simulated")
+            if not memory.fits or _is_hopeless(points):
+                break
+            load = trial.traffic.shortened(workload.scaled(factor), SWEEP_SECONDS)
+            result = simulate(load, deployment.system(load, memory), trial.options())
+            points.append(SweepPoint(workload.request_rate * factor, result.model_copy(update={"timeline": ()})))
+        lines.append(tuple(points))
+    return tuple(lines)
+
+
+def _is_hopeless(points: Sequence[SweepPoint]) -> bool:
+    """Whether the last two rates saturated it: higher ones would only take longer."""
+    last = points[-2:]
+    return len(last) == 2 and all(each.result and each.result.verdict is Verdict.SATURATED for each in last)
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """What one change does.
+
+    Attributes:
+        name: what is changed; low, high: to what.
+        low_result, high_result: None where it is impossible.
+    """
+
+    name: str
+    low: str
+    high: str
+    low_result: SimulationResult | None
+    high_result: SimulationResult | None
+
+
+@dataclass(frozen=True)
+class Tornado:
+    """One configuration, and what each change to it does."""
+
+    base: SimulationResult | None
+    bars: tuple[Sensitivity, ...]
+
+
+def tornado(report: Report, trial: Trial, trace: Workload | None) -> Tornado:
+    """Change one thing at a time, down and up.
+
+    Raises:
+        UserError: as `planner.deployment.Deployment.system`, for the configuration itself.
+    """
+    workload = trial.traffic.workload(trace)
+    changes = _changes(trial, workload)
+    total = 1 + 2 * len(changes)
+    base = _shortly(trial, workload)
+    bars = []
+    for number, (name, low, high) in enumerate(changes):
+        results = []
+        for side, (_, changed, load) in enumerate((low, high)):
+            report(1 + 2 * number + side, total, "changes simulated")
+            try:
+                results.append(_shortly(changed, load))
+            except UserError:  # e.g. a tensor-parallel size that the model's heads do not allow
+                results.append(None)
+        bars.append(Sensitivity(name, low[0], high[0], *results))
+    return Tornado(base, tuple(bars))
+
+
+def _shortly(trial: Trial, workload: Workload) -> SimulationResult | None:
+    load = trial.traffic.shortened(workload, SWEEP_SECONDS)
+    deployment = trial.engine.deployment(workload)
+    memory = deployment.memory()
+    if not memory.fits:
+        return None
+    return simulate(load, deployment.system(load, memory), trial.options()).model_copy(update={"timeline": ()})
+
+
+_Side = tuple[str, Trial, Workload]
+
+
+def _changes(trial: Trial, workload: Workload) -> list[tuple[str, _Side, _Side]]:
+    """(name, down, up) of each knob, each side with its label, its question and its load."""
+    engine = trial.engine
+
+    def knob(name: str, low: object, high: object, field: str) -> tuple[str, _Side, _Side]:
+        def side(value: object) -> _Side:
+            return str(value), replace(trial, engine=replace(engine, **{field: value})), workload
+
+        return name, side(low), side(high)
+
+    rate = workload.request_rate
+    found = [
+        (
+            "request rate, /s",
+            (f"{0.8 * rate:.3g}", trial, workload.scaled(0.8)),
+            (f"{1.2 * rate:.3g}", trial, workload.scaled(1.2)),
+        ),
+        knob("replicas", max(1, engine.replicas - 1), engine.replicas + 1, "replicas"),
+        knob("KV format", "fp8", "bfloat16", "kv_cache_dtype"),
+        knob("max_num_seqs", max(1, engine.max_num_seqs // 2), engine.max_num_seqs * 2, "max_num_seqs"),
+    ]
+    tp = engine.tensor_parallel_size
+    found.append(knob("TP", max(1, tp // 2), tp * 2, "tensor_parallel_size"))
+    budget = engine.max_num_batched_tokens
+    found.append(
+        knob("token budget", max(engine.max_num_seqs, budget // 4), budget * 2, "max_num_batched_tokens"),
+    )
+    if trial.traffic.trace is None:
+        for name, field, tokens in (
+            ("input tokens", "input_tokens", workload.input_tokens.mean()),
+            ("output tokens", "output_tokens", workload.output_tokens.mean()),
+        ):
+            sides = []
+            for factor in (0.8, 1.2):
+                traffic: Traffic = replace(trial.traffic, **{field: round(factor * float(tokens))})
+                sides.append((f"{getattr(traffic, field):,}", replace(trial, traffic=traffic), traffic.workload()))
+            found.append((name, *sides))
+    return found
