@@ -8,12 +8,12 @@ from dashboard import inputs
 from dashboard.components import complain, guarded
 
 PAGES = (
-    ("pages/plan.py", "Plan", ":material/fact_check:", "plan"),
-    ("pages/what_if.py", "What if", ":material/compare_arrows:", "what-if"),
-    ("pages/memory.py", "Context & memory", ":material/memory:", "memory"),
-    ("pages/speculation.py", "Speculation", ":material/fast_forward:", "speculation"),
-    ("pages/calibration.py", "Calibration", ":material/straighten:", "calibration"),
-    ("pages/catalog.py", "Catalog", ":material/list:", "catalog"),
+    ("views/plan.py", "Plan", ":material/fact_check:", "plan"),
+    ("views/what_if.py", "What if", ":material/compare_arrows:", "what-if"),
+    ("views/memory.py", "Context & memory", ":material/memory:", "memory"),
+    ("views/speculation.py", "Speculation", ":material/fast_forward:", "speculation"),
+    ("views/calibration.py", "Calibration", ":material/straighten:", "calibration"),
+    ("views/catalog.py", "Catalog", ":material/list:", "catalog"),
 )
 
 

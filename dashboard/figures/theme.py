@@ -53,6 +53,8 @@ def bar(number: int) -> dict[str, Any]:
             "fillmode": "overlay",
             "fgcolor": "white",
             "fgopacity": 0.6,
+            "size": 9,
+            "solidity": 0.2,
         },
     }
 

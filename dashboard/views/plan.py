@@ -46,9 +46,7 @@ def _search() -> Search:
     with st.expander("Search: GPUs, KV formats, budget", icon=":material/tune:", key="plan_search"):
         left, middle, right = st.columns(3)
         with left:
-            gpus = inputs.choose_several(
-                "GPU types", inputs.all_gpus(), (inputs.DEFAULT_GPU,), "gpus", format_func=inputs.gpu_label
-            )
+            gpus = inputs.choose_several("GPU types", inputs.all_gpus(), (inputs.DEFAULT_GPU,), "gpus")
         with middle:
             dtypes = inputs.choose_several(
                 "KV cache formats", inputs.KV_DTYPES, ("bfloat16", "fp8"), "kv", format_func=figures.kv_name

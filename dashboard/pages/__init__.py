@@ -1,1 +1,0 @@
-"""One module per page; each is a script that Streamlit runs."""

@@ -1,5 +1,0 @@
-"""Being written."""
-
-import streamlit as st
-
-st.title("Being written")
