@@ -12,7 +12,7 @@ ENGINE_INSTALLED := $(VENV)/.engine-installed
 TEST_INSTALLED := $(VENV)/.test-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-engine plan test test-gpu lint bench bench-kernels clean
+.PHONY: help setup setup-engine plan dashboard test test-gpu lint bench bench-kernels clean
 
 help: ## list the targets (default)
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -24,6 +24,9 @@ setup-engine: $(ENGINE_INSTALLED) ## the same with torch, Triton and transformer
 
 plan: $(BASE_INSTALLED) ## plan Llama-3.1-8B on H200, memwall plan's default question, from the shipped profile
 	@$(VENV)/bin/memwall plan
+
+dashboard: $(BASE_INSTALLED) ## serve the dashboard on this machine; PORT=8600 chooses the port
+	@$(VENV)/bin/memwall dashboard $(if $(PORT),--port $(PORT))
 
 test: $(TEST_INSTALLED) ## run the tests (those that need a GPU are skipped without one)
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(WORKERS) --maxprocesses 8  # processes share the cores, not threads

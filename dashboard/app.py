@@ -19,7 +19,7 @@ PAGES = (
 
 def main() -> None:
     """Draw the shared inputs, then the page."""
-    st.set_page_config(page_title="Memwall", page_icon=":material/memory:", layout="wide")
+    st.set_page_config(page_title="Memwall", page_icon="🧱", layout="wide")
     pages = [
         st.Page(path, title=title, icon=icon, url_path=url, default=url == "plan") for path, title, icon, url in PAGES
     ]

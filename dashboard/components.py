@@ -32,10 +32,7 @@ def guarded() -> Iterator[None]:
         yield
     except UserError as error:
         complain(str(error))
-    except Exception as error:
-        # Streamlit's own way of stopping a script.
-        if type(error).__module__.startswith("streamlit."):
-            raise
+    except Exception:  # what stops or repeats a script is no Exception
         traceback.print_exc(file=sys.stderr)
         complain(DEFECT)
 
@@ -55,13 +52,12 @@ def escaped(text: str) -> str:
 
 def show_chart(chart: Chart, key: str) -> None:
     """A chart, its summary, and its data as a table."""
-    st.plotly_chart(
-        chart.figure, key=key, alt=chart.summary, config={"displaylogo": False, "modeBarButtonsToRemove": ["lasso2d"]}
-    )
+    config = {"displaylogo": False, "modeBarButtonsToRemove": ["lasso2d", "select2d"]}
+    st.plotly_chart(chart.figure, key=f"chart_{key}", alt=chart.summary, config=config)
     st.caption(escaped(chart.summary))
     if chart.table:
-        with st.expander("The same as a table", key=f"{key}_table"):
-            show_table(chart.table, key=f"{key}_data")
+        with st.expander("The same as a table", key=f"table_{key}"):
+            show_table(chart.table, key=f"data_{key}")
 
 
 def show_table(rows: Sequence[Mapping[str, Any]], key: str, **more: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -82,10 +83,15 @@ def figure(x: str, y: str, height: int = HEIGHT, **layout: Any) -> go.Figure:
     return empty
 
 
-def limit_line(target: go.Figure, value: float, text: str, axis: str = "y", **position: Any) -> None:
+def limit_line(target: go.Figure, value: float, text: str, axis: str = "y", is_log: bool = False) -> None:
     """A dashed line where an SLO ends, with its name on it."""
     line = {"color": NEUTRAL, "dash": "dash", "width": 2}
+    # Annotations of logarithmic axes are placed by the logarithm, lines are not.
+    place = math.log10(value) if is_log else value
+    label = {"text": text, "showarrow": False}
     if axis == "y":
-        target.add_hline(y=value, line=line, annotation={"text": text}, annotation_position="top left", **position)
+        target.add_hline(y=value, line=line)
+        target.add_annotation(x=0, xref="x domain", xanchor="left", y=place, yanchor="bottom", **label)
     else:
-        target.add_vline(x=value, line=line, annotation={"text": text}, annotation_position="top right", **position)
+        target.add_vline(x=value, line=line)
+        target.add_annotation(y=1, yref="y domain", yanchor="top", x=place, xanchor="left", **label)

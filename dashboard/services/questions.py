@@ -17,6 +17,8 @@ from planner.speculation import SpeculationConfig
 from planner.workload import LogNormal, SyntheticSpec, Workload, synthesize
 
 LOAD_SECONDS = 600.0
+#: Where several configurations are compared.
+TRIAL_SECONDS = 300.0
 #: Of a first look, while the whole answer is computed.
 QUICK_SECONDS = 60.0
 #: Beyond it a page would take minutes; the command line has no such limit.

@@ -16,8 +16,11 @@ from planner.simulation import SimulationResult, Verdict, simulate
 from planner.workload import Workload
 
 #: Of each point of a sweep: long enough for a queue to show, short enough to wait for.
-SWEEP_SECONDS = 150.0
-_RESAMPLED = 2
+SWEEP_SECONDS = 120.0
+# Rates beyond the knee that are still simulated, to show how it bends.
+_BAD_RATES = 2
+#: For the intervals of a trial.
+NUM_OTHERS = 4
 
 
 # ---- plan ----------------------------------------------------------------------------------------------------------
@@ -125,15 +128,15 @@ class TrialAnswer:
     others: tuple[SimulationResult, ...]
 
 
-def try_one(report: Report, trial: Trial, trace: Workload | None) -> TrialAnswer:
-    """Simulate, then again on resampled loads.
+def try_one(report: Report, trial: Trial, trace: Workload | None, num_others: int) -> TrialAnswer:
+    """Simulate, then again on so many resampled loads.
 
     Raises:
         UserError: as `planner.simulate_report.simulate_report`.
     """
     workload = trial.traffic.workload(trace)
     deployment = trial.engine.deployment(workload)
-    total = 1 + _RESAMPLED
+    total = 1 + num_others
     report(0, total, "loads simulated")
     answer = simulate_report(workload, deployment, trial.options(), trial.quantization)
     others = []
@@ -154,36 +157,57 @@ class SweepPoint:
     result: SimulationResult | None
 
 
-def sweep(
-    report: Report, trials: Sequence[Trial], trace: Workload | None, factors: Sequence[float]
-) -> tuple[tuple[SweepPoint, ...], ...]:
-    """Each configuration at multiples of its load's request rate, in order, until it is saturated.
+@dataclass(frozen=True)
+class Sweep:
+    """A configuration under more and more load.
+
+    Attributes:
+        points: in order of the rate, until it is hopeless.
+        held_by_memory: requests of this load that the KV pools of all replicas hold at once.
+        max_num_seqs: the most that all replicas may run at once.
+    """
+
+    points: tuple[SweepPoint, ...]
+    held_by_memory: float
+    max_num_seqs: int
+
+    @property
+    def knee(self) -> SweepPoint | None:
+        """The highest rate up to which every one meets the SLO, or without an SLO is kept up with."""
+        found = None
+        for point in self.points:
+            if not _is_good(point):
+                break
+            found = point
+        return found
+
+
+def sweep(report: Report, trial: Trial, trace: Workload | None, factors: Sequence[float]) -> Sweep:
+    """A configuration at multiples of its load's request rate, in order, until it is hopeless.
 
     Raises:
         UserError: as `planner.deployment.Deployment.system`.
     """
-    lines = []
-    total = len(trials) * len(factors)
-    for place, trial in enumerate(trials):
-        workload = trial.traffic.workload(trace)
-        deployment = trial.engine.deployment(workload)
-        memory = deployment.memory()
-        points = []
-        for number, factor in enumerate(factors):
-            report(place * len(factors) + number, total, "request rates simulated")
-            if not memory.fits or _is_hopeless(points):
-                break
-            load = trial.traffic.shortened(workload.scaled(factor), SWEEP_SECONDS)
-            result = simulate(load, deployment.system(load, memory), trial.options())
-            points.append(SweepPoint(workload.request_rate * factor, result.model_copy(update={"timeline": ()})))
-        lines.append(tuple(points))
-    return tuple(lines)
+    workload = trial.traffic.workload(trace)
+    deployment = trial.engine.deployment(workload)
+    memory = deployment.memory()
+    points: list[SweepPoint] = []
+    for number, factor in enumerate(factors):
+        report(number, len(factors), "request rates simulated")
+        if not memory.fits or sum(not _is_good(point) for point in points) >= _BAD_RATES:
+            break
+        load = trial.traffic.shortened(workload.scaled(factor), SWEEP_SECONDS)
+        result = simulate(load, deployment.system(load, memory), trial.options())
+        points.append(SweepPoint(workload.request_rate * factor, result.model_copy(update={"timeline": ()})))
+    pool = memory.num_kv_blocks * memory.block_size * deployment.replicas
+    # A request is half-way through its answer on average.
+    live = float(workload.input_tokens.mean() + workload.output_tokens.mean() / 2)
+    return Sweep(tuple(points), pool / live, deployment.max_num_seqs * deployment.replicas)
 
 
-def _is_hopeless(points: Sequence[SweepPoint]) -> bool:
-    """Whether the last two rates saturated it: higher ones would only take longer."""
-    last = points[-2:]
-    return len(last) == 2 and all(each.result and each.result.verdict is Verdict.SATURATED for each in last)
+def _is_good(point: SweepPoint) -> bool:
+    result = point.result
+    return result is not None and result.verdict is Verdict.STABLE and result.slo_met is not False
 
 
 @dataclass(frozen=True)

@@ -145,9 +145,7 @@ def _lines(lines: Sequence[Line], users: int, report: MemoryReport, key: str) ->
         show_chart(figures.concurrency(lines, users, report.max_model_len), key)
         return
     st.info(
-        escaped(
-            f"No KV cache at all is left on {report.tensor_parallel_size} × {report.system}: take more GPUs per replica."
-        )
+        escaped(f"No KV cache is left on {report.tensor_parallel_size} × {report.system}: take more GPUs per replica.")
     )
 
 
