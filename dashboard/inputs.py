@@ -6,14 +6,14 @@ value; `persist_state` keeps it while another page is shown. The inputs that all
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
 import streamlit as st
 
+from dashboard.services import questions
 from dashboard.services.presets import DEFAULT_PRESET, PRESETS, Preset
 from dashboard.services.questions import Engine, Traffic
 from dashboard.services.uploads import MAX_TRACE_MIB, traces
@@ -238,7 +238,8 @@ def _traffic() -> tuple[Traffic, Workload | None, str | None]:
         tokens_out = optional("Tokens out", 1, 100_000, "osl", f"{preset.output_tokens:,}", step=16, disabled=is_trace)
     if is_trace:
         tokens_in = tokens_out = None
-    return Traffic(name, rate, tokens_in, tokens_out, identity if is_trace else None), trace, fault
+    trace_id = identity if is_trace else None
+    return Traffic(name, rate, tokens_in, tokens_out, trace_id, questions.LOAD_SECONDS), trace, fault
 
 
 def _upload() -> tuple[str | None, str | None]:
@@ -299,11 +300,3 @@ def described(question: Shared) -> str:
     limits = ", ".join(f"{name.upper()} ≤ {limit:,g} ms" for name, limit in question.slo.limits().items())
     weights = ", fp8 weights" if question.quantization else ""
     return f"{question.model.name}{weights} · {load} at {rate:.3g} requests/s · p{question.slo.percentile:g} {limits}"
-
-
-def as_json(value: object) -> str:
-    """For a download."""
-    return json.dumps(value, indent=2)
-
-
-Render = Callable[[], None]

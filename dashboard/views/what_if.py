@@ -11,8 +11,8 @@ from dashboard import inputs
 from dashboard.components import answer_of, complain, escaped, guarded, note_warnings, show_chart, show_table
 from dashboard.figures import compare as figures
 from dashboard.figures.plan import kv_name
-from dashboard.services import results, work
-from dashboard.services.questions import TRIAL_SECONDS, Engine, Speculating, Trial, key_of
+from dashboard.services import questions, results, work
+from dashboard.services.questions import Engine, Speculating, Trial, key_of
 from dashboard.services.work import Sweep, TrialAnswer
 from planner.memory import KVCacheDtype
 from planner.quality import described, load_kv_quality
@@ -90,7 +90,7 @@ def _configurations() -> tuple[list[Trial], list[str]]:
         with column, st.container(border=True):
             engines.append(_engine(kind, number, start[min(number, len(start) - 1)]))
     question = inputs.shared()
-    traffic = replace(question.traffic, duration_s=TRIAL_SECONDS)
+    traffic = replace(question.traffic, duration_s=questions.TRIAL_SECONDS)
     trials = [Trial(engine, traffic, question.slo, question.quantization) for engine in engines]
     return trials, _names(engines)
 
@@ -207,9 +207,9 @@ def _difference(answers: Sequence[TrialAnswer], names: Sequence[str]) -> None:
     first, second = answers[0].report, answers[1].report
     if first.result is None or second.result is None:
         return
-    parts = [
-        f"{first.memory.max_concurrency:.3g} → {second.memory.max_concurrency:.3g} longest sequences fit a replica"
-    ]
+    length = first.memory.max_model_len
+    fitting = [results.shown(report.memory.max_concurrency) for report in (first, second)]
+    parts = [f"sequences of {length:,} tokens that a replica holds {fitting[0]} → {fitting[1]}"]
     for metric, label in (("ttft_ms", "TTFT p99"), ("tpot_ms", "TPOT p99")):
         one, two = getattr(first.result, metric), getattr(second.result, metric)
         if one and two:

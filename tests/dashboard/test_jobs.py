@@ -1,0 +1,148 @@
+"""Work in other processes: computed once, cancelled at once, and never a traceback for an answer."""
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from dashboard.services.jobs import DEFECT, Jobs, State
+from dashboard.services.worker import answer
+from planner.errors import UserError
+
+# What runs in the workers; they import this module by its name.
+
+
+def add(report, one, two):
+    report(1, 2, "halves")
+    return one + two
+
+
+def who(report, note):
+    return os.getpid()
+
+
+def refuse(report):
+    raise UserError("that cannot be")
+
+
+def fail(report):
+    raise ZeroDivisionError("a bug")
+
+
+def sleep(report, started):
+    Path(started).write_text("yes")
+    report(1, 10, "naps")
+    time.sleep(600)
+
+
+def die(report):
+    os._exit(9)
+
+
+@pytest.fixture(scope="module")
+def jobs():
+    made = Jobs(workers=2)
+    yield made
+    made.stop()
+
+
+def until(condition) -> None:
+    for _ in range(600):
+        if condition():
+            return
+        time.sleep(0.05)
+    raise AssertionError("it never comes")
+
+
+def test_a_question_is_answered_by_another_process_and_remembered(jobs):
+    job = jobs.ask("ann", "sum", "k1", add, 2, 3)
+    assert job.wait(60)
+    assert (job.state, job.result, job.done, job.total, job.what) == (State.DONE, 5, 1, 2, "halves")
+    assert jobs.ask("bob", "sum", "k1", add, 2, 3) is job
+    assert jobs.finished("k1") is job
+    other = jobs.ask("ann", "who", "k2", who, "x")
+    assert other.wait(60)
+    assert other.result != os.getpid()
+
+
+def test_bad_input_is_a_sentence_and_a_defect_says_no_more_than_that(jobs, capfd):
+    refused = jobs.ask("ann", "a", "k3", refuse)
+    assert refused.wait(60)
+    assert (refused.state, refused.error) == (State.FAILED, "that cannot be")
+    failed = jobs.ask("ann", "b", "k4", fail)
+    assert failed.wait(60)
+    assert (failed.state, failed.error) == (State.FAILED, DEFECT)
+    assert "ZeroDivisionError" in capfd.readouterr().err
+    # Asking again might help against a defect, not against bad input.
+    assert jobs.ask("ann", "a", "k3", refuse) is refused
+    until(lambda: jobs.ask("ann", "b", "k4", fail) is not failed)
+
+
+def test_a_cancelled_job_ends_at_once_and_its_worker_is_replaced(jobs, tmp_path):
+    started = tmp_path / "started"
+    job = jobs.ask("ann", "long", "k5", sleep, str(started))
+    until(lambda: started.exists() and job.done == 1)
+    assert job.state is State.RUNNING
+    jobs.cancel("ann", "long")
+    assert job.wait(5)
+    assert job.state is State.CANCELLED
+    assert jobs.ask("ann", "long", "k6", add, 1, 1).wait(60)
+
+
+def test_another_question_for_the_same_purpose_ends_the_first(jobs, tmp_path):
+    job = jobs.ask("ann", "same", "k7", sleep, str(tmp_path / "a"))
+    assert jobs.ask("ann", "same", "k8", add, 1, 2).wait(60)
+    assert job.wait(5)
+    assert job.state is State.CANCELLED
+
+
+def test_what_somebody_else_waits_for_goes_on(jobs, tmp_path):
+    started = tmp_path / "started"
+    job = jobs.ask("ann", "shared", "k9", sleep, str(started))
+    assert jobs.ask("bob", "shared", "k9", sleep, str(started)) is job
+    jobs.cancel("ann", "shared")
+    assert not job.wait(0.3)
+    jobs.cancel("bob", "shared")
+    assert job.wait(5)
+
+
+def test_a_worker_that_dies_is_no_answer_and_does_not_stop_the_others(jobs):
+    job = jobs.ask("ann", "die", "k10", die)
+    assert job.wait(60)
+    assert job.state is State.FAILED
+    assert "ended early" in job.error
+    assert jobs.ask("ann", "after", "k11", add, 4, 4).wait(60)
+
+
+def test_too_many_waiting_are_refused(monkeypatch, tmp_path):
+    monkeypatch.setattr("dashboard.services.jobs._MOST_WAITING", 2)
+    busy = Jobs(workers=1)
+    try:
+        first = busy.ask("o", "0", "0", sleep, str(tmp_path / "s"))
+        until(lambda: first.state is State.RUNNING)
+        for number in (1, 2):
+            busy.ask("o", f"{number}", f"{number}", add, 1, 1)
+        with pytest.raises(UserError, match="busy"):
+            busy.ask("o", "3", "3", add, 1, 1)
+    finally:
+        busy.stop()
+
+
+def test_the_cache_is_bounded(jobs, monkeypatch):
+    monkeypatch.setattr("dashboard.services.jobs._KEPT", 3)
+    for number in range(6):
+        assert jobs.ask("ann", f"slot {number}", f"many {number}", add, number, 0).wait(60)
+    jobs.ask("ann", "last", "many last", add, 0, 0)
+    assert jobs.finished("many 0") is None
+    assert jobs.finished("many 5") is not None
+
+
+def test_answers_of_a_worker():
+    notes = []
+    assert answer(add, (1, 2), lambda *step: notes.append(step)) == ("done", 3)
+    assert notes == [(1, 2, "halves")]
+    assert answer(refuse, (), print) == ("refused", "that cannot be")
+    kind, text = answer(fail, (), print)
+    assert kind == "defect"
+    assert "a bug" in text
