@@ -39,8 +39,12 @@ def guarded() -> Iterator[None]:
 
 def complain(sentence: str) -> None:
     """One sentence about what is wrong."""
-    text = " ".join(sentence.split())
-    st.error(escaped(f"{text[:1].upper()}{text[1:]}"), icon=":material/error:")
+    st.error(escaped(_begun(" ".join(sentence.split()))), icon=":material/error:")
+
+
+def _begun(sentence: str) -> str:
+    """With a capital, unless it begins with a name such as trace.csv or h200_sxm."""
+    return f"{sentence[:1].upper()}{sentence[1:]}" if sentence.partition(" ")[0].isalpha() else sentence
 
 
 def escaped(text: str) -> str:
@@ -68,7 +72,7 @@ def show_table(rows: Sequence[Mapping[str, Any]], key: str, **more: Any) -> Any:
 def note_warnings(warnings: Sequence[str]) -> None:
     """What to know before believing the numbers."""
     for warning in dict.fromkeys(warnings):
-        st.warning(escaped(f"{warning[:1].upper()}{warning[1:]}."), icon=":material/warning:")
+        st.warning(escaped(f"{_begun(warning)}."), icon=":material/warning:")
 
 
 # ---- work in other processes ---------------------------------------------------------------------------------------

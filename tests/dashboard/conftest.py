@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from streamlit.testing.v1 import AppTest
 
@@ -11,8 +12,6 @@ from dashboard.services import jobs as jobs_module
 from dashboard.services import questions, work
 
 APP = Path(__file__).parents[2] / "dashboard" / "app.py"
-#: A load that a page has simulated in a moment.
-LIGHT = {"rate": "2"}
 
 
 @pytest.fixture(autouse=True)
@@ -57,6 +56,14 @@ def figure(app: AppTest, key: str) -> dict:
         if element.proto.id.endswith(f"-chart_{key}"):
             return json.loads(element.proto.spec)
     raise AssertionError(f"no chart {key}: {[element.proto.id for element in app.get('plotly_chart')]}")
+
+
+def table(app: AppTest, *columns: str) -> pd.DataFrame:
+    """The first table that has these columns."""
+    for element in app.dataframe:
+        if set(columns) <= set(element.value.columns):
+            return element.value
+    raise AssertionError(f"no table of {columns}: {[list(element.value.columns) for element in app.dataframe]}")
 
 
 def sentences(app: AppTest) -> str:

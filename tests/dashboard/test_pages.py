@@ -1,0 +1,256 @@
+"""Every page as people meet it: useful before anything is chosen, changed by what is, and never a traceback."""
+
+from dataclasses import replace
+
+import pytest
+from streamlit.testing.v1 import AppTest
+
+from dashboard import inputs
+from dashboard.services import capacity, questions
+from dashboard.services.questions import Engine
+from planner.catalog import list_gpus, list_models, load_gpu, load_model
+from planner.memory import plan_memory
+from tests.dashboard.conftest import APP, figure, sentences, settled, table
+
+PAGES = ("plan", "what_if", "memory", "speculation", "calibration", "catalog")
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_defaults_are_an_answer(page, open_page):
+    app = open_page(page, rate="2")
+    assert not app.exception
+    assert not app.error
+    assert app.title[0].value
+    if page != "catalog":
+        assert app.get("plotly_chart"), "an answer has a picture"
+
+
+# ---- plan ----------------------------------------------------------------------------------------------------------
+
+
+def test_plan_says_what_to_take(open_page):
+    app = open_page("plan", rate="2")
+    assert "Take 1 ×" in app.success[0].value
+    metrics = {metric.label: metric.value for metric in app.metric}
+    assert metrics["US$ per hour"] == "$4.50"
+    assert "loads" in app.success[0].value
+    plans = table(app, "GPUs", "replicas × TP")
+    assert plans["GPUs"][0] == "1 × h200_sxm"
+    pareto = figure(app, "pareto")
+    assert sum(len(trace["x"]) for trace in pareto["data"] if trace["mode"] == "markers") == len(plans)
+    assert "vllm serve" in app.code[0].value
+    assert "meets" in sentences(app)
+
+
+def test_plan_follows_its_inputs(open_page):
+    app = open_page("plan", rate="2")
+    app.multiselect(key="gpus").set_value(["h100_sxm"])
+    settled(app)
+    assert set(table(app, "GPUs", "replicas × TP")["GPUs"].str.split(" × ").str[1]) == {"h100_sxm"}
+    app.multiselect(key="kv").set_value(["fp8"])
+    settled(app)
+    assert set(table(app, "GPUs", "replicas × TP")["KV"]) == {"fp8"}
+    app.number_input(key="ttft").set_value(500.0)
+    settled(app)
+    assert "TTFT ≤ 500 ms" in sentences(app)
+
+
+def test_an_slo_out_of_reach_is_told_in_a_sentence(open_page):
+    app = open_page("plan", rate="2")
+    app.number_input(key="tpot").set_value(0.5)
+    settled(app)
+    assert not app.exception
+    assert len(app.error) == 1
+    assert "tpot" in app.error[0].value.lower()
+
+
+def test_nothing_to_search_is_told_in_a_sentence(open_page):
+    app = open_page("plan", rate="2")
+    app.multiselect(key="gpus").set_value([])
+    settled(app)
+    assert [error.value for error in app.error] == ["A plan needs at least one GPU type: choose one under Search"]
+
+
+def test_a_plan_is_for_the_trace_that_was_dropped(open_page):
+    rows = "".join(f"{0.5 * i},{200 + i},{20 + i % 7}\n" for i in range(120))
+    app = open_page("plan", rate="2")
+    app.number_input(key="rate").set_value(None)
+    app.file_uploader[0].upload("mine.csv", ("arrival_s,input_tokens,output_tokens\n" + rows).encode(), "text/csv")
+    settled(app)
+    assert not app.error
+    assert "trace mine.csv" in sentences(app)
+    assert "120 requests" in sentences(app)
+    assert app.query_params["trace"]
+    # Whoever gets the link sees the same.
+    other = open_page("plan", trace=app.query_params["trace"])
+    assert "trace mine.csv" in sentences(other)
+
+
+def test_a_bad_trace_is_one_sentence_and_the_page_goes_on(open_page):
+    app = open_page("plan", rate="2")
+    app.file_uploader[0].upload("bad.csv", b"colour,shape\nred,round\n", "text/csv")
+    settled(app)
+    assert not app.exception
+    assert len(app.error) == 1
+    assert "bad" in app.error[0].value
+    assert "column" in app.error[0].value
+    assert app.success, "the preset's plan is still there"
+
+
+def test_a_link_to_a_trace_that_is_gone(open_page):
+    app = open_page("plan", rate="2", trace="0123456789abcdef")
+    assert not app.exception
+    assert "drop the file again" in app.error[0].value
+
+
+# ---- links ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_link_shows_the_same_screen(open_page):
+    app = open_page("plan", rate="2", model="llama-3.2-3b", traffic="RAG", ttft="700", kv="fp8", gpus="h100_sxm")
+    assert app.selectbox(key="model").value == "llama-3.2-3b"
+    assert app.selectbox(key="traffic").value == "rag"
+    assert app.number_input(key="ttft").value == 700
+    assert app.multiselect(key="kv").value == ["fp8"]
+    assert "llama-3.2-3b" in sentences(app)
+    assert "TTFT ≤ 700 ms" in sentences(app)
+    assert table(app, "GPUs", "replicas × TP")["GPUs"][0].endswith("h100_sxm")
+
+
+def test_nonsense_in_a_link_falls_back_to_the_defaults(open_page):
+    app = open_page("plan", rate="-5", model="gpt-9", kv="float1", ttft="soon", prices="h200_sxm:free,x:1")
+    assert not app.exception
+    assert not app.error
+    assert app.selectbox(key="model").value == inputs.DEFAULT_MODEL
+    assert app.number_input(key="rate").value is None
+
+
+def test_prices_in_a_link_are_used(open_page):
+    app = open_page("plan", rate="2", prices="h200_sxm:2")
+    assert {metric.label: metric.value for metric in app.metric}["US$ per hour"] == "$2.00"
+
+
+# ---- memory --------------------------------------------------------------------------------------------------------
+
+
+def test_memory_is_the_planners(open_page):
+    app = open_page("memory")
+    engine = Engine(load_model("llama-3.1-8b"), load_gpu("h200_sxm"), max_model_len=32768)
+    report = plan_memory(
+        engine.model, engine.gpu, replace(engine, profiles=("none",)).deployment().memory_settings(), 5
+    )
+    assert float(app.metric[0].value) == pytest.approx(report.max_concurrency, rel=5e-3)
+    assert app.success
+    lines = capacity.concurrency_lines(engine, 131072)
+    drawn = figure(app, "concurrency")["data"]
+    assert drawn[0]["y"] == [value for _, value in lines[0].points]
+
+
+def test_memory_moves_with_the_kv_format(open_page):
+    app = open_page("memory")
+    before = float(app.metric[0].value)
+    app.selectbox(key="kv_dtype").set_value("fp8")
+    settled(app)
+    assert float(app.metric[0].value) == pytest.approx(2 * before, rel=0.02)
+
+
+def test_what_does_not_fit_says_why_and_what_would_help(open_page):
+    app = open_page("memory", model="llama-3.1-70b")
+    assert "does not fit" in app.error[0].value
+    assert "weights" in app.error[0].value
+    remedies = table(app, "change", "then it")
+    assert "--tensor-parallel-size 2" in set(remedies["change"])
+    assert not app.exception
+
+
+def test_gpus_for_a_70b_of_128k_and_five_users(open_page):
+    """S1, from the page."""
+    app = open_page("memory", model="llama-3.1-70b", context="128k")
+    held = table(app, "GPUs", "KV", "sequences")
+    rows = {(row["GPUs"], row["KV"]) for _, row in held.iterrows()}
+    assert ("2 × h200_sxm", "fp8") in rows
+    assert ("2 × h200_sxm", "bf16") not in rows
+    assert ("4 × h200_sxm", "bf16") in rows
+
+
+@pytest.mark.parametrize("model", list_models())
+def test_memory_of_every_model(model, open_page):
+    page = open_page("memory", model=model)
+    assert not page.exception
+    assert all("defect" not in error.value for error in page.error)
+
+
+@pytest.mark.parametrize("gpu", list_gpus())
+def test_memory_of_every_gpu(gpu, open_page):
+    page = open_page("memory", gpu=gpu)
+    assert not page.exception
+    assert all("defect" not in error.value for error in page.error)
+
+
+# ---- what if -------------------------------------------------------------------------------------------------------
+
+
+def test_what_if_compares_the_kv_formats_first(open_page):
+    app = open_page("what_if", rate="2")
+    assert len(app.success) == 2
+    compared = table(app, "A: bf16 KV", "B: fp8 KV", "")
+    assert list(compared.columns) == ["", "A: bf16 KV", "B: fp8 KV"]
+    for key in ("ttft", "tpot", "e2el", "split", "ttft_rate", "tpot_rate", "over_time"):
+        assert figure(app, key)["data"]
+    assert "What binds first" in sentences(app)
+    assert "Quality of fp8 KV" in sentences(app)
+    assert "cliff" in sentences(app)
+
+
+def test_what_if_tensor_parallel_or_replicas(open_page):
+    app = open_page("what_if", rate="2", compare="Tensor parallel or replicas")
+    assert table(app, "", "A: TP 2 × 1", "B: TP 1 × 2") is not None
+    app.number_input(key="tp_b_replicas").set_value(3)
+    settled(app)
+    assert table(app, "", "B: TP 1 × 3") is not None
+
+
+def test_what_if_of_three_and_of_what_does_not_fit(open_page):
+    app = open_page("what_if", rate="2", configurations="3", kv_c_gpu="a10g", model="llama-3.1-70b")
+    assert not app.exception
+    assert any("does not fit" in error.value for error in app.error)
+    assert all("defect" not in error.value for error in app.error)
+
+
+def test_what_if_the_tornado_is_computed_when_asked_for(open_page):
+    app = open_page("what_if", rate="2", tornado="true")
+    assert figure(app, "sensitivities")["data"]
+    assert "Most matters" in sentences(app)
+
+
+def test_a_question_can_be_cancelled_and_asked_again(monkeypatch):
+    monkeypatch.setattr(questions, "LOAD_SECONDS", 600.0)
+    app = AppTest.from_file(str(APP), default_timeout=60)
+    app.query_params["rate"] = "60"  # some seconds of work
+    app.run()
+    app.button(key="plan_quick_cancel").click()
+    app.run()
+    assert "Cancelled." in sentences(app)
+    assert not app.success
+    monkeypatch.setattr(questions, "LOAD_SECONDS", 20.0)
+    app.number_input(key="rate").set_value(2.0)
+    settled(app)
+    assert app.success
+
+
+# ---- shared inputs -------------------------------------------------------------------------------------------------
+
+
+def test_inputs_survive_a_change_of_page(open_page):
+    app = open_page("plan", rate="2", model="qwen3-8b")
+    app.switch_page("views/memory.py")
+    app.query_params["model"] = "qwen3-8b"  # as the browser keeps it
+    settled(app)
+    assert app.selectbox(key="model").value == "qwen3-8b"
+    app.selectbox(key="kv_dtype").set_value("fp8")
+    settled(app)
+    app.switch_page("views/plan.py")
+    settled(app)
+    app.switch_page("views/memory.py")
+    settled(app)
+    assert app.selectbox(key="kv_dtype").value == "fp8"
