@@ -30,6 +30,7 @@ DEFAULT_GPU = "h200_sxm"
 KV_DTYPES = ("bfloat16", "fp8", "int8", "int4", "int2")
 _BOUND = {"bind": "query-params", "persist_state": "session"}
 _TRACE_PARAMETER = "trace"
+_HIGHEST_PRICE = 1e6
 
 
 # ---- bound widgets -------------------------------------------------------------------------------------------------
@@ -71,6 +72,11 @@ def toggle(label: str, default: bool, key: str, **more: Any) -> bool:
     return st.toggle(label, default, key=key, **_BOUND, **more)
 
 
+def text(label: str, default: str, key: str, **more: Any) -> str:
+    """A short text."""
+    return st.text_input(label, default, key=key, max_chars=200, **_BOUND, **more) or ""
+
+
 # ---- the catalog, with what people added ---------------------------------------------------------------------------
 
 
@@ -106,6 +112,11 @@ def all_gpus() -> list[str]:
     return [*list_gpus(), *own_gpus()]
 
 
+def model_of(name: str) -> ModelSpec:
+    """By id, the user's own included."""
+    return own_models().get(name) or load_model(name)
+
+
 def gpu_of(name: str) -> GpuSpec:
     """By id, the user's own included."""
     return own_gpus().get(name) or load_gpu(name)
@@ -121,27 +132,42 @@ def gpu_label(name: str) -> str:
     return _gpu_names().get(name) or own_gpus()[name].name
 
 
+def parameter(name: str) -> str:
+    """What a link says that no widget holds; kept over page changes, which drop it from the address."""
+    kept = st.session_state.setdefault("parameters", {})
+    if name in st.query_params:
+        kept[name] = st.query_params[name]
+    elif kept.get(name):
+        st.query_params[name] = kept[name]
+    return kept.get(name, "")
+
+
+def set_parameter(name: str, text: str) -> None:
+    """Put something into the link, or, if it is empty, out of it."""
+    st.session_state.setdefault("parameters", {})[name] = text
+    if text:
+        st.query_params[name] = text
+    else:
+        st.query_params.pop(name, None)
+
+
 def price_overrides() -> dict[str, float]:
     """USD per GPU hour, by GPU id, as they stand in the link; what is no price is left out."""
     found = {}
-    for part in str(st.query_params.get("prices", "")).split(","):
+    for part in parameter("prices").split(","):
         name, _, usd = part.partition(":")
         try:
             value = float(usd)
         except ValueError:
             continue
-        if name in all_gpus() and 0 < value < 1e6:
+        if name in all_gpus() and 0 < value < _HIGHEST_PRICE:
             found[name] = value
     return found
 
 
 def set_prices(prices: dict[str, float]) -> None:
     """Put prices into the link."""
-    text = ",".join(f"{name}:{usd:g}" for name, usd in prices.items())
-    if text:
-        st.query_params["prices"] = text
-    else:
-        st.query_params.pop("prices", None)
+    set_parameter("prices", ",".join(f"{name}:{usd:g}" for name, usd in prices.items() if 0 < usd < _HIGHEST_PRICE))
 
 
 def price_list() -> PriceList:
@@ -199,7 +225,7 @@ def sidebar() -> None:
         preset = PRESETS[traffic.preset]
         st.subheader("SLO", help="Limits that this share of requests must keep. Empty: as the kind of traffic has it.")
         slo = _slo(preset)
-    model = own_models().get(name) or load_model(name)
+    model = model_of(name)
     if quantization and name not in own_models():
         try:
             model = load_model(name, quantization)
@@ -254,15 +280,15 @@ def _upload() -> tuple[str | None, str | None]:
     )
     if file is None:
         if st.session_state.pop("trace_dropped", None):
-            st.query_params.pop(_TRACE_PARAMETER, None)
-        return st.query_params.get(_TRACE_PARAMETER), None
+            set_parameter(_TRACE_PARAMETER, "")
+        return parameter(_TRACE_PARAMETER) or None, None
     st.session_state["trace_dropped"] = True
     try:
         identity = traces().add(file.name, file.getvalue())
     except UserError as error:
-        st.query_params.pop(_TRACE_PARAMETER, None)
+        set_parameter(_TRACE_PARAMETER, "")
         return None, str(error)
-    st.query_params[_TRACE_PARAMETER] = identity
+    set_parameter(_TRACE_PARAMETER, identity)
     return identity, None
 
 

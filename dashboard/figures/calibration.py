@@ -57,7 +57,7 @@ def curves(found: tuple[Curve, ...], kind: str) -> Chart:
             for point in curve.measured
         ]
     chart.update_xaxes(type="log", dtick=1)
-    chart.update_yaxes(type="log")
+    theme.logarithmic("y", chart)
     summary = (
         f"{sum(len(curve.measured) for curve in found)} measured {kind} steps and the fit through them; whiskers reach "
         f"from the 10 % to the 90 % quantile of single steps."
@@ -111,6 +111,6 @@ def parity(found: tuple[Parity, ...], what: str = "step time, ms") -> Chart:
             for point in group.points
         ]
         told.append(f"{group.name}: {len(group.points)} points, median error {group.median_error:.1%}")
-    chart.update_xaxes(type="log")
-    chart.update_yaxes(type="log")
+    theme.logarithmic("x", chart)
+    theme.logarithmic("y", chart)
     return Chart(chart, f"Predicted against measured. {'; '.join(told)}.", rows)

@@ -14,7 +14,6 @@ from dashboard.services.work import Sweep, Tornado, TrialAnswer
 from planner.simulation import SimulationResult
 
 PERCENTILES = ("p50", "p90", "p95", "p99")
-_TICKS = [digit * 10**power for power in range(-1, 7) for digit in (1, 2, 5)]
 #: Field of a result, and its name.
 METRICS = {"ttft_ms": "TTFT", "tpot_ms": "TPOT", "e2el_ms": "E2EL"}
 
@@ -158,7 +157,7 @@ def against_rate(
         ]
     if limit_ms is not None:
         theme.limit_line(chart, limit_ms, f"SLO {limit_ms:g} ms", is_log=True)
-    chart.update_yaxes(type="log", tickvals=_TICKS, ticktext=[f"{tick:,g}" for tick in _TICKS])
+    theme.logarithmic("y", chart)
     chart.update_xaxes(rangemode="tozero")
     return Chart(chart, " ".join(told), rows)
 

@@ -19,6 +19,7 @@ NEUTRAL = "#7F7F7F"
 GOOD_REGION = "rgba(0, 158, 115, 0.12)"
 HEIGHT = 380
 _WRAP = 60
+_LOG_TICKS = [digit * 10**power for power in range(-2, 8) for digit in (1, 2, 5)]
 
 
 @dataclass(frozen=True)
@@ -95,3 +96,9 @@ def limit_line(target: go.Figure, value: float, text: str, axis: str = "y", is_l
     else:
         target.add_vline(x=value, line=line)
         target.add_annotation(y=1, yref="y domain", yanchor="top", x=place, xanchor="left", **label)
+
+
+def logarithmic(axis: str, target: go.Figure) -> None:
+    """A logarithmic "x" or "y" axis with ticks at 1, 2, 5, 10, …"""
+    update = target.update_xaxes if axis == "x" else target.update_yaxes
+    update(type="log", tickvals=_LOG_TICKS, ticktext=[f"{tick:,g}" for tick in _LOG_TICKS])

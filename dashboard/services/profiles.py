@@ -9,9 +9,11 @@ from statistics import median
 from typing import Any
 
 from engine.scheduling import StepShape
+from planner.profile.decode import decode_errors
 from planner.profile.library import load_profiles
+from planner.profile.prompt import prompt_errors
 from planner.profile.schema import Profile
-from planner.profile.tables import Point, point_shape
+from planner.profile.tables import Point
 
 _MOST_CURVES = 6
 _STEPS_PER_CURVE = 24
@@ -123,22 +125,31 @@ class Parity:
         return median(abs(point.error) for point in self.points) if self.points else 0.0
 
 
-def smooth_parity(profile: Profile, dtype: str) -> tuple[Parity, ...]:
-    """The whole steps that nothing but the sum of the fit's parts predicts: those of mixed shape."""
-    fitted = profile.fitted(dtype)
-    tables = profile.tables.kv[dtype]
+@lru_cache(64)
+def left_out_parity(name: str, paths: tuple[str, ...] | None, dtype: str) -> tuple[Parity, ...]:
+    """Every measured step beside what a fit to all the others predicts for it."""
+    profile = profile_of(name, paths)
+    fitted, tables = profile.fitted(dtype), profile.tables.kv[dtype]
+    prompts = prompt_errors(tables.prefill, tables.mixed, fitted.decode, fitted.prompt, fitted.engine)
+    found = (
+        ("decode steps", tables.decode, decode_errors(tables.decode, fitted.decode, fitted.shape, fitted.engine)),
+        ("prompt chunks", tables.prefill, prompts["prefill"]),
+        ("mixed steps", tables.mixed, prompts["mixed"]),
+    )
     groups = []
-    for name, points in (
-        ("mixed steps", tables.mixed),
-        ("prompt chunks", tables.prefill),
-        ("decode steps", tables.decode),
-    ):
-        found = tuple(
-            ParityPoint(_name(point), 1e3 * point.step_s, 1e3 * fitted.seconds(point_shape(point))) for point in points
+    for kind, points, (_, left_out) in found:
+        pairs = tuple(
+            ParityPoint(_name(point), 1e3 * point.step_s, 1e3 * point.step_s * (1 + error))
+            for point, error in zip(points, left_out, strict=False)
         )
-        if found:
-            groups.append(Parity(name, found))
+        if pairs:
+            groups.append(Parity(kind, pairs))
     return tuple(groups)
+
+
+def profile_of(name: str, paths: tuple[str, ...] | None) -> Profile:
+    """A profile by its file's name."""
+    return next(each for each in load_profiles(paths) if each.name == name)
 
 
 def _name(point: Point) -> str:
@@ -161,9 +172,9 @@ class ErrorRow:
 
 
 @lru_cache(64)
-def errors(path_or_name: str, paths: tuple[str, ...] | None, dtype: str) -> tuple[ErrorRow, ...]:
+def errors(name: str, paths: tuple[str, ...] | None, dtype: str) -> tuple[ErrorRow, ...]:
     """The leave-one-out errors of a profile's fit, table by table."""
-    profile = next(each for each in load_profiles(paths) if each.name == path_or_name)
+    profile = profile_of(name, paths)
     stored: dict[str, Any] = profile.record.kv[dtype].fit or {}
     found = stored or profile.fitted(dtype).errors()
     return tuple(_rows(found))

@@ -46,11 +46,8 @@ def page() -> None:
         st.subheader("Prompt chunks")
         show_chart(figures.curves(profiles.prefill_curves(profile, dtype), "prefill"), "prefill_curves")
     st.subheader("Predicted against measured")
-    show_chart(figures.parity(profiles.smooth_parity(profile, dtype)), "parity")
-    st.caption(
-        "Every measured point against the fit that knows it. How far the fit is off where it knows no point, the "
-        "leave-one-out errors above say."
-    )
+    show_chart(figures.parity(profiles.left_out_parity(name, paths, dtype)), "parity")
+    st.caption("Each point predicted by a fit to all the others.")
 
 
 def _upload() -> None:
@@ -78,7 +75,7 @@ def _upload() -> None:
 def _facts(profile: Profile, dtype: str) -> None:
     record, engine, limits = profile.record, profile.tables.engine, profile.tables.limits
     spread = profile.uncertainty(dtype)
-    columns = st.columns(4)
+    columns = st.columns([2, 1, 1, 1])
     columns[0].metric("Measured on", record.gpu_name, border=True)
     columns[1].metric("Age", _age(record.date), border=True, help=f"Measured {record.date}.")
     columns[2].metric(

@@ -254,3 +254,83 @@ def test_inputs_survive_a_change_of_page(open_page):
     app.switch_page("views/memory.py")
     settled(app)
     assert app.selectbox(key="kv_dtype").value == "fp8"
+
+
+# ---- speculation, calibration, catalog -----------------------------------------------------------------------------
+
+
+def test_speculation_says_when_to_stop(open_page):
+    app = open_page("speculation")
+    assert "k =" in app.success[0].value
+    assert "Extrapolated" in sentences(app)
+    assert figure(app, "speedup")["data"][0]["type"] == "heatmap"
+    app.selectbox(key="acceptance").set_value("your own rates")
+    settled(app)
+    app.text_input(key="rates").set_value("0.0, 0.0")
+    settled(app)
+    assert "0" in app.info[0].value
+    app.text_input(key="rates").set_value("0.01, 0.01")
+    app.selectbox(key="drafter").set_value("llama-3.2-3b")
+    settled(app)
+    assert "k should be 0" in sentences(app)
+    app.text_input(key="rates").set_value("often")
+    settled(app)
+    assert "one per draft position" in app.error[0].value
+    assert not app.exception
+
+
+def test_calibration_shows_its_errors(open_page):
+    app = open_page("calibration")
+    rows = table(app, "table", "points")
+    assert {"decode", "prefill", "mixed"} <= set(rows["table"])
+    assert app.metric[0].value == "NVIDIA H200"
+    app.selectbox(key="profile_kv").set_value("fp8")
+    settled(app)
+    assert figure(app, "parity")["data"]
+    app.file_uploader(key="profile_file").upload("p.json", b"{}", "application/json")
+    settled(app)
+    assert "no profile" in app.error[0].value
+    assert not app.exception
+
+
+def test_a_model_that_is_added_can_be_chosen(open_page):
+    import json
+
+    from planner.catalog import model_entry
+
+    app = open_page("catalog")
+    content = json.dumps(dict(model_entry("llama-3.2-1b")["config"]) | {"_name_or_path": "me/mine"}).encode()
+    app.file_uploader(key="config_file").upload("config.json", content, "application/json")
+    settled(app)
+    assert not app.exception
+    assert "mine" in app.selectbox(key="model").options
+    app.selectbox(key="model").set_value("mine")
+    settled(app)
+    app.switch_page("views/memory.py")
+    settled(app)
+    assert not app.exception
+    assert app.selectbox(key="model").value == "mine"
+
+
+def test_a_gpu_that_is_added_can_be_chosen(open_page):
+    app = open_page("catalog")
+    app.text_input(key="own_gpu_id").set_value("my gpu")
+    app.number_input(key="own_gpu_usd").set_value(0.5)
+    next(button for button in app.button if button.label == "Add").click()
+    settled(app)
+    assert not app.error
+    app.switch_page("views/memory.py")
+    settled(app)
+    app.selectbox(key="gpu").set_value("my_gpu")
+    settled(app)
+    assert "my\\_gpu" in app.success[0].value
+
+
+def test_prices_survive_a_change_of_page(open_page):
+    app = open_page("catalog", prices="h200_sxm:2.5")
+    assert table(app, "id", "your US$/h").set_index("id")["your US$/h"]["h200_sxm"] == 2.5
+    app.switch_page("views/memory.py")
+    settled(app)
+    held = table(app, "GPUs", "KV", "US$/h")
+    assert held.set_index("GPUs")["US$/h"].loc["1 × h200_sxm"].tolist()[0] == "$2.50"
+    assert app.query_params["prices"] == "h200_sxm:2.5"
