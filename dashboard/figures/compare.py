@@ -59,7 +59,10 @@ def _latency_summary(
     for answer, name in zip(answers, names, strict=True):
         found = getattr(answer.report.result, metric, None)
         if found is not None:
-            parts.append(f"{name}: {shown(found.p50)} ms at p50, {shown(found.p99)} ms at p99")
+            told = [
+                f"{shown(getattr(found, at), metric_interval(answer, metric, at))} ms at {at}" for at in ("p50", "p99")
+            ]
+            parts.append(f"{name}: {', '.join(told)}")
     limit = f" The limit is {limit_ms:g} ms." if limit_ms is not None else ""
     return f"{label}. {'; '.join(parts)}.{limit} Whiskers: range over resampled loads."
 
@@ -140,7 +143,7 @@ def against_rate(
                 y=[getattr(knee.result, metric).at_slo_percentile],
                 mode="markers",
                 name=f"{name}: knee",
-                marker={"symbol": "circle-open", "size": 18, "line": {"width": 3, "color": style["line"]["color"]}},
+                marker={"symbol": "circle-open", "size": 18, "line": {"width": 3}, "color": style["line"]["color"]},
                 hovertemplate=theme.hover(
                     f"<b>{name}</b>: the highest rate tried that meets the SLO", "%{x:.3g} requests/s, %{y:.3g} ms"
                 ),
@@ -218,7 +221,7 @@ def over_time(answers: Sequence[TrialAnswer], names: Sequence[str]) -> Chart:
             )
         told.append(
             f"{name}: the KV cache of the fullest replica is at most {result.kv_usage_peak:.0%} full, "
-            f"{shown(result.mean_running)} requests run and {shown(result.mean_waiting)} wait on average, "
+            f"{shown(result.mean_running)} requests run and {shown(result.mean_waiting, digits=1)} wait on average, "
             f"{result.num_preemptions:,} preemptions"
         )
         rows += [

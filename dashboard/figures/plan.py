@@ -123,6 +123,8 @@ def cost(report: PlanReport) -> Chart:
             name=label,
             marker=theme.bar(number),
             text=[usd(getattr(plan, field)) for plan in plans],
+            textposition="outside",
+            cliponaxis=False,
             hovertemplate=theme.hover("<b>%{y}</b>", f"%{{text}} per 1M tokens, {label}", definition=definition(field)),
         )
     chart.update_yaxes(autorange="reversed")

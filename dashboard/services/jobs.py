@@ -8,8 +8,10 @@ once.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import threading
@@ -26,6 +28,7 @@ from planner.errors import UserError
 
 _KEPT = 64
 _MOST_WAITING = 64
+_MOST_CORES = 8
 #: A job that takes longer was asked too much of.
 MAX_SECONDS = 1800.0
 
@@ -169,6 +172,11 @@ class Jobs:
         job = self._jobs.get(key)
         return job if job is not None and job.state is State.DONE else None
 
+    def free_cores(self) -> int:
+        """How many processes a large job may use: those that nothing else is running on, at least one."""
+        running = sum(job.state is State.RUNNING for job in list(self._jobs.values()))
+        return max(1, min(_MOST_CORES, self.workers - running))
+
     def wait(self, seconds: float = 60.0) -> None:
         """Until nothing is running or waiting; for tests."""
         for job in list(self._jobs.values()):
@@ -258,6 +266,7 @@ class Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=environment,
+            start_new_session=True,
         )
 
     def ask(self, function: Callable[..., Any], arguments: tuple, note: Callable[[str, Any], None]) -> bool:
@@ -275,7 +284,10 @@ class Worker:
             return False
 
     def kill(self) -> None:
-        """At once, whatever it is doing."""
+        """At once, whatever it is doing, with the processes that it started."""
+        if hasattr(os, "killpg"):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
         self._process.kill()
         self._process.wait()
 

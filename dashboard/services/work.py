@@ -48,14 +48,14 @@ class PlanAnswer:
     is_quick: bool
 
 
-def plan(report: Report, search: Search, trace: Workload | None, is_quick: bool) -> PlanAnswer:
-    """Search.
+def plan(report: Report, search: Search, trace: Workload | None, is_quick: bool, cores: int = 1) -> PlanAnswer:
+    """Search; the answer does not depend on the number of cores.
 
     Raises:
         UserError: as `planner.search.plan`.
     """
     question = search.question(search.traffic.workload(trace), is_quick)
-    found = search_plans(question, n_jobs=1, progress=report)
+    found = search_plans(question, n_jobs=cores, progress=report)
     cheaper = why_not_cheaper(question, found) if found.plans and not is_quick else ()
     return PlanAnswer(found, cheaper, is_quick)
 

@@ -8,6 +8,7 @@ from dashboard import inputs
 from dashboard.components import answer_of, escaped, guarded, note_warnings, show_chart, show_table
 from dashboard.figures import plan as figures
 from dashboard.services import results, work
+from dashboard.services.jobs import jobs
 from dashboard.services.questions import Search, key_of
 from dashboard.services.work import PlanAnswer
 from planner.errors import UserError
@@ -29,11 +30,14 @@ def page() -> None:
         )
     search = _search()
     trace = question.trace
-    quick = answer_of("plan_quick", key_of("plan", search, True), work.plan, search, trace, True, waiting="First look")
+    quick = answer_of(
+        "plan_quick", key_of("plan", search, True), work.plan, search, trace, True, 1, waiting="First look"
+    )
     if quick is None:
         return
     place = st.container()
-    whole = answer_of("plan", key_of("plan", search, False), work.plan, search, trace, False, waiting=_WHOLE)
+    key, cores = key_of("plan", search, False), jobs().free_cores()
+    whole = answer_of("plan", key, work.plan, search, trace, False, cores, waiting=_WHOLE)
     with place:
         _answer(whole or quick)
 
@@ -181,13 +185,14 @@ def _row(plan: Plan) -> dict[str, object]:
         "US$/h": results.usd(plan.usd_per_hour),
         "US$/1M tokens": results.usd(plan.usd_per_million_tokens),
     }
+    digits = 2 if results.evidence_tag(plan.result) else 3
     for term in plan.terms:
         interval = results.term_interval(term)
-        row[f"{results.TERMS[term.term]} p{term.percentile:g}, ms"] = (
-            f"{results.verdict(term.achieved_ms <= term.limit_ms)[0]} {results.shown(term.achieved_ms, interval)}"
-        )
+        sign = results.verdict(term.achieved_ms <= term.limit_ms)[0]
+        achieved = results.shown(term.achieved_ms, interval, digits)
+        row[f"{results.TERMS[term.term]} p{term.percentile:g}, ms"] = f"{sign} {achieved}"
     row["tokens/s per GPU"] = results.shown(plan.output_tokens_per_s_per_gpu)
-    row["tokens/s per user"] = results.shown(plan.tokens_per_s_per_user)
+    row["tokens/s per user"] = results.shown(plan.tokens_per_s_per_user, digits=digits)
     likely = results.probability(plan)
     if likely is not None:
         row["P(SLO)"] = f"{results.shown(100 * likely, digits=2)} %"

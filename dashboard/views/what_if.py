@@ -213,9 +213,9 @@ def _difference(answers: Sequence[TrialAnswer], names: Sequence[str]) -> None:
     for metric, label in (("ttft_ms", "TTFT p99"), ("tpot_ms", "TPOT p99")):
         one, two = getattr(first.result, metric), getattr(second.result, metric)
         if one and two:
-            parts.append(
-                f"{label} {results.shown(one.p99)} → {results.shown(two.p99)} ms ({two.p99 / one.p99 - 1:+.0%})"
-            )
+            spans = [results.metric_interval(answer, metric, "p99") for answer in answers[:2]]
+            told = [results.shown(found.p99, span) for found, span in zip((one, two), spans, strict=True)]
+            parts.append(f"{label} {told[0]} → {told[1]} ms ({two.p99 / one.p99 - 1:+.0%})")
     st.markdown(f"**From {escaped(names[0])} to {escaped(names[1])}:** {escaped('; '.join(parts))}.")
     dtypes = {report.deployment.kv_cache_dtype for report in (first, second)} - {"bfloat16"}
     study = load_kv_quality()

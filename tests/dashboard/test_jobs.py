@@ -36,6 +36,15 @@ def sleep(report, started):
     time.sleep(600)
 
 
+def with_child(report, started):
+    import subprocess
+    import sys
+
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    Path(started).write_text(str(child.pid))
+    time.sleep(600)
+
+
 def die(report):
     os._exit(9)
 
@@ -88,6 +97,32 @@ def test_a_cancelled_job_ends_at_once_and_its_worker_is_replaced(jobs, tmp_path)
     assert job.wait(5)
     assert job.state is State.CANCELLED
     assert jobs.ask("ann", "long", "k6", add, 1, 1).wait(60)
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs /proc")
+def test_what_a_job_started_ends_with_it(jobs, tmp_path):
+    started = tmp_path / "started"
+    job = jobs.ask("ann", "family", "k12", with_child, str(started))
+    until(lambda: started.exists() and started.read_text())
+    child = started.read_text()
+    jobs.cancel("ann", "family")
+    assert job.wait(5)
+
+    def is_gone() -> bool:
+        status = Path(f"/proc/{child}/stat")
+        return not status.exists() or status.read_text().rpartition(")")[2].split()[0] == "Z"
+
+    until(is_gone)
+
+
+def test_a_large_job_takes_the_cores_that_are_free(jobs, tmp_path):
+    until(lambda: jobs.free_cores() == 2)
+    started = tmp_path / "started"
+    jobs.ask("ann", "cores", "k13", sleep, str(started))
+    until(started.exists)
+    assert jobs.free_cores() == 1
+    jobs.cancel("ann", "cores")
+    until(lambda: jobs.free_cores() == 2)
 
 
 def test_another_question_for_the_same_purpose_ends_the_first(jobs, tmp_path):
