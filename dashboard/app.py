@@ -6,6 +6,7 @@ import streamlit as st
 
 from dashboard import inputs
 from dashboard.components import complain, guarded
+from dashboard.services.start import start
 
 PAGES = (
     ("views/plan.py", "Plan", ":material/fact_check:", "plan"),
@@ -25,6 +26,7 @@ def main() -> None:
     ]
     page = st.navigation(pages)
     with guarded():
+        start()
         inputs.sidebar()
         fault = inputs.shared().fault
         if fault is not None:

@@ -6,6 +6,7 @@ question any number of "progress" and one of "done", "refused" (bad input, one s
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import sys
@@ -15,13 +16,15 @@ from typing import Any, BinaryIO
 
 from planner.errors import UserError
 
+_NICENESS = 10
+
 
 def main() -> None:
     """Serve until stdin ends."""
     questions = sys.stdin.buffer
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what a library prints is no answer
-    _warm()
+    _prepare()
     _send(answers, "ready", None)
     while True:
         try:
@@ -51,14 +54,14 @@ def _send(answers: BinaryIO, kind: str, content: object) -> None:
     answers.flush()
 
 
-def _warm() -> None:
-    """Load what every question needs."""
+def _prepare() -> None:
+    """Load what every question needs, and let the server go first where there are few cores."""
     import dashboard.services.work  # noqa: F401
-    from planner.profile.library import shipped_profiles
+    from dashboard.services.start import fit_profiles
 
-    for profile in shipped_profiles():
-        for dtype in profile.kv_cache_dtypes:
-            profile.uncertainty(dtype)
+    with contextlib.suppress(AttributeError, OSError):
+        os.nice(_NICENESS)
+    fit_profiles()
 
 
 if __name__ == "__main__":
