@@ -209,7 +209,7 @@ class Search:
             seed=self.traffic.seed,
             quantization=self.quantization,
         )
-        return replace(question, num_finalists=0, num_loads=1) if quick else question
+        return replace(question, num_finalists=0, num_draws=1) if quick else question
 
 
 @dataclass(frozen=True)

@@ -77,23 +77,13 @@ def _pair(value: Any) -> Interval | None:
 
 def term_interval(term: SloTerm) -> Interval | None:
     """The interval of what a plan achieves in one term of the SLO."""
-    for name in ("interval_ms", "range_ms"):
-        found = _pair(getattr(term, name, None))
-        if found is not None:
-            return found
-    return None
+    return _pair(term.range_ms)
 
 
-def probability(plan: Plan) -> float | None:
-    """How likely the plan meets its SLO, 0 to 1, where the planner says so."""
-    for name in ("probability_of_slo", "slo_probability", "probability"):
-        found = getattr(plan, name, None)
-        if isinstance(found, int | float):
-            return float(found)
-        found = getattr(found, "value", None)
-        if isinstance(found, int | float):
-            return float(found)
-    return None
+def probability(plan: Plan) -> Interval | None:
+    """How likely the plan meets its SLO, 0 to 1: a 90 % interval, where the step times have a known error."""
+    found = plan.confidence.slo_probability if plan.confidence else None
+    return None if found is None else (found.low, found.high)
 
 
 def confidence(plan: Plan) -> str:
@@ -101,10 +91,14 @@ def confidence(plan: Plan) -> str:
     parts = []
     likely = probability(plan)
     if likely is not None:
-        parts.append(f"it meets the SLO with a probability of {shown(100 * likely, digits=2)} %")
-    if plan.loads is not None:
+        low, high = (shown(100 * share, digits=2) for share in likely)
+        parts.append(
+            f"it meets the SLO in {plan.loads.met} of {plan.loads.of} draws of load and step times, which is a "
+            f"probability of {low} to {high} %"
+        )
+    elif plan.loads is not None:
         parts.append(f"the SLO held on {plan.loads.met} of {plan.loads.of} loads, this one and resamples of it")
-    elif likely is None:
+    else:
         parts.append("the SLO holds on this load; it was not tried on others")
     return "; ".join(parts)
 
@@ -113,7 +107,7 @@ def is_sure(plan: Plan) -> bool:
     """Whether nothing speaks against it."""
     likely = probability(plan)
     held = plan.loads is None or plan.loads.met == plan.loads.of
-    return held and (likely is None or likely >= 0.9)
+    return held and (likely is None or likely[1] >= 0.9)
 
 
 def metric_interval(answer: TrialAnswer, metric: str, at: str) -> Interval | None:

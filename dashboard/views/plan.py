@@ -42,7 +42,7 @@ def page() -> None:
         _answer(whole or quick)
 
 
-_WHOLE = "This is a first look at the beginning of the load. Searching with all of it, and with resampled loads"
+_WHOLE = "This is a first look at the beginning of the load. Searching with all of it, and drawing loads and step times"
 
 
 def _search() -> Search:
@@ -150,7 +150,7 @@ def _numbers(best: Plan) -> None:
 
 def _judged(term: SloTerm) -> str:
     interval = results.term_interval(term)
-    span = f", {results.shown_range(interval)} ms over resampled loads" if interval else ""
+    span = f", {results.shown_range(interval)} ms over all draws" if interval else ""
     name, good = results.TERMS[term.term], results.verdict(term.achieved_ms <= term.limit_ms)
     return f"{name} p{term.percentile:g} {good} its limit of {term.limit_ms:,g} ms{span}"
 
@@ -195,8 +195,9 @@ def _row(plan: Plan) -> dict[str, object]:
     row["tokens/s per user"] = results.shown(plan.tokens_per_s_per_user, digits=digits)
     likely = results.probability(plan)
     if likely is not None:
-        row["P(SLO)"] = f"{results.shown(100 * likely, digits=2)} %"
-    row["SLO held on"] = f"{plan.loads.met} of {plan.loads.of} loads" if plan.loads else "this load"
+        low, high = (results.shown(100 * share, digits=2) for share in likely)
+        row["P(SLO)"] = f"{low} to {high} %"
+    row["SLO held in"] = f"{plan.loads.met} of {plan.loads.of} draws" if plan.loads else "this load"
     row["step times"] = results.evidence_tag(plan.result) or "measured or between"
     return row
 

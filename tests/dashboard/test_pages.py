@@ -33,7 +33,7 @@ def test_plan_says_what_to_take(open_page):
     assert "Take 1 ×" in app.success[0].value
     metrics = {metric.label: metric.value for metric in app.metric}
     assert metrics["US$ per hour"] == "$4.50"
-    assert "loads" in app.success[0].value
+    assert "draws" in app.success[0].value
     plans = table(app, "GPUs", "replicas × TP")
     assert plans["GPUs"][0] == "1 × h200_sxm"
     pareto = figure(app, "pareto")
