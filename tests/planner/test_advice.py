@@ -103,8 +103,8 @@ def test_saturation():
 
 
 def test_uncalibrated():
-    assert not mentions(examined(3 * KNEE), "uncalibrated")
-    assert mentions(examine(steady(), replace(deployment(3 * KNEE), profiles=("none",))), "uncalibrated")
+    assert mentions(examined(3 * KNEE), "uncalibrated")
+    assert not mentions(examine(steady(), replace(deployment(3 * KNEE), profiles=None)), "uncalibrated")
 
 
 def conversations(count: int = 60, turns: int = 4) -> Workload:
