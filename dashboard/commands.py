@@ -68,6 +68,7 @@ def server_command(host: str, port: int, headless: bool) -> list[str]:
         "server.address": host,
         "server.port": port,
         "server.headless": headless,
+        "server.showEmailPrompt": False,  # on its first start it would wait for an answer
         "server.fileWatcherType": "none",
         "browser.gatherUsageStats": False,
     }

@@ -40,6 +40,7 @@ def test_the_server_listens_on_loopback_and_tells_nobody():
     command = server_command("127.0.0.1", 8600, True)
     assert command[command.index("--server.address") + 1] == "127.0.0.1"
     assert command[command.index("--browser.gatherUsageStats") + 1] == "false"
+    assert command[command.index("--server.showEmailPrompt") + 1] == "false"
     assert command[command.index("--server.headless") + 1] == "true"
     assert Path(command[4]).is_file()
 
