@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from scipy.stats import beta
+from scipy.special import betaincinv
 
 from planner.schema import Record
 from planner.serving import simulate
@@ -214,8 +214,8 @@ def probability(held: Sequence[bool]) -> Probability:
     """
     met, of = sum(held), len(held)
     tail = (1 - LEVEL) / 2
-    low = float(beta.ppf(tail, met, of - met + 1)) if met else 0.0
-    high = float(beta.ppf(1 - tail, met + 1, of - met)) if met < of else 1.0
+    low = float(betaincinv(met, of - met + 1, tail)) if met else 0.0
+    high = float(betaincinv(met + 1, of - met, 1 - tail)) if met < of else 1.0
     return Probability(met=met, of=of, probability=met / of, low=low, high=high)
 
 

@@ -7,7 +7,6 @@ Around each the engine's own repeats are spread, as they are known from records 
 
 from __future__ import annotations
 
-import random
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 from scipy.special import stdtrit
 
+from planner.intervals import perturbed, scale_quantiles
 from planner.step_time import StepTime
 
 LEVEL = 0.90
@@ -37,18 +37,9 @@ class Uncertain(Protocol):
 
 def drawn(step_time: StepTime, number: int, seed: int = 0) -> list[StepTime]:
     """`number` step-time models that may be the true one; none where it is not known how uncertain they are."""
-    uncertainty = getattr(step_time, "uncertainty", None)
-    if uncertainty is None or number < 1:
+    if getattr(step_time, "uncertainty", None) is None or number < 1:
         return []
-    quantiles = [statistics.NormalDist().inv_cdf((i + 0.5) / number) for i in range(number)]
-    others = quantiles.copy()
-    random.Random(f"{seed} {number}").shuffle(others)
-    return [
-        step_time.scaled(
-            decode=float(np.exp(uncertainty.decode * one)), prefill=float(np.exp(uncertainty.prefill * other))
-        )
-        for one, other in zip(quantiles, others, strict=True)
-    ]
+    return [perturbed(step_time, *errors) for errors in scale_quantiles(number, seed)]
 
 
 @dataclass(frozen=True)

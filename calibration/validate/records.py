@@ -19,6 +19,7 @@ from engine.bench.serve import step_log_paths
 from engine.bench.step_log import LoggedStep, read_step_log
 from engine.errors import UserError
 from engine.kv.groups import kv_groups
+from planner.external.served_run import RequestTimes
 
 # Times are written in whole microseconds, each rounded on its own.
 ROUNDING_S = 2e-6
@@ -75,7 +76,7 @@ class EngineSettings:
 
 
 @dataclass(frozen=True, eq=False)
-class Lives:
+class Lives(RequestTimes):
     """Requests in order of arrival: float64 [n] in seconds since the start, int64 [n] of tokens and preemptions.
 
     Attributes:
@@ -89,23 +90,6 @@ class Lives:
     input_tokens: np.ndarray
     output_tokens: np.ndarray
     preemptions: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.arrival_s)
-
-    @property
-    def ttft_s(self) -> np.ndarray:
-        return self.first_token_s - self.arrival_s
-
-    @property
-    def e2el_s(self) -> np.ndarray:
-        return self.last_token_s - self.arrival_s
-
-    @property
-    def tpot_s(self) -> np.ndarray:
-        """NaN of a request of one token."""
-        gaps = self.output_tokens - 1
-        return np.where(gaps > 0, (self.last_token_s - self.first_token_s) / np.maximum(gaps, 1), np.nan)
 
     def columns(self) -> dict[str, Any]:
         """As `engine.bench.metrics.latencies` takes them."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
@@ -243,17 +243,7 @@ def _state(record: ServedRecord, simulated: Sequence[SimulatedRun]) -> list[Comp
 
 def _as_known(lives: Lives, has_scheduled: bool) -> Lives:
     """A simulated request's life as far as the other side can know its own."""
-    if has_scheduled:
-        return lives
-    return Lives(
-        lives.arrival_s,
-        None,
-        lives.first_token_s,
-        lives.last_token_s,
-        lives.input_tokens,
-        lives.output_tokens,
-        lives.preemptions,
-    )
+    return lives if has_scheduled else replace(lives, scheduled_s=None)
 
 
 def _notes(level: Level) -> Iterable[str]:

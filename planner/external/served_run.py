@@ -13,8 +13,37 @@ from planner.workload import Workload
 CLOCK_SLACK_S = 2e-3
 
 
+class RequestTimes:
+    """What follows from when requests arrived and had their first and last tokens."""
+
+    arrival_s: np.ndarray
+    output_tokens: np.ndarray
+    first_token_s: np.ndarray
+    last_token_s: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.arrival_s)
+
+    @property
+    def ttft_s(self) -> np.ndarray:
+        """float64 [n]: arrival to first token."""
+        return self.first_token_s - self.arrival_s
+
+    @property
+    def e2el_s(self) -> np.ndarray:
+        """float64 [n]: arrival to last token."""
+        return self.last_token_s - self.arrival_s
+
+    @property
+    def tpot_s(self) -> np.ndarray:
+        """float64 [n]: seconds per output token after the first; NaN for answers of one token."""
+        gaps = (self.output_tokens - 1).astype(np.float64)
+        gaps[gaps == 0] = np.nan
+        return (self.last_token_s - self.first_token_s) / gaps
+
+
 @dataclass(frozen=True, eq=False)
-class ServedRun:
+class ServedRun(RequestTimes):
     """Answered requests in order of arrival; seconds since the first arrival.
 
     Attributes:
@@ -38,26 +67,6 @@ class ServedRun:
     itls: tuple[np.ndarray, ...] | None = None
     num_failed: int = 0
     notes: tuple[str, ...] = ()
-
-    def __len__(self) -> int:
-        return len(self.arrival_s)
-
-    @property
-    def ttft_s(self) -> np.ndarray:
-        """float64 [n]: arrival to first token."""
-        return self.first_token_s - self.arrival_s
-
-    @property
-    def e2el_s(self) -> np.ndarray:
-        """float64 [n]: arrival to last token."""
-        return self.last_token_s - self.arrival_s
-
-    @property
-    def tpot_s(self) -> np.ndarray:
-        """float64 [n]: seconds per output token after the first; NaN for answers of one token."""
-        gaps = (self.output_tokens - 1).astype(np.float64)
-        gaps[gaps == 0] = np.nan
-        return (self.last_token_s - self.first_token_s) / gaps
 
     def workload(self) -> Workload:
         """The same arrivals and lengths, for the simulator."""
