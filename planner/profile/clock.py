@@ -39,6 +39,8 @@ _ROUNDS = 4
 # Relative errors of single steps: none is known better than the least, and beyond so many deviations one has a cause
 # of its own.
 _LEAST_NOISE, _FAR = 0.003, 3.0
+# A long step heats itself; where it is slowed down by more than this in its middle, it tells nothing of its cool time.
+_MOST_SLOWED = 0.5
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,10 @@ class Heat:
 
 
 def fit_clock(section: Mapping[str, Any] | None) -> ClockModel | None:
-    """Fit the "clock" section of a profile; it must be valid. None without one, or if it has no points."""
+    """Fit the "clock" section of a profile; it must be valid. None without one, or if it has no points.
+
+    cool_s is the time of a step that begins on a cool device: what it heats itself until its middle is taken out again.
+    """
     if not section or not section.get("points"):
         return None
     tau_s, e0, e1 = _fit_series(section.get("series") or ())
@@ -138,24 +143,32 @@ def fit_clock(section: Mapping[str, Any] | None) -> ClockModel | None:
     for row in section["points"]:
         rows.setdefault(row["tokens"], []).append(row)
     tokens = sorted(rows)
-    cool, hot = zip(*(_ratios(rows[each]) for each in tokens), strict=True)
+    unknown = ClockModel(tau_s, e0, e1, (), (), ())
+    cool, hot, share = [], [], 1.0
+    for each in tokens:
+        measured_cool, measured_hot, cool_s = _means(rows[each])
+        own = unknown.slowed(1.0 - math.exp(-0.5 * cool_s / tau_s))
+        if own <= _MOST_SLOWED:
+            share = (measured_cool - own * measured_hot) / (1.0 - own) / measured_hot
+        if share > 1.0:
+            # What feels nothing of the clock may by noise be faster when hot.
+            measured_hot, share = (measured_cool + measured_hot) / 2, 1.0
+        cool.append(share * measured_hot)
+        hot.append(measured_hot)
     decodes = [row["hot_s"] / row["cool_s"] for row in section.get("decode_points") or ()]
     decode = max(1.0, float(np.median(decodes))) if decodes else 1.0
-    return ClockModel(tau_s, e0, e1, tuple(tokens), cool, hot, decode)
+    return ClockModel(tau_s, e0, e1, tuple(tokens), tuple(cool), tuple(hot), decode)
 
 
-def _ratios(rows: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
-    """Cool and hot ratio of one number of tokens, which may have been measured several times.
-
-    Where a step feels nothing of the clock, noise may have it faster when hot: then both are their mean.
-    """
+def _means(rows: Sequence[Mapping[str, Any]]) -> tuple[float, float, float]:
+    """Cool and hot ratio of one number of tokens, which may have been measured several times; and the cool time."""
     weights = [row.get("samples") or 1 for row in rows]
 
-    def mean(name: str) -> float:
-        return float(np.average([row[name] / row["steady_s"] for row in rows], weights=weights))
+    def mean(values: list[float]) -> float:
+        return float(np.average(values, weights=weights))
 
-    cool, hot = mean("cool_s"), mean("hot_s")
-    return (cool, hot) if cool <= hot else ((cool + hot) / 2, (cool + hot) / 2)
+    cool, hot = (mean([row[name] / row["steady_s"] for row in rows]) for name in ("cool_s", "hot_s"))
+    return cool, hot, mean([row["cool_s"] for row in rows])
 
 
 def _fit_series(series: Sequence[Mapping[str, Any]]) -> tuple[float, float, float]:

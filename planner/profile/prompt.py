@@ -6,7 +6,8 @@
 attention(query, context) is a time per (query, key) pair, its utilisation, which depends on the query length. It is
 told from the dense work by how chunks of equal length grow with their context. Between measured query lengths the
 utilisation is a power law, between contexts time is linear; beyond the grid utilisation is held. The coefficients of
-the last line are fitted to whole mixed steps, each only if it lowers the leave-one-out error.
+the last line are fitted to whole mixed steps, each only if it lowers the leave-one-out error, and but for the rate of
+the keys only by more than noise does.
 """
 
 from __future__ import annotations
@@ -27,6 +28,9 @@ from planner.profile.tables import EngineSettings, Limits, Point, padded, point_
 
 # A chunk's attention, if nothing tells it from its dense work: the share of the matrix rate that is assumed.
 _ATTENTION_EFFICIENCY = 0.5
+# Beside prompts another kernel reads the keys of decodes, at a rate of its own; a few dozen whole steps hardly tell it
+# from so much per row, or once per step, for their noise. Whatever else there is must win by as much as that.
+_MUST_BEAT = 0.1
 
 
 @dataclass(frozen=True)
@@ -265,13 +269,16 @@ def fit_mixed(alone: PromptFit, mixed: Sequence[Point], decode: DecodeFit) -> Pr
     free = choose({"key": keys}, columns, target, weight, robust=True)
     has_own_rate = len(mixed) > 2 and free.score < 0.98 * fixed.score
     chosen = free if has_own_rate else fixed
+    own_rate_alone = choose({"key": keys}, {}, target, weight, robust=True)
+    if len(mixed) > 2 and own_rate_alone.score * (1 - _MUST_BEAT) <= chosen.score:
+        has_own_rate, chosen = True, replace(own_rate_alone, dropped=tuple(columns))
     shapes = [point_shape(point) for point in mixed]
     return replace(
         alone,
         key_s=chosen.values["key"] if has_own_rate else decode.key_s,
-        chunk_s=chosen.values["chunk"],
-        row_s=chosen.values["row"],
-        decodes_s=chosen.values["decodes"],
+        chunk_s=chosen.values.get("chunk", 0.0),
+        row_s=chosen.values.get("row", 0.0),
+        decodes_s=chosen.values.get("decodes", 0.0),
         exact={shape_key(step): point.step_s for step, point in zip(shapes, mixed, strict=True)},
         max_batch=max(decode.max_batch, *(point.batch for point in mixed)),
         max_keys=decode.max_keys,

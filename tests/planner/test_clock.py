@@ -171,6 +171,24 @@ def test_what_tells_nothing_leaves_what_is_usual():
     assert fit_clock({"points": []}) is None
 
 
+def test_what_a_long_step_heats_itself_is_taken_out():
+    """Measured as the model says a cool device runs them: 25, 100 and 800 ms; the last tells of its hot time alone."""
+    truth = ClockModel(USUAL_TAU_S, USUAL_E0, USUAL_E1, (1024, 4096, 32768), (0.9, 0.88, 0.88), (1.05, 1.1, 1.0))
+    rows = []
+    for tokens, steady in zip(truth.tokens, (0.025, 0.1, 0.8), strict=True):
+        factor = truth.prompt_factor(tokens, 0.0, steady)
+        hot = truth.ratios(tokens)[1]
+        rows.append({"tokens": tokens, "steady_s": steady, "cool_s": steady * factor, "hot_s": steady * hot})
+    found = fit_clock({"points": rows})
+    assert found.ratios(1024) == (pytest.approx(0.9), pytest.approx(1.05))
+    assert found.ratios(4096) == (pytest.approx(0.88, rel=0.01), pytest.approx(1.1))
+    assert found.ratios(32768) == (pytest.approx(0.8, rel=0.01), pytest.approx(1.0))  # 0.88 / 1.1, as before
+    for row in rows[:2]:
+        assert found.prompt_factor(row["tokens"], 0.0, row["steady_s"]) == pytest.approx(
+            row["cool_s"] / row["steady_s"], rel=0.005
+        )
+
+
 def test_points_measured_twice_and_noise_at_small_sizes():
     """Means by samples; a step that is faster when hot by noise has one time."""
     points = [*POINTS, {"tokens": 512, "steady_s": 0.012, "cool_s": 0.0102, "hot_s": 0.012, "samples": 15}]
