@@ -285,7 +285,7 @@ class EngineCore:
 
     @property
     def piece_sizes(self) -> list[int]:
-        """Numbers of tokens for which other steps are captured in pieces, ascending; empty without graphs."""
+        """Numbers of tokens that other steps are padded to, to run in pieces; ascending, empty without graphs."""
         return self._runner.piece_sizes
 
     def step_bytes(self, shape: StepShape) -> int:

@@ -10,12 +10,16 @@ captured for a few numbers of tokens, and a step uses the next larger one:
 The writing of K and V is part of the graphs where it needs no more than each token's place, which a step puts in a
 buffer first; in the low-bit formats it needs lengths too, and is launched like attention.
 
+A larger size is not always slower: for some numbers of tokens there are only poor matrix kernels. So all captured sizes
+are timed, and those that a larger one beats are left out.
+
 All graphs work on the same few buffers, of which a step uses the first rows. Rows behind its tokens have no place, and
 hold what earlier steps left there; they are computed with the others, and nobody looks at them.
 """
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import TYPE_CHECKING
@@ -45,6 +49,13 @@ def piece_sizes(weights: DecoderWeights, max_num_tokens: int) -> list[int]:
     sizes = [16, 32, *range(64, 512, 64), *range(512, 1024, 128), *range(1024, 2048, 256), *range(2048, 4096, 512)]
     sizes += range(4096, 8193, 1024)
     return [size for size in sizes if size <= min(max_num_tokens, max(1.3 * most, 1024))]
+
+
+# A size is left out where a larger one takes so much less time: more than repetitions of one size differ by.
+_MARGIN = 0.02
+# Rounds in which each size is timed; of those before them, which warm the GPU up, nothing is kept.
+_ROUNDS, _WARM_UP_ROUNDS = 7, 1
+_QUEUED_BEHIND_CYCLES = 2_000_000  # of the GPU's clock, 1 to 2 ms: time to launch the graphs of all layers
 
 
 class _Buffers:
@@ -150,3 +161,43 @@ def capture_pieces(decoder: Decoder, sizes: Sequence[int], num_groups: int, pool
     buffers = _Buffers(decoder, max(sizes), num_groups)
     captured = [CapturedPieces(decoder, size, buffers, pool) for size in sorted(sizes, reverse=True)]
     return captured[::-1]
+
+
+def without_slower(
+    captured: Sequence[CapturedPieces], measure: Callable[[Sequence[CapturedPieces]], Sequence[float]] | None = None
+) -> list[CapturedPieces]:
+    """Those that no larger one beats clearly: steps of the others' sizes are faster in a larger one.
+
+    Args:
+        captured: ascending.
+        measure: the time of each; `seconds_on_gpu` if None.
+    """
+    seconds = (measure or seconds_on_gpu)(captured)
+    kept: list[CapturedPieces] = []
+    fastest = float("inf")  # of the larger ones
+    for pieces, taken in zip(reversed(captured), reversed(seconds), strict=True):
+        if fastest > taken * (1 - _MARGIN):
+            kept.append(pieces)
+        fastest = min(fastest, taken)
+    return kept[::-1]
+
+
+def seconds_on_gpu(captured: Sequence[CapturedPieces]) -> list[float]:
+    """What all graphs of each size take, one behind the other, on whatever the buffers hold: the median of rounds
+    through all sizes, so that whatever changes meanwhile, such as the GPU's clock, changes for neighbours alike."""
+    rounds = [[_timed(pieces) for pieces in captured] for _ in range(_WARM_UP_ROUNDS + _ROUNDS)]
+    torch.cuda.synchronize()
+    return [
+        statistics.median(start.elapsed_time(end) * 1e-3 for start, end in samples)
+        for samples in zip(*rounds[_WARM_UP_ROUNDS:], strict=True)
+    ]
+
+
+def _timed(pieces: CapturedPieces) -> tuple[torch.cuda.Event, torch.cuda.Event]:
+    """Launch all its graphs between two events, while the GPU is still busy: it is not to wait for the host."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(_QUEUED_BEHIND_CYCLES)
+    start.record()
+    pieces.replay_all()
+    end.record()
+    return start, end

@@ -25,7 +25,7 @@ import torch
 from engine.batch import GroupBatch, PrefillBatch, StepBatch
 from engine.kv.cache import KVCache
 from engine.models.decoder import Decoder
-from engine.pieces import CapturedPieces, capture_pieces
+from engine.pieces import CapturedPieces, capture_pieces, without_slower
 from engine.sampling import LogitsProcessor, Plan, sampling_requests, token_logprobs
 from engine.sampling_params import MAX_LOGPROBS, SamplingParams
 from engine.scheduling import Step
@@ -115,7 +115,7 @@ class ModelRunner:
 
     @property
     def piece_sizes(self) -> list[int]:
-        """Numbers of tokens for which everything but attention is captured, ascending."""
+        """Numbers of tokens that steps are padded to, where everything but attention is captured; ascending."""
         return [pieces.size for pieces in self._pieces]
 
     # ---- one step --------------------------------------------------------------------------------------------------
@@ -385,7 +385,8 @@ class ModelRunner:
 
         Args:
             sizes: of decode steps.
-            num_tokens: of other steps, of which everything but attention is captured.
+            num_tokens: of other steps, of which everything but attention is captured. Sizes that turn out to be slower
+                than a larger one are not used.
         """
         gc.collect()
         gc.freeze()  # each capture collects garbage: have it look at little
@@ -408,6 +409,8 @@ class ModelRunner:
         self._graph_for = [min(size for size in sizes if size >= n) for n in range(max(sizes) + 1)]
         gc.unfreeze()
         self._replay_all()
+        if self._pieces:
+            self._pieces = without_slower(self._pieces)
 
     def _replay_all(self) -> None:
         """A graph's first launch takes longer: have it now, on padding."""

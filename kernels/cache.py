@@ -25,6 +25,7 @@ once, the specification twice except where a kernel says `fma`.
 import functools
 import math
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 import triton
@@ -32,6 +33,7 @@ import triton.language as tl
 
 from kernels import checks
 from kernels.interpreting import INTERPRETING
+from kernels.launching import Launcher
 from kernels.pages import MAX_QUERY_LEN, PAGE_SIZES, PageLayout
 
 # Of a thread of `_write_pages_kernel`: 16 warps on an SM. The compiler would take more, to no purpose.
@@ -1317,6 +1319,10 @@ def _dequantise_page(
         tl.store(out + (PAGE_SIZE * HEAD_DIM // 2 + plane * PAIRS), _pack(v_low, v_high, dtype), exists)
 
 
+_write_tokens_launcher, _write_pages_launcher = Launcher(_write_tokens_kernel), Launcher(_write_pages_kernel)
+_slot_mapping_launcher, _dequantise_launcher = Launcher(_slot_mapping_kernel), Launcher(_dequantise_kernel)
+
+
 @functools.cache
 def _page_constants(layout: PageLayout) -> dict[str, int]:
     """Sizes of a page in the units of the kernels."""
@@ -1362,7 +1368,7 @@ def slot_mapping(
         out = tuple(torch.empty(num_tokens, dtype=torch.int64, device=device) for _ in range(2))
     block_tokens = 32
     if num_tokens:
-        _slot_mapping_kernel[(triton.cdiv(num_tokens, block_tokens),)](
+        _slot_mapping_launcher[(triton.cdiv(num_tokens, block_tokens),)](
             block_tables,
             block_tables.stride(0),
             query_start,
@@ -1474,7 +1480,7 @@ def write_kv(
         query_tokens = max(1, 256 * num_warps // triton.next_power_of_2(max(half, 1)))
         query_programs = triton.cdiv(num_tokens, query_tokens) * (num_q_heads // query_heads)
         programs = num_seqs * num_kv_heads + num_windows * (num_kv_heads // heads) + query_programs
-        _write_pages_kernel[(programs,)](
+        _write_pages_launcher[(programs,)](
             *tokens,
             cache.view(torch.float16),
             *sequences,
@@ -1505,7 +1511,7 @@ def write_kv(
         return
     block_tokens, block_heads, num_warps = _token_blocks(num_tokens, num_kv_heads, num_q_heads, head_dim)
     num_heads = num_kv_heads + num_q_heads
-    _write_tokens_kernel[(triton.cdiv(num_tokens, block_tokens) * (num_heads // block_heads),)](
+    _write_tokens_launcher[(triton.cdiv(num_tokens, block_tokens) * (num_heads // block_heads),)](
         *tokens,
         None if layout.is_float else cache.view(torch.float16),
         slots,
@@ -1591,7 +1597,7 @@ def dequantise_pages(
     num_seqs, num_kv_heads = block_tables.shape[0], cache.shape[1]
     if num_seqs * max_pages == 0:
         return
-    _dequantise_kernel[(num_seqs * max_pages * num_kv_heads,)](
+    _dequantise_launcher[(num_seqs * max_pages * num_kv_heads,)](
         cache.view(torch.int16),
         cache.view(torch.float16),
         block_tables,
@@ -1605,15 +1611,23 @@ def dequantise_pages(
         out_block_tables.stride(0),
         max_pages,
         num_kv_heads,
-        KV_DTYPE=layout.kv_dtype,
-        BITS=layout.bits,
-        RESIDUAL_SIZE=layout.residual_size,
-        WARPS=_dequantise_warps(layout),
-        num_warps=_dequantise_warps(layout),
-        num_stages=1,
-        enable_fp_fusion=False,
-        **_page_constants(layout),
+        **_dequantise_constants(layout),
     )
+
+
+@functools.cache
+def _dequantise_constants(layout: PageLayout) -> dict[str, Any]:
+    """What launches of `_dequantise_kernel` for a format have in common."""
+    return {
+        "KV_DTYPE": layout.kv_dtype,
+        "BITS": layout.bits,
+        "RESIDUAL_SIZE": layout.residual_size,
+        "WARPS": _dequantise_warps(layout),
+        "num_warps": _dequantise_warps(layout),
+        "num_stages": 1,
+        "enable_fp_fusion": False,
+        **_page_constants(layout),
+    }
 
 
 def _dequantise_warps(layout: PageLayout) -> int:

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from kernels import checks
+from kernels.launching import Launcher
 from kernels.reference.elementwise import ACTIVATIONS
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -71,6 +72,9 @@ def rms_norm_kernel(
         tl.store(out_ptr + rows * out_stride + cols, normalised.to(out_ptr.dtype.element_ty), mask=mask)
 
 
+_rms_norm_launcher = Launcher(rms_norm_kernel)
+
+
 @cache
 def rms_norm_tile(hidden: int) -> tuple[int, int, int, int]:
     """(chunk, number of chunks, rows per program, warps) for a hidden size.
@@ -122,7 +126,7 @@ def rms_norm(
     if num_tokens == 0:
         return out
     chunk, num_chunks, rows, num_warps = rms_norm_tile(hidden)
-    rms_norm_kernel[(triton.cdiv(num_tokens, rows),)](
+    _rms_norm_launcher[(triton.cdiv(num_tokens, rows),)](
         x,
         weight,
         residual,
@@ -244,6 +248,9 @@ def qk_norm_rope_kernel(
             tl.store(heads[i] + rest_cols, new_rests[i], mask=(head < NUM_HEADS) & (rest_cols < HEAD_DIM))
 
 
+_qk_norm_rope_launcher = Launcher(qk_norm_rope_kernel)
+
+
 @cache
 def rope_tile(num_heads: int, half: int) -> tuple[int, int, int, int]:
     """(heads per tile, tiles per program, programs per token, warps) for this many heads, query and key together.
@@ -300,7 +307,7 @@ def qk_norm_rope(
     num_heads = num_q_heads + (0 if key is None else key.shape[1])
     head_tile, passes, groups, num_warps = rope_tile(num_heads, half)
     rest = head_dim - 2 * half if query_norm is not None else 0
-    qk_norm_rope_kernel[(num_tokens, groups)](
+    _qk_norm_rope_launcher[(num_tokens, groups)](
         query,
         key,
         cos,
@@ -387,6 +394,9 @@ def silu_mul_kernel(
     tl.store(out_ptr + row * out_stride + col, result.to(out_ptr.dtype.element_ty), mask=mask)
 
 
+_silu_mul_launcher = Launcher(silu_mul_kernel)
+
+
 SILU_BLOCK = 2048
 
 
@@ -411,7 +421,7 @@ def silu_mul(
         out = torch.empty(num_tokens, width, dtype=gate_up.dtype, device=gate_up.device)
     if num_tokens == 0:
         return out
-    silu_mul_kernel[(triton.cdiv(num_tokens * width, SILU_BLOCK),)](
+    _silu_mul_launcher[(triton.cdiv(num_tokens * width, SILU_BLOCK),)](
         gate_up,
         out,
         num_tokens,

@@ -2,8 +2,9 @@
 
 Before each launch Triton works out from the arguments which compiled kernel is meant, which takes the host longer than
 the launch itself. Where a step launches a kernel once per layer, only addresses differ; so `Launcher` remembers, by all
-that Triton would look at and a little more, what it found the last time. What it does not look at, such as a changed
-global constant of the module, Triton does not see either until new arguments come.
+that Triton would look at and a little more, what it found the last time: numbers by their value, but for those that the
+kernel is not specialised for. What it does not look at, such as a changed global constant of the module, Triton does
+not see either until new arguments come.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from kernels.interpreting import INTERPRETING
 # Steps have ever other sizes: remembering them all would only fill the memory.
 _MAX_REMEMBERED = 64
 
+_INT32 = 1 << 31
+
 
 class Launcher:
     """A kernel, `launcher[grid](*arguments, **constants_and_options)` as with the kernel itself.
@@ -28,6 +31,10 @@ class Launcher:
 
     def __init__(self, kernel: Any, by_identity: tuple[str, ...] = ()) -> None:
         self._kernel, self._by_identity = kernel, by_identity
+        unspecialised = set(getattr(kernel, "do_not_specialize", None) or ())
+        self._unspecialised = [
+            index for index, name in enumerate(kernel.arg_names) if name in unspecialised or index in unspecialised
+        ]
         self._remembered: dict[tuple, tuple[Any, tuple]] = {}
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
@@ -39,7 +46,11 @@ class Launcher:
         known = more
         if self._by_identity:
             known = more | {name: id(more[name]) for name in self._by_identity}
-        key = (torch.cuda.current_device(), *map(_kind, arguments), *known.items())
+        kinds = list(map(_kind, arguments))
+        for index in self._unspecialised:
+            if type(arguments[index]) is int and abs(arguments[index]) < _INT32:
+                kinds[index] = int  # the kernel is the same for all of them
+        key = (torch.cuda.current_device(), *kinds, *known.items())
         found = self._remembered.get(key)
         if found is not None:
             compiled, constants = found

@@ -19,6 +19,7 @@ from kernels import checks
 from kernels.cache import _e4m3_code
 from kernels.elementwise import DTYPES, MAX_HIDDEN, _check_rms_norm, _check_silu_mul, rms_norm_tile
 from kernels.interpreting import INTERPRETING
+from kernels.launching import Launcher
 from kernels.reference.quantise import FP8_MAX, LEAST_ABSMAX
 
 _INTERPRETING = tl.constexpr(INTERPRETING)
@@ -163,6 +164,10 @@ def silu_mul_fp8_kernel(
     _store_quantised(parts, out_ptr, scale_ptr, rows, num_tokens, out_stride, WIDTH, CHUNK, NUM_CHUNKS, ROWS)
 
 
+_quantise_tokens_launcher = Launcher(quantise_tokens_kernel)
+_rms_norm_fp8_launcher, _silu_mul_fp8_launcher = Launcher(rms_norm_fp8_kernel), Launcher(silu_mul_fp8_kernel)
+
+
 @cache
 def row_tile(width: int) -> tuple[int, int, int, int]:
     """(chunk, number of chunks, rows per program, warps): `rms_norm_tile`, but the widest rows take twice the warps.
@@ -202,7 +207,7 @@ def quantise_tokens_fp8(
     if num_tokens == 0:
         return out, scale
     chunk, num_chunks, rows, num_warps = row_tile(width)
-    quantise_tokens_kernel[(triton.cdiv(num_tokens, rows),)](
+    _quantise_tokens_launcher[(triton.cdiv(num_tokens, rows),)](
         x,
         out.view(torch.uint8),
         scale,
@@ -248,7 +253,7 @@ def rms_norm_fp8(
     if num_tokens == 0:
         return out, scale
     chunk, num_chunks, rows, num_warps = row_tile(hidden)
-    rms_norm_fp8_kernel[(triton.cdiv(num_tokens, rows),)](
+    _rms_norm_fp8_launcher[(triton.cdiv(num_tokens, rows),)](
         x,
         weight,
         residual,
@@ -294,7 +299,7 @@ def silu_mul_fp8(
     if num_tokens == 0:
         return out, scale
     chunk, num_chunks, rows, num_warps = row_tile(width)
-    silu_mul_fp8_kernel[(triton.cdiv(num_tokens, rows),)](
+    _silu_mul_fp8_launcher[(triton.cdiv(num_tokens, rows),)](
         gate_up,
         out.view(torch.uint8),
         scale,

@@ -44,6 +44,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from kernels import checks
 from kernels.cache import _widen
 from kernels.interpreting import INTERPRETING
+from kernels.launching import Launcher
 from kernels.reference.elementwise import ACTIVATIONS
 
 DTYPES = (torch.bfloat16, torch.float16)
@@ -396,6 +397,9 @@ def tensor_kernel(
     _store(sums, bias_ptr, out_ptr, num_rows, n, out_stride, GATE_UP, GELU_TANH, BLOCK_N, ROWS)
 
 
+_rows_launcher, _tensor_launcher = Launcher(rows_kernel), Launcher(tensor_kernel)
+
+
 # ---- launchers -----------------------------------------------------------------------------------------------------
 
 
@@ -537,7 +541,7 @@ def _launch(x, weight, bias, norm, out, activation, pdl, config, scales=(None, N
         "num_warps": config.num_warps,
     } | ({"launch_pdl": True} if pdl else {})
     if config.tensor_cores:
-        tensor_kernel[grid](
+        _tensor_launcher[grid](
             x,
             weight,
             bias,
@@ -553,7 +557,7 @@ def _launch(x, weight, bias, norm, out, activation, pdl, config, scales=(None, N
         )
     else:
         norm_weight, eps, weight_offset = norm or (None, 0.0, 0.0)
-        rows_kernel[grid](
+        _rows_launcher[grid](
             x,
             weight,
             bias,

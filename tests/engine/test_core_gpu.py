@@ -23,6 +23,7 @@ from running import (
     run,
 )
 
+from engine import pieces
 from engine.bench.step_log import read_step_log
 from engine.commands.bench import bench
 from engine.commands.generate import generate
@@ -295,6 +296,24 @@ def test_memory_is_filled_and_not_exceeded(settings, models):
         requests = [request(core, i, prompt, **asked) for i, prompt in enumerate(prompts([150] * 14))]
         run(core, requests)
         assert torch.cuda.max_memory_allocated() - before <= memory.activation_bytes + (32 << 20)
+
+
+def test_captured_sizes_are_timed_and_the_slower_ones_left_out(models, monkeypatch):
+    timed, real = [], pieces.seconds_on_gpu
+    monkeypatch.setattr(
+        pieces, "seconds_on_gpu", lambda captured: timed.append((captured, real(captured))) or timed[-1][1]
+    )
+    with engine(models("llama")[0], **GPU, max_num_seqs=8, max_num_batched_tokens=2048) as core:
+        ((captured, seconds),) = timed
+        by_size = {each.size: taken for each, taken in zip(captured, seconds, strict=True)}
+        assert list(by_size) == pieces.piece_sizes(core.weights, 2048)
+        assert all(1e-6 < taken < 1 for taken in seconds)
+        assert core.piece_sizes[-1] == 2048
+        assert set(core.piece_sizes) <= set(by_size)
+        for size, taken in by_size.items():
+            assert by_size[core._runner._pieces_for(size).size] <= taken
+        for length in (10, 300, 700):  # in whatever is left
+            run(core, [request(core, length, prompts((length,))[0], max_tokens=3)])
 
 
 def test_a_context_that_does_not_fit_on_the_gpu(models):

@@ -1,7 +1,8 @@
 """What the runner does that whole texts would not show: packing, transfers, slots, and graphs without a GPU."""
 
 import itertools
-from collections.abc import Callable, Iterator
+import random
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -212,7 +213,9 @@ class Replayed:
             kept.copy_(new)
 
 
-def capture_on_cpu(core: EngineCore, monkeypatch: pytest.MonkeyPatch) -> dict[int, Replayed]:
+def capture_on_cpu(
+    core: EngineCore, monkeypatch: pytest.MonkeyPatch, num_tokens: Iterable[int] = ()
+) -> dict[int, Replayed]:
     """`ModelRunner.capture` as on a GPU, with `Replayed` for graphs."""
     runner = core._runner
     decode, capturing = runner._decode, []
@@ -235,7 +238,7 @@ def capture_on_cpu(core: EngineCore, monkeypatch: pytest.MonkeyPatch) -> dict[in
         patch.setattr(torch.cuda, "CUDAGraph", Replayed)
         patch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
         patch.setattr(torch.cuda, "synchronize", lambda *_: None)
-        runner.capture(graph_sizes(core.config.max_num_seqs))
+        runner.capture(graph_sizes(core.config.max_num_seqs), list(num_tokens))
     for graph in runner.graphs.values():
         graph.graph.num_replays = 0  # each was replayed once on padding
     # A GPU copies a graph's tokens to the host before the graph runs again.
@@ -372,6 +375,42 @@ def test_captured_pieces_are_those_launched(family, settings, models, monkeypatc
             assert bool(Rerun.num_replays) == bool(sizes)
             results.append([each.output_token_ids for each in requests])
     assert results[0] == results[1]
+
+
+@given(st.lists(st.floats(1e-4, 1e-1), min_size=1, max_size=12))
+def test_a_size_that_a_larger_one_beats_is_not_used(seconds):
+    made = [SimpleNamespace(size=16 * (index + 1), seconds=taken) for index, taken in enumerate(seconds)]
+    kept = pieces.without_slower(made, lambda captured: [each.seconds for each in captured])
+    assert kept == sorted(kept, key=lambda each: each.size)
+    assert kept[-1] is made[-1]
+    for each in made:
+        used = next(other for other in kept if other.size >= each.size)
+        assert used.seconds <= each.seconds  # nothing gets slower
+        larger = [other.seconds for other in made if other.size > each.size]
+        assert (used is each) == all(taken > 0.98 * each.seconds for taken in larger)
+
+
+def test_noise_drops_no_size():
+    """Of times that grow, and of small sizes that all take as long as reading the weights."""
+    draw = random.Random(0)
+    for _ in range(100):
+        times = [max(5e-3, 2e-5 * size) * draw.uniform(0.995, 1.005) for size in (16, 32, 64, 128, 256, 512)]
+        made = [SimpleNamespace(size=index) for index in range(len(times))]
+        assert pieces.without_slower(made, lambda captured, times=times: times) == made
+
+
+def test_an_engine_tells_which_sizes_it_uses(models, monkeypatch):
+    """Of four captured ones: steps of 17 to 32 tokens run in 48."""
+    seconds = {16: 1.0, 32: 2.0, 48: 1.5, 64: 3.0}
+    monkeypatch.setattr(pieces, "_captured", Rerun)
+    monkeypatch.setattr(pieces, "seconds_on_gpu", lambda captured: [seconds[each.size] for each in captured])
+    with engine(models("llama")[0], max_num_seqs=4, max_num_batched_tokens=64) as core:
+        capture_on_cpu(core, monkeypatch, seconds)
+        assert core.piece_sizes == [16, 48, 64]
+        used = [core._runner._pieces_for(count).size for count in (1, 16, 17, 32, 48, 49, 64)]
+        assert used == [16, 16, 48, 48, 48, 64, 64]
+        assert core._runner._pieces_for(65) is None
+        run(core, [request(core, 0, prompts((30,))[0], max_tokens=3)])
 
 
 @given(st.integers(1, 9000), st.integers(1, 14), st.booleans())

@@ -1,5 +1,6 @@
 """A launcher finds the kernel that Triton would have found."""
 
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -7,8 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kernels import launching
+from kernels import cache, elementwise, launching, quantise, skinny
 from kernels.launching import Launcher
+from kernels.pages import PageLayout
 
 
 class Kernel:
@@ -102,6 +104,23 @@ def test_descriptors_differ_by_box_and_layout():
     assert len(kernel.compiled) == 4
 
 
+class Unspecialised(Kernel):
+    do_not_specialize = ("n",)
+
+
+@given(sizes=st.lists(st.integers(-(2**33), 2**33), min_size=1, max_size=30))
+def test_numbers_that_no_kernel_is_made_for_are_only_handed_on(sizes):
+    kernel = Unspecialised()
+    launcher = Launcher(kernel)
+    for n in sizes:
+        launcher[(1,)](None, 0.5, n, BLOCK=16, c=1)
+    assert [arguments[2] for _, arguments, *_ in kernel.launched] == sizes
+    # Triton takes 64 bits where it must.
+    assert len(kernel.compiled) <= 1 + len({n for n in sizes if not -(2**31) < n < 2**31})
+    launcher[(1,)](None, 0.25, sizes[0], BLOCK=16, c=1)
+    assert kernel.launched[-1][1][1] == 0.25
+
+
 @given(sizes=st.lists(st.integers(1, 500), max_size=300))
 def test_memory_is_bounded(sizes):
     kernel = Kernel()
@@ -118,6 +137,121 @@ def test_the_interpreter_is_left_alone(monkeypatch):
     for _ in range(2):
         Launcher(kernel)[(1,)](None, 0.5, 7, BLOCK=16, c=1)
     assert len(kernel.compiled) == 2
+
+
+class Signature(Kernel):
+    """Of a real kernel: every parameter must be given once, those that change at run time by position."""
+
+    def __init__(self, kernel):
+        super().__init__()
+        self.arg_names = kernel.arg_names
+
+    def __getitem__(self, grid):
+        def run(*arguments, **more):
+            constants = self.arg_names[len(arguments) :]
+            assert all(name.isupper() for name in constants)
+            assert not any(name.isupper() for name in self.arg_names[: len(arguments)])
+            assert set(constants) <= set(more)
+            assert {name for name in more if name not in constants} <= OPTIONS
+            return Kernel.__getitem__(self, grid)(*arguments, **more)
+
+        return run
+
+
+OPTIONS = {"num_warps", "num_stages", "maxnreg", "enable_fp_fusion", "launch_pdl"}
+
+
+def calls():
+    """Every launch of a layer but attention: the module, its launcher, and a call with so many tokens."""
+    half, fp8 = torch.float16, torch.float8_e4m3fn
+    weight, norm = torch.zeros(32, 64, dtype=half), torch.ones(64, dtype=half)
+    rope = {"cos": torch.zeros(100, 32), "sin": torch.zeros(100, 32)}
+
+    def rows(count, width=64, dtype=half):
+        return torch.zeros(count, width).to(dtype)
+
+    def write(count, kv_dtype):
+        layout = PageLayout(kv_dtype, 64, 32)
+        heads = torch.zeros(count, 8, 64, dtype=half)
+        places = torch.zeros(count, dtype=torch.int64)
+        ones = torch.ones(1, dtype=torch.int32)
+        more = {"slots": places, "positions": places, "query": heads[:, :4], "rotated_key": heads[:, 4:6], **rope}
+        if layout.is_low_bit:
+            names = ("seq_lens", "residual_slots", "flushed_lens", "committed_lens")
+            more |= dict.fromkeys(names, ones) | {"block_tables": ones[None], "query_start": torch.zeros(2).int()}
+            more["residual"] = layout.empty_residual(1, 2, half)
+        cache.write_kv(heads[:, 4:6], heads[:, 6:], layout.empty_cache(4, 2), layout, **more, check=False)
+
+    def dequantise(count, kv_dtype):
+        layout, plain = PageLayout(kv_dtype, 64, 32), PageLayout("float16", 64, 32)
+        tables, lens = torch.zeros(count, 3, dtype=torch.int32), torch.ones(count, dtype=torch.int32)
+        ring = {}
+        if layout.is_low_bit:
+            ring = {"residual": layout.empty_residual(1, 2, half), "residual_slots": lens, "flushed_lens": lens}
+        pages = layout.empty_cache(4, 2), layout, tables, lens, plain.empty_cache(4, 2), plain, tables
+        cache.dequantise_pages(*pages, max_context_len=40, **ring, check=False)
+
+    def mapping(count):
+        lens = torch.tensor([0, count], dtype=torch.int32)
+        cache.slot_mapping(lens[None], lens, lens[1:], count, 32, check=False)
+
+    def skinny_fp8(count):
+        scale = torch.ones(count)
+        skinny.skinny_linear_fp8(rows(count, 64, fp8), scale, weight.to(fp8), torch.ones(32), check=False)
+
+    yield cache, "_slot_mapping_launcher", mapping
+    for kv_dtype in ("float16", "fp8", "int8"):
+        yield cache, "_write_tokens_launcher", partial(write, kv_dtype=kv_dtype)
+    for kv_dtype in ("int4", "int2"):
+        yield cache, "_write_pages_launcher", partial(write, kv_dtype=kv_dtype)
+    for kv_dtype in ("fp8", "int8", "int4", "int2"):
+        yield cache, "_dequantise_launcher", partial(dequantise, kv_dtype=kv_dtype)
+    for residual in (False, True):
+        yield (
+            *(elementwise, "_rms_norm_launcher"),
+            lambda n, r=residual: elementwise.rms_norm(rows(n), norm, 1e-5, residual=rows(n) if r else None),
+        )
+        yield (
+            *(quantise, "_rms_norm_fp8_launcher"),
+            lambda n, r=residual: quantise.rms_norm_fp8(rows(n), norm, 1e-5, residual=rows(n) if r else None),
+        )
+    yield elementwise, "_silu_mul_launcher", lambda n: elementwise.silu_mul(rows(n))
+    yield quantise, "_silu_mul_fp8_launcher", lambda n: quantise.silu_mul_fp8(rows(n))
+    yield quantise, "_quantise_tokens_launcher", lambda n: quantise.quantise_tokens_fp8(rows(n))
+    for key in (None, torch.zeros(7, 2, 64, dtype=half)):
+        heads = torch.zeros(7, 4, 64, dtype=half)
+        norms = {} if key is None else {"query_norm": norm, "key_norm": norm}
+        yield (
+            *(elementwise, "_qk_norm_rope_launcher"),
+            lambda n, k=key, q=heads, norms=norms: elementwise.qk_norm_rope(
+                q[:n], k if k is None else k[:n], *rope.values(), torch.zeros(n).long(), **norms
+            ),
+        )
+    yield skinny, "_rows_launcher", lambda n: skinny.skinny_linear(rows(n)[:2], weight, norm=(norm, 1e-5, 0.0))
+    yield skinny, "_tensor_launcher", lambda n: skinny.skinny_gate_up(rows(n), weight)
+    yield skinny, "_tensor_launcher", lambda n: skinny.skinny_linear(rows(n), weight, bias=norm[:32])
+    yield skinny, "_tensor_launcher", skinny_fp8
+
+
+@pytest.mark.parametrize(("module", "name", "call"), list(calls()))
+def test_what_is_remembered_is_launched_with_all_that_triton_was_given(monkeypatch, module, name, call):
+    """The first launch goes by names, the others by position."""
+    real = getattr(module, name)._kernel
+    kernel = Signature(real)
+    monkeypatch.setattr(module, name, Launcher(kernel))
+    for count in (7, 7, 5, 7):
+        call(count)
+    assert len(kernel.launched) == 4
+    assert [len(launch) for launch in kernel.launched].count(3) >= 2  # remembered ones
+    first, second, _, last = kernel.launched
+    for other in (second, last):
+        assert other[0] == (*first[0], 1, 1)[:3]
+        assert len(other[1]) == len(first[1]) == len(real.arg_names)
+        for one, another in zip(first[1], other[1], strict=True):
+            if isinstance(one, torch.Tensor):
+                assert (one.shape, one.dtype, one.stride()) == (another.shape, another.dtype, another.stride())
+            else:
+                assert (one, type(one)) == (another, type(another))
 
 
 @pytest.mark.gpu
