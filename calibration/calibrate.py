@@ -25,8 +25,8 @@ _MODEL_FILES = ("*config.json", "*.safetensors*", "tokenizer*")
 _DESCRIPTION = (
     "Measure whole engine steps on this device for a profile, from which `memwall plan` and `memwall simulate` foresee "
     "any step: decodes over (batch, context), prompts over (new tokens, context), mixed steps, the CPU's time, KV "
-    "blocks, and the rates of the device. Weights are loaded once for all KV formats. What is measured is kept beside "
-    "the profile, in a file that ends in .part; a run that was ended goes on from there."
+    "blocks, what a clock changes, and the rates of the device. Weights are loaded once for all KV formats. What "
+    "is measured is kept beside the profile, in a file that ends in .part; a run that was ended goes on from there."
 )
 
 

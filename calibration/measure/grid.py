@@ -25,24 +25,28 @@ SPREAD_CONTEXTS = (1024, 4096)  # of priority 0
 MORE_CONTEXTS = (512, 2048, 8192, 16_384, 32_768)
 LONGEST_CONTEXT = 131_072  # at batch 1
 # Requests whose contexts are drawn log-uniformly, with as many tokens in all as so many of the second number have.
-RAGGED = ((8, 4096), (32, 1024), (32, 4096), (64, 1024), (64, 4096), (128, 1024), (256, 1024))
+RAGGED = ((8, 4096), (32, 1024), (64, 4096), (256, 1024))
 # Between sizes of graphs: padding.
 PADDED = ((3, 512), (12, 512), (20, 1024), (44, 512), (100, 512), (250, 512))
 FULL_POOL = 0.95  # share of the pool that the longest contexts of a batch take
 
 # ---- prefill: new tokens, and tokens in the cache --------------------------------------------------------------------
 
-QUERIES = (16, 32, 64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
+# Where nothing is padded. Engines that pad have a point for every size they pad to, and of these the larger ones: there
+# the matrix kernels change.
+QUERIES = (16, 32, 64, 128, 192, 256, 384, 512, 768, 1024)
+LARGE_QUERIES = (1152, 1280, 1536, 1792, 2048, 2560, 3072, 4096, 5120, 6144, 8192)
 CONTEXT_QUERIES, MORE_CONTEXT_QUERIES = (128, 512, 2048), (32, 64, 256, 1024, 4096)  # of priority 0 and 1
 CONTEXTS = (1024, 8192)
-# Of each of CONTEXT_QUERIES, and of each of MORE_CONTEXT_QUERIES.
-LONGER_CONTEXTS, LONG_CONTEXTS = (4096, 16_384, 32_768), (32_768,)
-LONG_PREFILLS = ((8192, 8192), (512, 65_536), (2048, 65_536), (128, 122_880), (2048, 122_880))
+# Of each of CONTEXT_QUERIES.
+LONGER_CONTEXTS = (4096, 16_384, 32_768)
+LONG_PREFILLS = ((64, 32_768), (256, 32_768), (1024, 32_768), (512, 65_536), (2048, 65_536), (128, 122_880))
 
 # ---- mixed -----------------------------------------------------------------------------------------------------------
 
 BESIDE_QUERIES, BESIDE_DECODES, BESIDE_CONTEXT = (128, 512, 1024), (16, 64, 192), 512
-NUM_DRAWN, NUM_DRAWN_FIRST = 30, 16  # the first of them have priority 0
+PADDED_FROM, PADDED_TO, PADDED_DECODES = 192, 1024, (24, 8, 96, 48)  # sizes of pieces, and decodes by turns
+NUM_DRAWN, NUM_DRAWN_FIRST = 26, 16  # the first of them have priority 0
 _CHUNKS = ((1, 0.5), (2, 0.22), (3, 0.11), (4, 0.08), (5, 0.05), (6, 0.04))  # prompt chunks of a step, how often
 _DRAWN_QUERY, _DRAWN_CONTEXT, _DRAWN_DECODE = (16, 2048), (64, 8192), (32, 4096)
 _WITH_CONTEXT, _WITHOUT_DECODES = 0.25, 0.1
@@ -104,6 +108,7 @@ class Room:
 
     Attributes:
         num_blocks: KV blocks, the null block not counted. windows: of its KV groups.
+        piece_sizes: numbers of tokens that steps with prompts are padded to, ascending; larger ones are not padded.
     """
 
     max_num_seqs: int
@@ -112,6 +117,11 @@ class Room:
     num_blocks: int
     block_size: int
     windows: tuple[int | None, ...] = (None,)
+    piece_sizes: tuple[int, ...] = ()
+
+    def padded(self, num_tokens: int) -> int:
+        """Tokens that a step with prompts computes."""
+        return next((size for size in self.piece_sizes if size >= num_tokens), num_tokens)
 
     def holds(self, point: Point) -> bool:
         """Whether the engine can run such steps one behind the other.
@@ -126,6 +136,18 @@ class Room:
         pages = sum(count * self._pages(context + 1) for context, count in point.decodes)
         pages += sum(self._pages(query + context) for query, context in point.prefills)
         return pages + sum(map(self._pages, admitted)) <= self.num_blocks
+
+    def holds_stream(self, points: Iterable[Point]) -> bool:
+        """Whether the engine can run steps of these shapes in any order: all their requests are there all the time, and
+        of prompts without context those of two steps in flight."""
+        points = list(dict.fromkeys(points))
+        held = [(context + 1, count) for point in points for context, count in point.decodes]
+        held += [(query + context, 1) for point in points for query, context in point.prefills if context]
+        admitted = [[query for query, context in point.prefills if context == 0] for point in points]
+        slots = sum(count for _, count in held) + 2 * max(map(len, admitted), default=0)
+        pages = sum(count * self._pages(length) for length, count in held)
+        pages += 2 * max((sum(map(self._pages, queries)) for queries in admitted), default=0)
+        return slots <= self.max_num_seqs and pages <= self.num_blocks and all(map(self.holds, points))
 
     @staticmethod
     def longest(point: Point) -> int:
@@ -204,7 +226,7 @@ def _prefills(room: Room, quick: bool) -> Iterator[Point]:
     def behind(query: int, context: int, priority: int) -> Point:
         return Point(PREFILL, ((query, room.within_page(context)),), (), priority)
 
-    for query in _up_to(QUICK_QUERIES if quick else QUERIES, longest):
+    for query in _up_to(QUICK_QUERIES if quick else _queries(room), longest):
         yield Point(PREFILL, ((query, 0),), (), 0)
     if quick:
         yield from (behind(query, CONTEXTS[0], 1) for query in QUICK_CONTEXT_QUERIES)
@@ -214,8 +236,14 @@ def _prefills(room: Room, quick: bool) -> Iterator[Point]:
         yield from (behind(query, context, 1) for context in LONGER_CONTEXTS)
     for query in MORE_CONTEXT_QUERIES:
         yield from (behind(query, context, 1) for context in CONTEXTS)
-        yield from (behind(query, context, 2) for context in LONG_CONTEXTS)
     yield from (behind(query, context, 2) for query, context in LONG_PREFILLS)
+
+
+def _queries(room: Room) -> list[int]:
+    """New tokens of prompts without context, ascending."""
+    if not room.piece_sizes:
+        return [*QUERIES, *LARGE_QUERIES]
+    return [*room.piece_sizes, *(query for query in LARGE_QUERIES if query > room.piece_sizes[-1])]
 
 
 def _mixed(room: Room, quick: bool, seed: int) -> Iterator[Point]:
@@ -223,9 +251,22 @@ def _mixed(room: Room, quick: bool, seed: int) -> Iterator[Point]:
     for query in QUICK_BESIDE_QUERIES if quick else BESIDE_QUERIES:
         for decodes in BESIDE_DECODES:
             yield Point.of(MIXED, [(query, 0)], [context] * decodes, 0)
+    if not quick:
+        yield from _padded(room, context)
     draw = random.Random(f"{seed} mixed")
     for index in range(QUICK_DRAWN if quick else NUM_DRAWN):
         yield _drawn(room, draw, 0 if index < NUM_DRAWN_FIRST else 1)
+
+
+def _padded(room: Room, context: int) -> Iterator[Point]:
+    """A prompt beside decodes for every number of tokens that such steps are padded to, itself a little below it."""
+    pairs = zip((0, *room.piece_sizes), room.piece_sizes, strict=False)
+    sizes = [(below, size) for below, size in pairs if PADDED_FROM <= size <= PADDED_TO]
+    for index, (below, size) in enumerate(sizes):
+        num_tokens = size - min((size - below) // 4, 32)
+        decodes = min(PADDED_DECODES[index % len(PADDED_DECODES)], room.max_num_seqs - 2)
+        if decodes > 0:
+            yield Point.of(MIXED, [(num_tokens - decodes, 0)], [context] * decodes, 1)
 
 
 def _drawn(room: Room, draw: random.Random, priority: int) -> Point:

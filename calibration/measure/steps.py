@@ -10,6 +10,9 @@ long. Before every step they are set back, so that each step has the same shape:
 
 Setting back takes place before the clock of the step starts, and costs a fraction of a microsecond per request. With
 two steps in flight the device does not wait for it.
+
+Steps of different shapes can follow each other. The requests of all of them then run all the time, and those that have
+no part in a step are parked: all their tokens count as computed, so that the scheduler passes them over.
 """
 
 from __future__ import annotations
@@ -55,7 +58,7 @@ class Effort:
     most: int = 30
     seconds: float = 0.12
     alone: int = 4
-    slow_s: float = 0.08
+    slow_s: float = 0.06
     least_slow: int = 3
     spread: float = 0.1
     retries: int = 2
@@ -75,6 +78,19 @@ class _Held:
         sequence.num_computed_tokens = self.context
         sequence.num_tokens = self.context + self.query - sequence.num_pending_tokens
 
+    def park(self) -> None:
+        """As if nothing of it were left to compute, until it is set back."""
+        self.set_back()
+        self.sequence.num_computed_tokens = self.context + self.query
+
+
+@dataclass(frozen=True)
+class _Requests:
+    """What a step is made of: requests that are there already, and prompts of new ones."""
+
+    held: tuple[_Held, ...]
+    prompts: tuple[list[int], ...]
+
 
 class StepRunner:
     """Runs and times steps of any shape on an engine that has nothing else to do.
@@ -87,19 +103,30 @@ class StepRunner:
         self._core, self._effort = core, effort or Effort()
         self._random = np.random.default_rng(seed)
         self._num_requests = 0
-        self._held: list[_Held] = []
-        self._prompts: list[list[int]] = []
+        self._requests: dict[tuple, _Requests] = {}  # by point
+        self._of_last_step: _Requests | None = None
         shuffle_pool(core, seed)
         fill_pool(core, seed)
 
     # ---- requests ----------------------------------------------------------------------------------------------------
 
-    def begin(self, point: Point) -> None:
-        """Make the requests of a step.
+    def begin(self, *points: Point) -> None:
+        """Make the requests of steps, each of which is then prepared in any order and as often as one likes.
 
         Raises:
             UserError: the engine has no room for them.
         """
+        requests = {key: self._made(point) for key, point in {point.key: point for point in points}.items()}
+        held = [each for of_step in requests.values() for each in of_step.held]
+        for each in held:
+            each.sequence.num_computed_tokens = each.context
+        if held:
+            self._core.adopt([each.sequence for each in held])
+        for each in held:
+            each.park()
+        self._requests = requests
+
+    def _made(self, point: Point) -> _Requests:
         held, prompts = [], []
         for context in point.contexts:
             sequence = self._sequence([*self._tokens(1)] * context, _ENDLESS)
@@ -112,25 +139,27 @@ class StepRunner:
                 held.append(_Held(self._sequence([tokens[0]] * context + tokens, _ENDLESS), query, context))
             else:
                 prompts.append(tokens)
-        for each in held:
-            each.sequence.num_computed_tokens = each.context
-        if held:
-            self._core.adopt([each.sequence for each in held])
-        self._held, self._prompts = held, prompts
+        return _Requests(tuple(held), tuple(prompts))
 
-    def prepare(self) -> None:
-        """Make the scheduler's next step the wished one."""
-        for held in self._held:
+    def prepare(self, point: Point) -> None:
+        """Make the scheduler's next step the wished one, of those that were begun."""
+        requests, last = self._requests[point.key], self._of_last_step
+        if last is not None and last is not requests:
+            for held in last.held:
+                held.park()
+        for held in requests.held:
             held.set_back()
-        for tokens in self._prompts:
+        for tokens in requests.prompts:
             self._core.add(self._sequence(tokens, 1))
+        self._of_last_step = requests
 
     def end(self) -> None:
         """Give slots and pages back."""
         self._core.settle()
-        for held in self._held:
-            self._core.abort(held.sequence)
-        self._held, self._prompts = [], []
+        for requests in self._requests.values():
+            for held in requests.held:
+                self._core.abort(held.sequence)
+        self._requests, self._of_last_step = {}, None
 
     def _tokens(self, count: int) -> list[int]:
         return self._random.integers(0, self._core.model_config.vocab_size, count).tolist()
@@ -166,12 +195,35 @@ class StepRunner:
                 break
         return min(found, key=_spread)
 
+    def run(self, points: Many[Point]) -> list[StepRecord]:
+        """Steps of these shapes in this order, one behind the other, with as many in flight as the engine has.
+
+        Raises:
+            UserError: the engine has no room for all their requests at once.
+            RuntimeError: the engine ran other steps than the wished ones.
+        """
+        core = self._core
+        self.begin(*points)
+        gc.freeze()
+        core.step_log = log = []
+        for point in points:
+            self.prepare(point)
+            core.step()
+        core.settle()
+        core.step_log = None
+        self.end()
+        if len(log) != len(points):
+            raise RuntimeError(f"the engine ran {len(log)} steps where {len(points)} were to be measured")
+        for record, point in zip(log, points, strict=True):
+            _check(record, point)
+        return log
+
     def _measured(self, point: Point) -> dict[str, Any]:
         self.begin(point)
         gc.freeze()  # a collection that walks all there is takes longer than a step
-        records = self._in_company()
+        records = self._in_company(point)
         is_slow = records[1].end_s - records[0].end_s > self._effort.slow_s
-        alone = self._alone(1 if is_slow else self._effort.alone) if self._core.depth > 1 else records
+        alone = self._alone(point, 1 if is_slow else self._effort.alone) if self._core.depth > 1 else records
         self._core.step_log = None
         self.end()
         for record in (*records, *alone):
@@ -194,7 +246,7 @@ class StepRunner:
             "graph_size": records[0].graph_size,
         }
 
-    def _in_company(self) -> list[StepRecord]:
+    def _in_company(self, point: Point) -> list[StepRecord]:
         """Steps one behind the other, without those at either end: the first are not in a stream yet, and behind the
         last none is launched."""
         core, effort = self._core, self._effort
@@ -203,7 +255,7 @@ class StepRunner:
         least, most = effort.settling + effort.least + 1, effort.settling + effort.most + 1
         started = None
         while len(log) < least or (len(log) < most and time.perf_counter() - started < effort.seconds):
-            self.prepare()
+            self.prepare(point)
             core.step()
             if started is None and len(log) >= effort.settling:
                 started = time.perf_counter()
@@ -212,12 +264,12 @@ class StepRunner:
         core.settle()
         return log[effort.settling : -1]
 
-    def _alone(self, count: int) -> list[StepRecord]:
+    def _alone(self, point: Point, count: int) -> list[StepRecord]:
         """Steps that are launched when the device has nothing to do."""
         core = self._core
         core.step_log = log = []
         for _ in range(count):
-            self.prepare()
+            self.prepare(point)
             core.step()
             core.settle()
         return log

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from calibration.measure import facts
+from calibration.measure import clock, facts
+from calibration.measure.clock import SECTIONS, Clock, ClockPlan
 from calibration.measure.fit import fit_errors
 from calibration.measure.grid import TABLES, Point, Room, points
 from calibration.measure.part import PartFile
@@ -50,6 +51,7 @@ class Job:
         save: where the profile will be written; what is measured is kept beside it.
         minutes: for all of it.
         record: what the profile begins with: command, commit.
+        clock: what is measured of the GPU's clock, if not what there is.
     """
 
     config: EngineConfig
@@ -60,6 +62,12 @@ class Job:
     overwrite: bool = False
     record: dict[str, Any] = field(default_factory=dict)
     effort: Effort = field(default_factory=Effort)
+    clock: ClockPlan | None = None
+
+    @property
+    def clock_plan(self) -> ClockPlan:
+        """What is measured of the clock."""
+        return self.clock or (clock.QUICK if self.quick else ClockPlan())
 
 
 def calibrate(job: Job) -> tuple[dict[str, Any], PartFile]:
@@ -131,6 +139,7 @@ class _Study:
             "gpu": facts.gpu(self._device)["gpu_name"],
             "quick": job.quick,
             "effort": asdict(job.effort),
+            "clock": asdict(job.clock_plan),
             **engine,
         }
 
@@ -144,7 +153,7 @@ class _Study:
             now = time.perf_counter()
             deadline = now + (self._end - now) / (len(self._formats) - index)
             failed = -1
-            while self._missing(name) != [] and failed < len(self._failed):  # again, behind a step that failed
+            while not self._is_done(name) and failed < len(self._failed):  # again, behind a step that failed
                 failed = len(self._failed)
                 self._on_engine(name, lambda core, name=name, until=deadline: self._measure_points(core, name, until))
         self._weights = None
@@ -202,6 +211,7 @@ class _Study:
             core.memory.num_blocks,
             self._config.block_size,
             tuple(core.scheduler.kv.windows),
+            tuple(core.piece_sizes),
         )
         noted = {
             "room": asdict(room),
@@ -214,7 +224,10 @@ class _Study:
         missing = self._missing(name)
         total = len(self._wanted(room))
         runner = StepRunner(core, seed=self._config.seed, effort=self._job.effort)
+        count = sum(not point.priority for point in missing)
         for index, point in enumerate(missing):
+            if index == count and not self._measure_clock(runner, name, room, deadline):
+                return
             now = time.perf_counter()
             if point.priority and now > deadline:
                 break
@@ -225,22 +238,57 @@ class _Study:
             except UserError:
                 raise
             except Exception as error:  # of a kernel, most likely; the engine cannot go on
-                self._fail(name, point, error)
+                self._fail((name, point.key), f"{name}: {describe(point)}", error)
                 return
             self._note({"kv": name, "table": point.table, "point": measured})
             self._progress(name, total - len(missing) + index + 1, total)
+        if count == len(missing):
+            self._measure_clock(runner, name, room, deadline)
 
-    def _fail(self, name: str, point: Point, error: Exception) -> None:
+    def _measure_clock(self, runner: StepRunner, name: str, room: Room, deadline: float) -> bool:
+        """Its tables, which a profile can do without, with the points that steps of their like have been measured as.
+
+        Returns:
+            Whether the engine can go on.
+        """
+        tables = Clock(runner, room, lambda point: self.part.point(name, point), self._job.clock_plan)
+        for section in self._missing_of_clock(name):
+            if time.perf_counter() > deadline:
+                break
+            started = time.perf_counter()
+            try:
+                measured = tables.measure(section)
+            except Exception as error:
+                self._fail(("clock", section), f"clock: {section}", error)
+                return False
+            self._note({"clock": {section: measured}})
+            self.say(f"clock: {section} measured in {time.perf_counter() - started:.0f} s")
+        return True
+
+    def _missing_of_clock(self, name: str) -> list[str]:
+        """Tables of the clock that this format's engine is to measure: the first one's, on a GPU."""
+        room = self._room(name)
+        if name != self._formats[0] or room is None or not self._has_clock(room):
+            return []
+        return [each for each in SECTIONS if each not in self.part.clock and ("clock", each) not in self._failed]
+
+    def _has_clock(self, room: Room) -> bool:
+        return self._device.type == "cuda" and Clock.has_room(room, self._job.clock_plan)
+
+    def _fail(self, key: tuple, text: str, error: Exception) -> None:
         """Go on without a point, loudly: what else there is to measure is not lost, and the profile will say so.
+
+        Args:
+            key: what tells it from others. text: what it is.
 
         Raises:
             Exception: the error, if there were too many.
         """
-        self._failed[name, point.key] = f"{name}: {describe(point)} failed with {type(error).__name__}: {error}"
+        self._failed[key] = f"{text} failed with {type(error).__name__}: {error}"
         if len(self._failed) > _MOST_FAILURES:
             raise error
         self.say("".join(traceback.format_exception(error)))
-        self.say(self._failed[name, point.key])
+        self.say(self._failed[key])
 
     def _refuse(self, name: str, missing: list[Point]) -> None:
         """
@@ -261,7 +309,11 @@ class _Study:
         if name not in self.part.engines:
             return None
         room = self.part.engines[name]["room"]
-        return Room(**room | {"windows": tuple(room["windows"])})
+        return Room(**room | {each: tuple(room[each]) for each in ("windows", "piece_sizes")})
+
+    def _is_done(self, name: str) -> bool:
+        """Whether nothing is left to measure on the engine of a format."""
+        return self._missing(name) == [] and not self._missing_of_clock(name)
 
     def _missing(self, name: str) -> list[Point] | None:
         """Points that are not measured yet; None where no engine has said what it has room for."""
@@ -294,6 +346,7 @@ class _Study:
             "model": facts.model(self._config, self._described, self._device),
             "quantization": self._config.quantization,
             "engine": first["settings"],
+            **({"clock": {each: part.clock[each] for each in SECTIONS if each in part.clock}} if part.clock else {}),
             "kv": kv,
             "allreduce": part.allreduce,
         }
@@ -301,6 +354,8 @@ class _Study:
         if self._left_out:
             counts = ", ".join(f"{count} of {name}" for name, count in self._left_out.items())
             notes.append(f"time ran out: points were left out that a profile can do without ({counts})")
+        if left := self._missing_of_clock(self._formats[0]):
+            notes.append(f"time ran out: of the clock's tables were left out: {', '.join(left)}")
         if notes:
             found["notes"] = notes
         errors = self._fit_errors(found)

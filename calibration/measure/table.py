@@ -9,6 +9,7 @@ from calibration.measure.grid import DECODE, MIXED, PREFILL, Point
 from engine.bench import tables
 
 _HEADER = ("step", "ms", "p10", "p90", "GPU ms", "alone ms", "host ms", "× floor")
+_CLOCK = ("cool_s", "hot_s")
 _MOST_ROWS = {DECODE: 7, PREFILL: 5, MIXED: 3}
 
 
@@ -34,6 +35,10 @@ def text_of(profile: dict[str, Any], weight_bytes: int) -> str:
         parts.append(tables.columns(_HEADER, rows))
         if kv["fit"] is not None:
             parts.append(f"errors of the fit, median / p90: {_fit(kv['fit'])}")
+    if points := profile.get("clock", {}).get("points"):
+        parts.append("\nprompts among decodes and among prompts, as shares of steps that follow their like:")
+        rows = [[f"{row['tokens']:,}", *(f"{row[name] / row['steady_s']:.3f}" for name in _CLOCK)] for row in points]
+        parts.append(tables.columns(("tokens", "cool", "hot"), rows))
     if profile["allreduce"]:
         parts.append("")
         parts += [

@@ -1,12 +1,15 @@
 """Calibration on the CPU: the steps that are measured, what is measured of them, and what an interrupted run leaves."""
 
 import gc
+import itertools
 import json
 import math
 import random
 import sys
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +20,7 @@ from calibration import calibrate as command
 from calibration.commands.calibrate import calibrate
 from calibration.measure import facts, study, table
 from calibration.measure.allreduce import measure_allreduce, world_sizes
+from calibration.measure.clock import QUICK, SECTIONS, Clock, ClockPlan
 from calibration.measure.fit import fit_errors
 from calibration.measure.grid import DECODE, MIXED, PREFILL, TABLES, Point, Room, points
 from calibration.measure.part import PartFile
@@ -115,6 +119,36 @@ def test_the_grid_of_a_large_engine_reaches_its_ends():
     assert len(points(room, quick=True)) < len(found) / 4
 
 
+PIECES = (16, 32, 64, 128, 192, 256, 320, 384, 512, 640, 896, 1024)
+
+
+def test_every_size_that_steps_are_padded_to_is_measured():
+    room = Room(256, 8192, 131_072, 14_000, 64, piece_sizes=PIECES)
+    found = points(room)
+    alone = [p.num_tokens for p in found if p.table == PREFILL and p.prefills[0][1] == 0]
+    assert [size for size in sorted(alone) if size <= 1024] == list(PIECES)
+    assert {1152, 1280, 1536, 1792, 2048, 2560, 3072, 4096, 5120, 6144, 8192} <= set(alone)
+    assert all(p.priority == 0 for p in found if p.table == PREFILL and p.prefills[0][1] == 0)
+    mixed = [point for point in found if point.table == MIXED and point.prefills and point.decodes]
+    padded = [room.padded(point.num_tokens) for point in mixed]
+    assert set(padded) >= {size for size in PIECES if size >= 192}
+    assert [room.padded(count) for count in (1, 16, 17, 400, 1024, 1025)] == [16, 16, 32, 512, 1024, 1025]
+    assert len(found) < 160
+    small = Room(6, 64, 128, 100, 32, piece_sizes=(16, 48))
+    assert {p.num_tokens for p in points(small) if p.table == PREFILL and p.prefills[0][1] == 0} == {16, 48, 64}
+
+
+def test_streams_need_room_for_all_their_requests():
+    room = Room(8, 256, 512, 20, 32)
+    decodes, others = Point.of(DECODE, (), [40] * 4), Point.of(DECODE, (), [41] * 3)
+    prompt = Point.of(PREFILL, [(200, 0)])
+    assert room.holds_stream([decodes, prompt] * 9) is False  # 4 · 2 pages, and 7 of each of two prompts
+    assert room.holds_stream([decodes, others] * 9)
+    assert room.holds_stream([decodes, Point.of(PREFILL, [(160, 0)])])
+    assert not Room(5, 256, 512, 99, 32).holds_stream([decodes, prompt])
+    assert not room.holds_stream([Point.of(PREFILL, [(300, 0)])])
+
+
 def test_ragged_contexts_have_the_sum_of_their_uniform_batch():
     ragged = [p for p in points(Room(256, 8192, 131_072, 60_000, 64)) if p.table == DECODE and len(p.decodes) > 1]
     assert {(p.num_decodes, sum(p.contexts) / p.num_decodes) for p in ragged} >= {(32, 1024), (64, 4096), (256, 1024)}
@@ -168,12 +202,53 @@ def test_every_step_has_the_wished_shape(engine, depth, kv_cache_dtype):
         core.check()
 
 
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "int4"])
+def test_steps_of_different_shapes_follow_each_other(engine, depth, kv_cache_dtype):
+    core = engine(depth, kv_cache_dtype=kv_cache_dtype)
+    runner = StepRunner(core, effort=BRIEF)
+    decode, other, prompt, chunk, mixed = (
+        Point.of(DECODE, (), [40]),
+        Point.of(DECODE, (), [100, 33]),
+        Point.of(PREFILL, [(64, 0)]),
+        Point.of(PREFILL, [(17, 130)]),
+        Point.of(MIXED, [(20, 50), (33, 0)], [60]),
+    )
+    stream = [prompt, prompt, decode, other, decode, decode, chunk, chunk, prompt, mixed, mixed, decode, other, mixed]
+    shapes, execute = [], core._runner.execute
+
+    def watched(step):
+        shapes.append((tuple(step.shape.prefills), list(step.shape.decode_contexts)))
+        return execute(step)
+
+    core._runner.execute = watched
+    records = runner.run(stream)
+    core._runner.execute = execute
+    assert shapes == [(point.prefills, point.contexts) for point in stream]
+    assert [record.shape.prefills for record in records] == [list(point.prefills) for point in stream]
+    assert all(after.end_s > before.end_s for before, after in pairwise(records))
+    assert core.step_log is None
+    assert runner.measure(chunk)["samples"] >= BRIEF.least  # and one alone, behind them
+    core.check()
+
+
+def test_a_stream_of_another_shape_is_no_measurement(engine):
+    core = engine(max_num_seqs=2)
+    runner = StepRunner(core, effort=BRIEF)
+    with pytest.raises(RuntimeError, match="was to be measured"):
+        runner.run([Point.of(DECODE, (), [40]), Point.of(PREFILL, [(8, 0), (8, 0)]), Point.of(DECODE, (), [40])])
+    for request in [*core.scheduler.running, *core.scheduler.waiting]:
+        core.abort(request)
+    core.settle()
+
+
 def test_pages_are_distinct_scattered_and_known_to_the_device(engine):
     core = engine()
     runner = StepRunner(core)
     point = SHAPES[1]
     runner.begin(point)
-    tables = [held.sequence.block_tables[0] for held in runner._held]
+    held_ones = runner._requests[point.key].held
+    tables = [held.sequence.block_tables[0] for held in held_ones]
     assert [len(blocks) for blocks in tables] == [context // 32 + 1 for context in point.contexts]
     flat = [block for blocks in tables for block in blocks]
     assert len(set(flat)) == len(flat)
@@ -182,7 +257,7 @@ def test_pages_are_distinct_scattered_and_known_to_the_device(engine):
     neighbours = sum(abs(b - a) == 1 for blocks in tables for a, b in pairwise(blocks))
     assert neighbours < len(flat) / 2
     slots = core._runner.slots
-    for held in runner._held:
+    for held in held_ones:
         sequence = held.sequence
         row = slots.block_tables[0][sequence.slot, : len(sequence.block_tables[0])]
         assert row.tolist() == sequence.block_tables[0]
@@ -295,6 +370,144 @@ def test_every_page_holds_what_the_model_wrote(engine, kv_cache_dtype):
         if layer.residual is not None:
             assert bool(layer.residual.isfinite().all())
             assert float(layer.residual.float().std()) > 0.5
+
+
+# ---- the clock -------------------------------------------------------------------------------------------------------
+
+
+class Warming:
+    """Runs steps on a GPU that warms up in prompts and cools down in decodes, within `TAU_S`: prompts take up to `SLOW`
+    more. Decodes take 5 ms, prompts 20 µs a token, and 50 µs go by between steps."""
+
+    TAU_S, SLOW = 0.08, 0.12
+
+    def __init__(self):
+        self.streams = []
+
+    def run(self, points):
+        self.streams.append(points)
+        heat, now, records = 0.0, 100.0, []
+        for point in points:
+            is_prompt, taken = bool(point.prefills), 5e-3
+            if is_prompt:
+                taken = 2e-5 * point.num_tokens * (1 + self.SLOW * heat)
+            heat = is_prompt - (is_prompt - heat) * math.exp(-taken / self.TAU_S)
+            now += taken + 5e-5
+            records.append(SimpleNamespace(gpu_s=taken, start_s=now - 0.03, end_s=now))
+        return records
+
+    def measure(self, point):
+        count = 100 if point.decodes else 1 + 50_000 // point.num_tokens  # for a second
+        return {"gpu_s": self.run([point] * count)[-1].gpu_s, "step_s": None}
+
+
+def clock_of(room: Room, plan: ClockPlan | None = None, known=lambda point: None) -> tuple[Clock, Warming]:
+    runner = Warming()
+    return Clock(runner, room, known, plan), runner
+
+
+LARGE = Room(256, 8192, 131_072, 14_000, 64, piece_sizes=PIECES)
+
+
+def test_prompts_are_measured_cool_and_hot():
+    clock, runner = clock_of(LARGE)
+    rows = {row["tokens"]: row for row in clock.measure("points")}
+    # 768 tokens would run in 896.
+    assert list(rows) == [16, 64, 128, 192, 256, 384, 512, 896, 1024, 2048, 4096]
+    for tokens, row in rows.items():
+        base = 2e-5 * tokens
+        assert row["samples"] == 6
+        assert base <= row["cool_s"] <= base * (1 + 0.12 * 0.3)
+        assert row["steady_s"] == pytest.approx(base * 1.12, rel=1e-3)
+        assert base * (1 + 0.12 * 0.85) <= row["hot_s"] <= base * 1.1201
+    cool = runner.streams[-2]
+    for prompt, some in itertools.groupby(cool[:-1], key=lambda point: bool(point.prefills)):
+        count = len(list(some))
+        assert count == 1 if prompt else 12 <= count <= 60
+    # All of it takes less than 15 s on such a GPU.
+    assert sum(record.gpu_s for stream in runner.streams[-2:] for record in Warming().run(stream)) < 15
+
+
+def test_decodes_are_measured_behind_decodes_and_behind_prompts():
+    clock, runner = clock_of(LARGE)
+    rows = clock.measure("decode_points")
+    assert [(row["batch"], row["context"], row["samples"]) for row in rows] == [
+        (16, 544, 6),
+        (128, 544, 6),
+        (254, 544, 6),
+    ]
+    hot = runner.streams[-1]
+    assert all(
+        [bool(point.prefills) for point in hot[index - 2 : index]] == [True, True]
+        for index, point in list(enumerate(hot))[-19:]
+        if not point.prefills
+    )
+
+
+def test_series_show_how_soon():
+    clock, _ = clock_of(LARGE)
+    rows = clock.measure("series")
+    assert [(row["tokens"], row["decodes_between"]) for row in rows] == [
+        *((512, 0), (512, 2), (512, 1)),
+        *((1024, 0), (1024, 5), (1024, 2)),
+    ]
+    for row, wanted in zip(rows, (1.0, 0.5, 0.68, 1.0, 0.5, 0.68), strict=True):
+        assert row["share"] == pytest.approx(wanted, abs=0.05)
+        assert row["begin_s"][0] == 0
+        assert row["decode_batch"] == 16
+        assert len(row["gpu_s"]) == len(row["begin_s"])
+        ends = [begin + taken for begin, taken in zip(row["begin_s"], row["gpu_s"], strict=True)]
+        assert all(end <= begin + 1e-4 for end, begin in zip(ends, row["begin_s"][1:], strict=False))
+        assert ends[-1] > (0.7 if row["decodes_between"] == 0 else 0.4)
+        base = 2e-5 * row["tokens"]
+        assert row["gpu_s"][0] < base * 1.01
+    # The first one tells the time constant: 1 - 1/e of the rise is reached after TAU_S.
+    rise = [taken / (2e-5 * 512) - 1 for taken in rows[0]["gpu_s"]]
+    reached = next(
+        begin for begin, more in zip(rows[0]["begin_s"], rise, strict=True) if more > 0.12 * (1 - 1 / math.e)
+    )
+    assert reached == pytest.approx(Warming.TAU_S, abs=0.015)
+
+
+def test_what_is_known_is_not_measured_again():
+    clock, runner = clock_of(LARGE, known=lambda point: {"gpu_s": 0.0123, "step_s": 0.0124})
+    rows = clock.measure("points")
+    assert {row["steady_s"] for row in rows} == {0.0123}
+    assert len(runner.streams) == 2
+
+
+@given(ROOMS, st.sampled_from([(), PIECES, (16, 48)]))
+@settings(max_examples=40)
+def test_the_clocks_steps_fit_the_engine(room, piece_sizes):
+    room = replace(room, piece_sizes=tuple(size for size in piece_sizes if size <= room.max_num_batched_tokens))
+    for plan in (ClockPlan(), QUICK):
+        if not Clock.has_room(room, plan):
+            continue
+        clock, runner = clock_of(room, plan)
+        for section in SECTIONS:
+            assert clock.measure(section) or section == "decode_points"
+        assert all(room.holds_stream(stream) for stream in runner.streams)
+
+
+TINY_CLOCK = ClockPlan(
+    *((16, 64), (), (64,), (0.5,), 2, 1e-3, 2e-3, 1e-3, 1e-3),
+    lead_s=1e-3, series_s=1e-2, mixed_lead_s=1e-3, mixed_s=1e-2,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_the_clock_on_an_engine(engine, depth):
+    core = engine(depth)
+    room = Room(8, 256, 512, core.memory.num_blocks, 32)
+    clock = Clock(StepRunner(core, effort=BRIEF), room, lambda point: None, TINY_CLOCK)
+    found = {section: clock.measure(section) for section in SECTIONS}
+    assert [row["tokens"] for row in found["points"]] == [16, 64]
+    assert [row["batch"] for row in found["decode_points"]] == [6]
+    assert [row["tokens"] for row in found["series"]] == [64, 64]
+    for row in (*found["points"], *found["decode_points"]):
+        assert row["samples"] == 2
+        assert 0 < row["cool_s"] < 10
+        assert 0 < row["hot_s"] < 10
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------
@@ -470,6 +683,50 @@ def test_a_step_that_fails_costs_no_other(tmp_path, monkeypatch, capsys, profile
         run(tmp_path / "q.json")
 
 
+@pytest.fixture
+def clocked(monkeypatch):
+    """As on a GPU; which tables are measured."""
+    measured, real = [], Clock.measure
+    job = study.Job
+    monkeypatch.setattr(study, "Job", lambda **given: job(**given, clock=TINY_CLOCK))
+    monkeypatch.setattr(study._Study, "_has_clock", lambda self, room: True)
+    monkeypatch.setattr(Clock, "measure", lambda clock, section: measured.append(section) or real(clock, section))
+    return measured
+
+
+def test_the_clock_is_measured_once_and_not_again(tmp_path, monkeypatch, capsys, clocked, profile):
+    save = tmp_path / "p.json"
+    with monkeypatch.context() as patched:
+        series = Clock._series
+        patched.setattr(Clock, "_series", lambda clock: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert run(save) == 130
+    assert Clock._series is series
+    assert clocked == ["points", "decode_points", "series"]
+    assert run(save) == 0
+    assert clocked[3:] == ["series"]
+    document = json.loads(save.read_text())
+    assert list(document["clock"]) == list(SECTIONS)
+    assert list(document).index("clock") < list(document).index("kv")
+    assert [row["tokens"] for row in document["clock"]["points"]] == [16, 64]
+    steady = {tuple(map(tuple, point["prefills"])): point for point in document["kv"]["float32"]["prefill"]}
+    for row in document["clock"]["points"]:
+        assert row["steady_s"] == steady[(row["tokens"], 0),]["step_s"]
+    assert "among decodes" in capsys.readouterr().out
+    assert "clock" not in profile
+    assert "notes" not in document
+
+
+def test_a_clock_that_fails_costs_no_point(tmp_path, monkeypatch, clocked, profile):
+    save = tmp_path / "p.json"
+    monkeypatch.setattr(Clock, "_decode_points", lambda clock: [][0])
+    assert run(save) == 0
+    document = json.loads(save.read_text())
+    assert document["notes"] == ["clock: decode_points failed with IndexError: list index out of range"]
+    assert list(document["clock"]) == ["points", "series"]
+    for name, kv in document["kv"].items():
+        assert all(len(kv[each]) == len(profile["kv"][name][each]) for each in TABLES)
+
+
 def test_a_run_that_measured_nothing_binds_nobody(tmp_path, monkeypatch, capsys):
     save = tmp_path / "p.json"
     assert run(save, "--num-gpu-blocks-override", "2") == 2
@@ -619,8 +876,7 @@ def test_a_profile_in_a_few_lines(profile):
     assert "errors of the fit, median / p90: decode 1.23% / 5.00%" in text
     assert "all-reduce of 8,192 bytes, 2 GPUs: 12.5 µs" in text
     assert json.loads(table.dumps(fitted)) == fitted
-    lines = [line for line in table.dumps(profile).splitlines() if '"fit"' not in line]
-    assert max(map(len, lines)) < 400
+    assert max(len(line) for line in table.dumps(profile).splitlines() if '"fit"' not in line) < 400
 
 
 def test_fit_is_none_where_there_is_none(monkeypatch):

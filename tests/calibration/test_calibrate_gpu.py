@@ -2,11 +2,13 @@
 
 import gc
 import json
+from itertools import pairwise
 
 import pytest
 import torch
 
 from calibration import calibrate as command
+from calibration.measure.clock import QUICK, SECTIONS, Clock
 from calibration.measure.grid import DECODE, MIXED, PREFILL, TABLES, Point, Room, points
 from calibration.measure.steps import Effort, StepRunner
 from engine.config import EngineConfig
@@ -77,6 +79,42 @@ def test_steps_of_every_kind(kv_cache_dtype):
     core._runner._pieces_for = found_pieces
 
 
+def test_steps_of_different_shapes_follow_each_other():
+    """Graphs, pieces and eager steps, two in flight, in one stream."""
+    core = EngineCore(EngineConfig(model="tiny", **SETTINGS))
+    runner = StepRunner(core, effort=BRIEF)
+    decode, more = Point.of(DECODE, (), [160] * 3), Point.of(DECODE, (), [500] * 8)
+    prompt, eager = Point.of(PREFILL, [(300, 0)]), Point.of(PREFILL, [(2048, 0)])
+    stream = [decode, decode, prompt, prompt, more, decode, eager, eager, decode, prompt, more, more]
+    records = runner.run(stream)
+    assert [record.graph_size for record in records] == [{3: 4, 8: 8}.get(point.num_decodes) for point in stream]
+    assert [record.shape.prefills for record in records] == [list(point.prefills) for point in stream]
+    assert all(0 < record.gpu_s < 10 for record in records)
+    assert all(before.end_s <= after.end_s for before, after in pairwise(records))
+    core.check()
+    assert core.scheduler.kv.pool.num_used == 0
+
+
+def test_the_clock():
+    """Every table, whatever the numbers of so small a model are."""
+    core = EngineCore(EngineConfig(model="tiny", **SETTINGS))
+    room = Room(16, 2048, 4096, 600, 64, piece_sizes=tuple(core.piece_sizes))
+    clock = Clock(StepRunner(core, effort=BRIEF), room, lambda point: None, QUICK)
+    points, decodes, series = (clock.measure(section) for section in SECTIONS)
+    assert [row["tokens"] for row in points] == sorted({room.padded(64), room.padded(512)})
+    assert [row["batch"] for row in decodes] == [14]
+    assert [row["decodes_between"] > 0 for row in series] == [False, True]
+    for row in (*points, *decodes):
+        assert 0 < row["cool_s"] < 10
+        assert 0 < row["hot_s"] < 10
+    for row in series:
+        assert row["begin_s"] == sorted(row["begin_s"])
+        assert len(row["begin_s"]) == len(row["gpu_s"]) >= 2
+        assert 0 < row["share"] <= 1
+    core.check()
+    assert core.scheduler.kv.pool.num_used == 0
+
+
 def test_an_adopted_request_samples_what_a_served_one_does():
     """In a graph, from block tables that no step has written."""
     core = EngineCore(EngineConfig(model="tiny", **SETTINGS))
@@ -117,6 +155,12 @@ def test_the_command(tmp_path):
     assert profile["gpu_name"] == torch.cuda.get_device_name()
     assert profile["gpu_memory_bytes"] > 0
     assert profile["engine"]["graph_sizes"] == [1, 2, 4, 8, 16]
+    assert profile["engine"]["piece_sizes"][-1] == 512
+    assert "notes" not in profile
+    assert list(profile["clock"]) == list(SECTIONS)
+    sizes = [size for size in profile["engine"]["piece_sizes"] if size >= 64]
+    assert [row["tokens"] for row in profile["clock"]["points"]] == sorted({sizes[0], 512})
+    assert all(row["steady_s"] > 0 for row in profile["clock"]["points"])
     for kv in profile["kv"].values():
         assert sum(len(kv[name]) for name in TABLES) == len(points(Room(16, 512, 4096, 300, 64), quick=True))
         assert all(point["graph_size"] for point in kv["decode"])
