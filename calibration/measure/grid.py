@@ -22,7 +22,7 @@ BATCHES = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 160, 192, 224, 256)  # sizes of 
 BASE_CONTEXT = 128
 SPREAD_BATCHES = (1, 8, 32, 64, 128, 256)
 SPREAD_CONTEXTS = (1024, 4096)  # of priority 0
-MORE_CONTEXTS = (512, 2048, 8192, 16_384, 32_768)
+MORE_CONTEXTS = (512, 8192, 32_768)
 LONGEST_CONTEXT = 131_072  # at batch 1
 # Requests whose contexts are drawn log-uniformly, with as many tokens in all as so many of the second number have.
 RAGGED = ((8, 4096), (32, 1024), (64, 4096), (256, 1024))
@@ -46,7 +46,7 @@ LONG_PREFILLS = ((64, 32_768), (256, 32_768), (1024, 32_768), (512, 65_536), (20
 
 BESIDE_QUERIES, BESIDE_DECODES, BESIDE_CONTEXT = (128, 512, 1024), (16, 64, 192), 512
 PADDED_FROM, PADDED_TO, PADDED_DECODES = 192, 1024, (24, 8, 96, 48)  # sizes of pieces, and decodes by turns
-NUM_DRAWN, NUM_DRAWN_FIRST = 26, 16  # the first of them have priority 0
+NUM_DRAWN, NUM_DRAWN_FIRST = 24, 16  # the first of them have priority 0
 _CHUNKS = ((1, 0.5), (2, 0.22), (3, 0.11), (4, 0.08), (5, 0.05), (6, 0.04))  # prompt chunks of a step, how often
 _DRAWN_QUERY, _DRAWN_CONTEXT, _DRAWN_DECODE = (16, 2048), (64, 8192), (32, 4096)
 _WITH_CONTEXT, _WITHOUT_DECODES = 0.25, 0.1

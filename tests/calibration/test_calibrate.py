@@ -111,7 +111,7 @@ def test_the_grid_of_a_large_engine_reaches_its_ends():
     prefills = {point.prefills[0] for point in found if point.table == PREFILL}
     assert {(16, 0), (8192, 0), (128, 1024 + 32), (2048, 32_768 + 32)} <= prefills
     mixed = [point for point in found if point.table == MIXED]
-    assert len(mixed) >= 35
+    assert len(mixed) >= 30
     assert {len(point.prefills) for point in mixed} >= {1, 2, 3}
     assert max(point.num_decodes for point in mixed) > 200
     # No decode of a uniform batch fills a page, where the low-bit formats have more to do.

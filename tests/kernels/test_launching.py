@@ -273,3 +273,16 @@ def test_a_real_kernel_is_compiled_once_for_layers_that_differ_in_addresses():
         results.append((out.double() - exact).abs().max().item())
     assert len(prefill_hopper._launcher._remembered) == before + 1
     assert max(results) < 0.03
+
+
+@pytest.mark.gpu
+def test_batches_of_all_sizes_share_a_kernel():
+    launcher = elementwise._rms_norm_launcher
+    launcher._remembered.clear()
+    weight = torch.randn(512, device="cuda", dtype=torch.bfloat16)
+    for count in (7, 1, 16, 300, 7):
+        x = torch.randn(count, 512, device="cuda", dtype=torch.bfloat16)
+        wanted = torch.nn.functional.rms_norm(x.double(), (512,), weight.double(), 1e-5)
+        result = elementwise.rms_norm(x, weight, 1e-5, check=False)
+        torch.testing.assert_close(result.double(), wanted, rtol=0.01, atol=0.01)
+    assert len(launcher._remembered) == 1
