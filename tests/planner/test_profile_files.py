@@ -144,7 +144,7 @@ BAD = {
     "no bandwidth": (lambda c: c["limits"].update(copy_bytes_per_s=0), "copy_bytes_per_s"),
     "text for a size": (lambda c: c["engine"].update(graph_sizes=["a"]), "graph_sizes"),
     "a clock of no time": (lambda c: clock_of(c)["points"][0].update(cool_s=0.0), "clock.points.0.cool_s"),
-    "faster when hot": (lambda c: clock_of(c)["points"][1].update(cool_s=0.02), "on a hot device and 20 ms on a cool"),
+    "faster when hot": (lambda c: clock_of(c)["points"][1].update(cool_s=0.03), "on a hot device and 30 ms on a cool"),
     "far slower when hot": (
         lambda c: clock_of(c)["decode_points"][0].update(hot_s=0.09),
         "times as long on a hot device as on a cool one",
@@ -153,7 +153,6 @@ BAD = {
     "a clock of text": (lambda c: clock_of(c)["points"][0].update(tokens="many"), "clock.points.0.tokens"),
     "a series with an end missing": (lambda c: clock_of(c)["series"][0]["gpu_s"].pop(), "begin 3 times"),
     "a series out of order": (lambda c: clock_of(c)["series"][0]["begin_s"].reverse(), "before the one before"),
-    "a series that tells of nothing": (lambda c: clock_of(c)["points"].clear(), "series but no points"),
     "a list for a clock": (swap("clock", []), "clock"),
 }
 
@@ -186,8 +185,10 @@ def test_a_clock_is_read_and_goes_where_the_gpu_is_the_same(tmp_path, content):
     assert clock.decode == pytest.approx(1.03)
     assert predicted(path, StepShape(prefills=[(512, 0)]), kv_cache_dtype=KVCacheDtype.FP8)[0].clock == clock
     assert predicted(path, StepShape(prefills=[(512, 0)]), gpu=load_gpu("h100_sxm"))[0].clock is None
-    content["clock"] = {"points": [], "decode_points": [], "series": []}
-    assert load_profile(write(tmp_path, content, "c.json")).clock is None
+    # A calibration that ran out of time: without points neither cool nor hot times are known.
+    for missing in (["points"], ["points", "series"], ["points", "series", "decode_points"]):
+        content["clock"] = {name: rows for name, rows in content["clock"].items() if name not in missing}
+        assert load_profile(write(tmp_path, content, "c.json")).clock is None
 
 
 @pytest.mark.parametrize("text", ["", "[1]", "null", "{", "[" * 100_000, "\x00"])
