@@ -54,6 +54,14 @@ _LLAMA_3_1_8B = {
     "bos_token_id": 128000,
     "eos_token_id": 128001,
 }
+_LLAMA_3_2_1B = _LLAMA_3_1_8B | {
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "head_dim": 64,
+    "rope_scaling": _LLAMA_3_1_8B["rope_scaling"] | {"factor": 32.0},
+    "tie_word_embeddings": True,
+}
 _QWEN3_0_6B = {
     "architectures": ["Qwen3ForCausalLM"],
     "model_type": "qwen3",
@@ -73,7 +81,12 @@ _QWEN3_0_6B = {
     "bos_token_id": 151643,
     "eos_token_id": 151645,
 }
-BUILTIN_CONFIGS = {"tiny": _TINY, "llama-3.1-8b": _LLAMA_3_1_8B, "qwen3-0.6b": _QWEN3_0_6B}
+BUILTIN_CONFIGS = {
+    "tiny": _TINY,
+    "llama-3.1-8b": _LLAMA_3_1_8B,
+    "llama-3.2-1b": _LLAMA_3_2_1B,
+    "qwen3-0.6b": _QWEN3_0_6B,
+}
 
 
 def builtin_config(model: str) -> dict[str, object] | None:
