@@ -16,6 +16,7 @@ import math
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from calibration.measure.grid import BASE_CONTEXT, BESIDE_CONTEXT, DECODE, PREFILL, Point, Room
@@ -209,7 +210,9 @@ class Clock:
         found = stream.run(self._runner)
         records = found["prompt"]
         seconds = [_taken(record) for record in records]
-        begin_s = [record.end_s - taken for record, taken in zip(records, seconds, strict=True)]
+        # Tokens may be seen a little after their step has ended.
+        ended = (record.end_s - taken for record, taken in zip(records, seconds, strict=True))
+        begin_s = list(accumulate(ended, max))
         # The last prompt, and what is behind it, is no whole turn.
         whole_s = begin_s[-1] - begin_s[0]
         return {
