@@ -149,6 +149,10 @@ class Room:
         pages += 2 * max((sum(map(self._pages, queries)) for queries in admitted), default=0)
         return slots <= self.max_num_seqs and pages <= self.num_blocks and all(map(self.holds, points))
 
+    def most_requests(self, num_tokens: int) -> int:
+        """How many requests of so many tokens there can be at once."""
+        return min(self.max_num_seqs, self.num_blocks // self._pages(num_tokens))
+
     @staticmethod
     def longest(point: Point) -> int:
         """Tokens of its longest request, with the one that is sampled."""

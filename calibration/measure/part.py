@@ -5,6 +5,7 @@
     {"kv": "fp8", "engine": {...}, "elapsed_s": 21.0}                   an engine that was built
     {"kv": "fp8", "table": "decode", "point": {...}, "elapsed_s": 21.3} one measured step
     {"clock": {"series": [...]}, "elapsed_s": 28.0}                     one of its tables
+    {"kv": "fp8", "served": [...], "elapsed_s": 29.0}                   a short service
     {"allreduce": [...], "elapsed_s": 30.2}
 
 Every line is on disk before the next step is measured, so that a run that ends, by Ctrl-C or by the loss of the
@@ -28,7 +29,7 @@ class PartFile:
 
     Attributes:
         engines: what was noted of each engine, by KV dtype. limits, allreduce: None until they are known.
-        clock: its tables by name.
+        clock: its tables by name. served: by KV dtype.
         elapsed_s: of all runs before this one.
     """
 
@@ -37,6 +38,7 @@ class PartFile:
         self.engines: dict[str, dict[str, Any]] = {}
         self.limits: dict[str, Any] | None = None
         self.clock: dict[str, Any] = {}
+        self.served: dict[str, list[dict[str, Any]]] = {}
         self.allreduce: list[dict[str, Any]] | None = None
         self.elapsed_s = 0.0
         self._points: dict[tuple, dict[str, Any]] = {}
@@ -98,7 +100,8 @@ class PartFile:
 
     def _rewrite(self, settings: dict[str, Any]) -> int:
         """Begin anew. Returns how many bytes it then has."""
-        self.engines, self.limits, self.clock, self.allreduce, self.elapsed_s = {}, None, {}, None, 0.0
+        self.engines, self.limits, self.clock, self.served, self.allreduce = {}, None, {}, {}, None
+        self.elapsed_s = 0.0
         self._begin(settings)
         self.close()
         return self.path.stat().st_size
@@ -152,6 +155,8 @@ class PartFile:
             self.limits = line["limits"]
         elif "clock" in line:
             self.clock.update(line["clock"])
+        elif "served" in line:
+            self.served[line["kv"]] = line["served"]
         elif "allreduce" in line:
             self.allreduce = line["allreduce"]
         if not of_this_run:

@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from calibration.measure import clock, facts
+from calibration.measure import clock, facts, served
 from calibration.measure.clock import SECTIONS, Clock, ClockPlan
 from calibration.measure.fit import fit_errors
 from calibration.measure.grid import TABLES, Point, Room, points
 from calibration.measure.part import PartFile
+from calibration.measure.served import ServedPlan, Service
 from calibration.measure.steps import Effort, StepRunner
 from calibration.measure.table import describe
 from engine.bench.limits import Limits, measure_limits, release_memory
@@ -51,7 +52,7 @@ class Job:
         save: where the profile will be written; what is measured is kept beside it.
         minutes: for all of it.
         record: what the profile begins with: command, commit.
-        clock: what is measured of the GPU's clock, if not what there is.
+        clock: what is measured of the GPU's clock, if not what there is. served: likewise of a short service.
     """
 
     config: EngineConfig
@@ -63,11 +64,17 @@ class Job:
     record: dict[str, Any] = field(default_factory=dict)
     effort: Effort = field(default_factory=Effort)
     clock: ClockPlan | None = None
+    served: ServedPlan | None = None
 
     @property
     def clock_plan(self) -> ClockPlan:
         """What is measured of the clock."""
         return self.clock or (clock.QUICK if self.quick else ClockPlan())
+
+    @property
+    def served_plan(self) -> ServedPlan:
+        """What is served."""
+        return self.served or (served.QUICK if self.quick else ServedPlan())
 
 
 def calibrate(job: Job) -> tuple[dict[str, Any], PartFile]:
@@ -140,6 +147,7 @@ class _Study:
             "quick": job.quick,
             "effort": asdict(job.effort),
             "clock": asdict(job.clock_plan),
+            "served": asdict(job.served_plan),
             **engine,
         }
 
@@ -226,7 +234,7 @@ class _Study:
         runner = StepRunner(core, seed=self._config.seed, effort=self._job.effort)
         count = sum(not point.priority for point in missing)
         for index, point in enumerate(missing):
-            if index == count and not self._measure_clock(runner, name, room, deadline):
+            if index == count and not self._measure_streams(runner, core, name, room, deadline):
                 return
             now = time.perf_counter()
             if point.priority and now > deadline:
@@ -243,7 +251,35 @@ class _Study:
             self._note({"kv": name, "table": point.table, "point": measured})
             self._progress(name, total - len(missing) + index + 1, total)
         if count == len(missing):
-            self._measure_clock(runner, name, room, deadline)
+            self._measure_streams(runner, core, name, room, deadline)
+
+    def _measure_streams(self, runner: StepRunner, core: EngineCore, name: str, room: Room, deadline: float) -> bool:
+        """What steps of several shapes one behind the other tell, which a profile can do without.
+
+        Returns:
+            Whether the engine can go on.
+        """
+        return self._measure_clock(runner, name, room, deadline) and self._measure_served(core, name, room, deadline)
+
+    def _measure_served(self, core: EngineCore, name: str, room: Room, deadline: float) -> bool:
+        if not self._is_served_missing(name) or time.perf_counter() > deadline:
+            return True
+        started = time.perf_counter()
+        try:
+            rows = Service(core, room, self._job.served_plan, seed=self._config.seed).measure()
+        except Exception as error:
+            self._fail(("served", name), f"{name}: a short service", error)
+            return False
+        self._note({"kv": name, "served": rows})
+        self.say(f"{name}: a short service measured in {time.perf_counter() - started:.0f} s")
+        return True
+
+    def _is_served_missing(self, name: str) -> bool:
+        """Of an engine that has been built, on a GPU."""
+        room = self._room(name)
+        if room is None or not self._has_clock(room):
+            return False
+        return name not in self.part.served and ("served", name) not in self._failed
 
     def _measure_clock(self, runner: StepRunner, name: str, room: Room, deadline: float) -> bool:
         """Its tables, which a profile can do without, with the points that steps of their like have been measured as.
@@ -313,7 +349,7 @@ class _Study:
 
     def _is_done(self, name: str) -> bool:
         """Whether nothing is left to measure on the engine of a format."""
-        return self._missing(name) == [] and not self._missing_of_clock(name)
+        return self._missing(name) == [] and not self._missing_of_clock(name) and not self._is_served_missing(name)
 
     def _missing(self, name: str) -> list[Point] | None:
         """Points that are not measured yet; None where no engine has said what it has room for."""
@@ -356,6 +392,8 @@ class _Study:
             notes.append(f"time ran out: points were left out that a profile can do without ({counts})")
         if left := self._missing_of_clock(self._formats[0]):
             notes.append(f"time ran out: of the clock's tables were left out: {', '.join(left)}")
+        if left := [name for name in self._formats if self._is_served_missing(name)]:
+            notes.append(f"time ran out: a short service was left out of {', '.join(left)}")
         if notes:
             found["notes"] = notes
         errors = self._fit_errors(found)
@@ -379,7 +417,8 @@ class _Study:
         if missing:
             self._left_out[name] = len(missing)
         tables: dict[str, Any] = {key: engine[key] for key in ("num_kv_blocks", "kv_cache_bytes")}
-        return tables | {table: self.part.table(name, table) for table in TABLES}
+        tables |= {table: self.part.table(name, table) for table in TABLES}
+        return tables | ({"served": self.part.served[name]} if name in self.part.served else {})
 
     # ---- what is said ------------------------------------------------------------------------------------------------
 

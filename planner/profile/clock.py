@@ -30,7 +30,7 @@ import numpy as np
 USUAL_TAU_S, USUAL_E0, USUAL_E1 = 0.08, 0.4, 1.0
 # How far the truth may be from that before a series has to say so: log(tau), e0, e1.
 _PRIOR = (0.5, 0.15, 0.15)
-_MIN_GAP = 0.1  # between e0 and e1
+MIN_GAP = 0.1  # between e0 and e1
 _TAUS = tuple(float(tau) for tau in 0.02 * 1.25 ** np.arange(15))  # to 0.45 s
 _E0S = tuple(float(each) for each in np.arange(0.0, 0.81, 0.1))
 _E1S = tuple(float(each) for each in np.arange(0.5, 1.01, 0.1))
@@ -183,7 +183,7 @@ def _fit_series(series: Sequence[Mapping[str, Any]]) -> tuple[float, float, floa
     if not measured:
         return usual
     heats = {tau: [each.heat(tau) for each in measured] for tau in (USUAL_TAU_S, *_TAUS)}
-    grid = [(tau, e0, e1) for tau in _TAUS for e0 in _E0S for e1 in _E1S if e1 - e0 >= _MIN_GAP - 1e-9]
+    grid = [(tau, e0, e1) for tau in _TAUS for e0 in _E0S for e1 in _E1S if e1 - e0 >= MIN_GAP - 1e-9]
     grid.insert(0, usual)
     noise = max(_LEAST_NOISE, min(_deviation(_errors(measured, heats[tau], e0, e1)) for tau, e0, e1 in grid))
 
@@ -203,7 +203,7 @@ def _fit_series(series: Sequence[Mapping[str, Any]]) -> tuple[float, float, floa
             for j in (-1, 0, 1)
             for k in (-1, 0, 1)
         ]
-        allowed = [at for at in around if at[1] >= 0.0 and at[2] <= 1.0 and at[2] - at[1] >= _MIN_GAP - 1e-9]
+        allowed = [at for at in around if at[1] >= 0.0 and at[2] <= 1.0 and at[2] - at[1] >= MIN_GAP - 1e-9]
         best = min(allowed, key=lambda at: cost(*at))
     return best
 

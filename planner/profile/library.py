@@ -246,7 +246,7 @@ def step_time_of(
         link_s = _link(profile, model, gpu, tensor_parallel_size, "gpu" in changes)
         fitted = transferred(fitted, Scaling(fitted.shape, target, source_limits, limits, link_s))
     # Another GPU has another power limit; on the same one what a step draws stays, whatever the model.
-    clock = None if "gpu" in changes else profile.clock
+    clock = None if "gpu" in changes else profile.clock(match.kv_cache_dtype)
     return ProfileStepTime(fitted, origin, uncertainty, max_num_seqs, max_num_batched_tokens, clock=clock)
 
 

@@ -93,12 +93,16 @@ class PromptFit:
         """Time of a step with prompt chunks."""
         if self.exact and (known := self.exact.get(shape_key(step))) is not None:
             return known
-        rows, tokens = len(step.decode_contexts), step.num_tokens
-        seconds = self.dense(tokens) + self.chunk_s * max(0, len(step.prefills) - 1)
-        for query, context in step.prefills:
+        contexts = step.decode_contexts
+        return self.seconds_of(step.prefills, len(contexts), self.shape.decode_keys(contexts) if contexts else 0)
+
+    def seconds_of(self, prefills: Sequence[tuple[int, int]], rows: int, keys: int) -> float:
+        """The same of prompt chunks beside so many decodes, which attend to so many keys over all layers."""
+        tokens = rows + sum(query for query, _ in prefills)
+        seconds = self.dense(tokens) + self.chunk_s * max(0, len(prefills) - 1)
+        for query, context in prefills:
             seconds += self.attention_s(query, context)
         if rows:
-            keys = self.shape.decode_keys(step.decode_contexts)
             seconds += self.decodes_s + self.row_s * rows + self.key_s * keys
         return seconds
 

@@ -8,6 +8,7 @@ import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -20,6 +21,7 @@ from planner.kv_format import KVCacheDtype
 from planner.model import ModelSpec
 from planner.profile.clock import ClockModel, fit_clock
 from planner.profile.fit import FittedKV, fit_kv
+from planner.profile.served import ServedFit, fit_served
 from planner.profile.shape import ModelShape
 from planner.profile.step_time import ProfileStepTime
 from planner.profile.tables import KIND, VERSION, Point, ProfileTables
@@ -70,6 +72,30 @@ class PointRecord(_Section):
         return self
 
 
+class ServedRecord(_Section):
+    """Steps of a short service in their order; of each column a value for every step."""
+
+    concurrency: _Count
+    start_s: Annotated[tuple[Annotated[float, Field(ge=0, le=MAX_STEP_SECONDS)], ...], Field(max_length=_MOST_STEPS)]
+    gpu_s: tuple[_Seconds, ...]
+    prefills: tuple[tuple[tuple[_Count, _Context], ...], ...]
+    decodes: tuple[Annotated[int, Field(ge=0, le=1 << 20)], ...]
+    keys: tuple[_Context, ...]
+    excess: tuple[_Context, ...]
+
+    @model_validator(mode="after")
+    def _in_order(self) -> ServedRecord:
+        columns = self.gpu_s, self.prefills, self.decodes, self.keys, self.excess
+        if any(len(column) != len(self.start_s) for column in columns):
+            raise ValueError("its columns are not of one length")
+        if any(after < before for before, after in pairwise(self.start_s)):
+            raise ValueError("a step starts before the one before it")
+        for n, (chunks, decodes) in enumerate(zip(self.prefills, self.decodes, strict=True), 1):
+            if not (chunks or decodes):
+                raise ValueError(f"step {n} has neither prompt chunks nor decodes")
+        return self
+
+
 class KVRecord(_Section):
     """The points of one KV format."""
 
@@ -78,6 +104,7 @@ class KVRecord(_Section):
     decode: tuple[PointRecord, ...]
     prefill: tuple[PointRecord, ...]
     mixed: tuple[PointRecord, ...]
+    served: Annotated[tuple[ServedRecord, ...], Field(max_length=64)] = ()
     fit: dict[str, Any] | None = None
 
 
@@ -219,12 +246,22 @@ class Profile:
     tables: ProfileTables
     spec: ModelSpec
     _fitted: dict[str, FittedKV] = field(default_factory=dict, repr=False)
+    _served: dict[str, ServedFit | None] = field(default_factory=dict, repr=False)
 
     @cached_property
-    def clock(self) -> ClockModel | None:
-        """How the device slows down when it is hot; None where that was not measured."""
+    def _clock(self) -> ClockModel | None:
         section = self.record.clock
         return fit_clock(section.model_dump()) if section else None
+
+    def clock(self, kv_cache_dtype: str) -> ClockModel | None:
+        """How the device slows down when it is hot; None where that was not measured.
+
+        Raises:
+            UserError: this format was not measured.
+        """
+        self.fitted(kv_cache_dtype)
+        served = self._served[str(kv_cache_dtype)]
+        return served.clock if served else self._clock
 
     @property
     def kv_cache_dtypes(self) -> tuple[KVCacheDtype, ...]:
@@ -245,7 +282,10 @@ class Profile:
         if found is None:
             tables = self.tables
             shape = ModelShape.from_config(tables.config, tables.quantization, name, tables.engine.block_size)
-            found = self._fitted[name] = fit_kv(tables.kv[name], shape, tables.limits, tables.engine)
+            found = fit_kv(tables.kv[name], shape, tables.limits, tables.engine)
+            runs = [run.model_dump() for run in self.record.kv[name].served]
+            served = self._served[name] = fit_served(runs, found, self._clock) if runs else None
+            found = self._fitted[name] = served.applied(found) if served else found
         return found
 
     def step_time(
@@ -262,7 +302,9 @@ class Profile:
         fitted = self.fitted(kv_cache_dtype)
         uncertainty = self.uncertainty(kv_cache_dtype)
         limits = max_num_seqs, max_num_batched_tokens
-        return ProfileStepTime(fitted, self.origin(kv_cache_dtype), uncertainty, *limits, clock=self.clock)
+        return ProfileStepTime(
+            fitted, self.origin(kv_cache_dtype), uncertainty, *limits, clock=self.clock(kv_cache_dtype)
+        )
 
     def origin(self, kv_cache_dtype: str) -> str:
         """What was measured, for people."""

@@ -10,6 +10,8 @@ import torch
 from calibration import calibrate as command
 from calibration.measure.clock import QUICK, SECTIONS, Clock
 from calibration.measure.grid import DECODE, MIXED, PREFILL, TABLES, Point, Room, points
+from calibration.measure.served import QUICK as QUICK_SERVICE
+from calibration.measure.served import Service
 from calibration.measure.steps import Effort, StepRunner
 from engine.config import EngineConfig
 from engine.core import EngineCore
@@ -111,6 +113,21 @@ def test_the_clock():
         assert row["begin_s"] == sorted(row["begin_s"])
         assert len(row["begin_s"]) == len(row["gpu_s"]) >= 2
         assert 0 < row["share"] <= 1
+    core.check()
+    assert core.scheduler.kv.pool.num_used == 0
+
+
+def test_a_short_service():
+    """Requests come and go, two steps in flight, through graphs, pieces and eager steps."""
+    core = EngineCore(EngineConfig(model="tiny", **SETTINGS))
+    room = Room(16, 2048, 4096, 600, 64, piece_sizes=tuple(core.piece_sizes))
+    rows = Service(core, room, QUICK_SERVICE).measure()
+    assert [row["concurrency"] for row in rows] == [4]
+    (row,) = rows
+    assert len(row["gpu_s"]) > 20
+    assert all(0 < taken < 1 for taken in row["gpu_s"])
+    assert row["start_s"] == sorted(row["start_s"])
+    assert 1 < sum(bool(chunks) for chunks in row["prefills"]) < len(row["prefills"])
     core.check()
     assert core.scheduler.kv.pool.num_used == 0
 

@@ -1,0 +1,170 @@
+"""A short service: requests that come and go, and every step of it in the order in which it ran.
+
+Steps measured one by one follow their like, in a stream that is as hot as they make it. In a service a step of many
+tokens follows decodes or other prompts, and the clock of the device remembers what was before. As many requests as a
+plan says run all the time: where one ends, the next one comes. The first ones are there from the start, with contexts
+as if they had been running for long, so that the device begins cool and every run is in its usual state at once.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from calibration.measure.grid import Room
+from engine.bench.record import rounded
+from engine.bench.replay import make_sequence
+
+if TYPE_CHECKING:
+    from engine.core import EngineCore, StepRecord
+    from engine.sequence import Sequence
+
+_TEMPERATURE = 1.0
+
+
+@dataclass(frozen=True)
+class ServedPlan:
+    """What is served.
+
+    Attributes:
+        loads: (requests that run at once, most output tokens of one): together they say how often prompts come.
+        input_tokens: least and most of a prompt. least_output: tokens. Lengths are drawn log-uniformly.
+        seconds: of each load. pause_s: before it, in which the device cools down.
+    """
+
+    loads: tuple[tuple[int, int], ...] = ((4, 128), (10, 128), (24, 128), (24, 512), (64, 256), (160, 512), (250, 1024))
+    input_tokens: tuple[int, int] = (24, 1024)
+    least_output: int = 8
+    seconds: float = 1.5
+    pause_s: float = 0.3
+
+
+QUICK = ServedPlan(loads=((4, 32),), input_tokens=(8, 128), least_output=4, seconds=0.3, pause_s=0.0)
+
+
+class Service:
+    """Serves on an engine that has nothing else to do, and no prefix cache.
+
+    Args:
+        room: what the engine has room for.
+    """
+
+    def __init__(self, core: EngineCore, room: Room, plan: ServedPlan | None = None, *, seed: int = 0) -> None:
+        self._core, self._room, self._plan = core, room, plan or ServedPlan()
+        self._draw = random.Random(f"{seed} served")
+        generator = np.random.default_rng(seed)
+        self._tokens = generator.integers(0, core.model_config.vocab_size, 1 << 16).tolist()
+        self._layers = Counter(core.model_config.layer_windows)
+        self._num_requests = 0
+
+    def measure(self) -> list[dict[str, Any]]:
+        """The "served" table: a row for every load that the engine has room for.
+
+        In columns, a value for each step: start_s, when the host decided upon it, since the first one; gpu_s, its time
+        on the GPU; prefills, (new tokens, tokens in the cache) of each prompt chunk; decodes, how many; keys, which
+        these attend to over all layers; and excess, as many keys as the longest of them has more than the others.
+        """
+        rows = []
+        for concurrency, most_output in self._loads():
+            time.sleep(self._plan.pause_s)
+            rows.append({"concurrency": concurrency} | self._columns(self._serve(concurrency, most_output)))
+        return rows
+
+    def _loads(self) -> list[tuple[int, int]]:
+        """Those of the plan, with no more requests than the engine has slots and pages for."""
+        longest_input, longest = self._longest_input(), self._room.max_model_len
+        found = []
+        for concurrency, most_output in self._plan.loads:
+            output = max(min(most_output, longest - 1 - longest_input), self._plan.least_output)
+            fitting = min(concurrency, self._room.most_requests(longest_input + output + 1))
+            if fitting:
+                found.append((fitting, output))
+        return list(dict.fromkeys(found))
+
+    def _longest_input(self) -> int:
+        return min(self._plan.input_tokens[1], self._room.max_model_len // 2)
+
+    def _serve(self, concurrency: int, most_output: int) -> list[StepRecord]:
+        core = self._core
+        running = dict.fromkeys(self._running(most_output) for _ in range(concurrency))
+        core.adopt(list(running))
+        core.step_log = log = []
+        end = time.perf_counter() + self._plan.seconds
+        while time.perf_counter() < end:
+            for update in core.step():
+                if update.finish_reason is not None:
+                    del running[update.sequence]
+                    arriving = self._arriving(most_output)
+                    running[arriving] = None
+                    core.add(arriving)
+        core.settle()
+        core.step_log = None
+        for each in running:
+            core.abort(each)
+        return log
+
+    def _arriving(self, most_output: int) -> Sequence:
+        least, _ = self._plan.input_tokens
+        return self._sequence(self._between(least, self._longest_input()), self._output(most_output))
+
+    def _running(self, most_output: int) -> Sequence:
+        """A request that has been running for a while: nearer to its end the longer ago it came."""
+        least, _ = self._plan.input_tokens
+        # Of all that run at some instant, long ones are more; a share of the longest is near enough.
+        output = max(round(most_output * self._draw.random() ** 2), self._plan.least_output)
+        done = max(round(output * self._draw.random()), 1)
+        context = self._between(least, self._longest_input()) + done - 1
+        sequence = self._sequence(context, output - done + 2)
+        sequence.append(self._some(1))  # sampled, and not yet computed
+        sequence.num_computed_tokens, sequence.num_tokens, sequence.num_output_tokens = context, context + 1, 1
+        return sequence
+
+    def _output(self, most: int) -> int:
+        return self._between(min(self._plan.least_output, most), most)
+
+    def _between(self, least: int, most: int) -> int:
+        least = min(least, most)
+        return round(math.exp(self._draw.uniform(math.log(least), math.log(most))))
+
+    def _sequence(self, num_tokens: int, output_tokens: int) -> Sequence:
+        self._num_requests += 1
+        return make_sequence(
+            self._core, f"served-{self._num_requests}", self._some(num_tokens), output_tokens, _TEMPERATURE
+        )
+
+    def _some(self, count: int) -> list[int]:
+        """Tokens, made before so that the engine need not wait for them."""
+        start = self._draw.randrange(len(self._tokens) - count)
+        return self._tokens[start : start + count]
+
+    def _columns(self, records: list[StepRecord]) -> dict[str, list[Any]]:
+        first_s = records[0].start_s if records else 0.0
+        return {
+            "start_s": [round(record.start_s - first_s, 6) for record in records],
+            "gpu_s": [rounded(_taken(record)) for record in records],
+            "prefills": [[list(chunk) for chunk in record.shape.prefills] for record in records],
+            "decodes": [len(record.shape.decode_contexts) for record in records],
+            "keys": [self._keys(record.shape.decode_contexts) for record in records],
+            "excess": [_excess(record.shape.decode_contexts) for record in records],
+        }
+
+    def _keys(self, contexts: list[int]) -> int:
+        total = 0
+        for window, count in self._layers.items():
+            lengths = (context + 1 for context in contexts)
+            total += count * sum(lengths if window is None else (min(length, window) for length in lengths))
+        return total
+
+
+def _excess(contexts: list[int]) -> int:
+    return len(contexts) * max(contexts) - sum(contexts) if contexts else 0
+
+
+def _taken(record: StepRecord) -> float:
+    return record.end_s - record.start_s if record.gpu_s is None else record.gpu_s

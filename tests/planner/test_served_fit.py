@@ -1,0 +1,96 @@
+"""The fit of a served stream against a device whose clock is known."""
+
+import math
+import random
+from dataclasses import replace
+
+import pytest
+
+from engine.scheduling import StepShape
+from planner.profile.clock import ClockModel, Heat
+from planner.profile.fit import fit_kv
+from planner.profile.served import fit_served
+from planner.profile.shape import ModelShape
+from planner.profile.tables import ProfileTables, padded
+from tests.planner.profiles_for_tests import Physics, profile
+
+TRUE = ClockModel(0.06, 0.35, 0.85, (128, 256, 512, 1024), (0.99, 0.9, 0.85, 0.84), (1.02, 0.98, 0.97, 1.0), 1.04)
+TABLES = ClockModel(0.03, 0.45, 0.9, (128, 512, 1024), (0.98, 0.87, 0.85), (1.03, 1.0, 1.0))
+
+
+PHYSICS = Physics()
+KEY_S = 26.6e-9 / 32  # of the physics
+COLUMNS = ("start_s", "gpu_s", "prefills", "decodes", "keys", "excess")
+
+
+def stream(sizes, clock, key_ratio=1.0, noise=0.0, steps=2500, seed=0):
+    """Steps as a device with this clock would run them, whose keys cost more beside prompts than one by one."""
+    draw, heat, now = random.Random(seed), Heat(clock.tau_s), 0.0
+    columns = {name: [] for name in COLUMNS}
+    for index in range(steps):
+        contexts = [draw.randint(50, 900)] * draw.randint(1, 200)
+        busy = index // 250 % 2
+        chunks = [(draw.randint(40, 900), 0)] if draw.random() < (0.8 if busy else 0.2) else []
+        step, keys, level = StepShape(chunks, contexts), PHYSICS.keys(contexts), heat.at(now)
+        taken = PHYSICS.seconds(step)
+        if chunks:
+            taken += (key_ratio - 1) * KEY_S * keys
+            taken *= clock.prompt_factor(padded(step.num_tokens, sizes), level, taken)
+        else:
+            taken *= clock.decode_factor(level, taken)
+        taken *= math.exp(draw.gauss(0.0, noise))
+        if noise and draw.random() < 0.02:
+            taken *= 1.3  # something else went on
+        for name, value in zip(COLUMNS, (now, taken, chunks, len(contexts), keys, 0), strict=True):
+            columns[name].append(value)
+        heat.ran(now, now + taken, hot=bool(chunks))
+        now += taken + 2e-5
+    return columns
+
+
+@pytest.fixture(scope="module")
+def fitted():
+    tables = ProfileTables.from_json(profile(PHYSICS))
+    shape = ModelShape.from_config(tables.config, tables.quantization, "bfloat16", tables.engine.block_size)
+    return fit_kv(tables.kv["bfloat16"], shape, tables.limits, tables.engine)
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.01])
+def test_what_was_put_in_is_found(fitted, noise):
+    sizes = fitted.engine.piece_sizes
+    runs = [stream(sizes, TRUE, 1.5, noise, seed=seed) for seed in range(2)]
+    found = fit_served(runs, fitted, TABLES)
+    clock = found.clock
+    assert clock.tau_s == pytest.approx(TRUE.tau_s, rel=0.25)
+    assert clock.decode == pytest.approx(TRUE.decode, abs=0.01)
+    errors = found.errors["prompt"]
+    assert errors["points"] > 1500
+    assert errors["in_sample"]["median"] < (0.012 if noise else 0.008)
+    # On a stream that it has not seen.
+    after, heat, off, before = found.applied(fitted), Heat(clock.tau_s), [], []
+    other = stream(sizes, TRUE, 1.5, seed=9)
+    for begin, taken, chunks, rows, keys, _ in zip(*(other[name] for name in COLUMNS), strict=True):
+        if chunks:
+            size = padded(rows + chunks[0][0], sizes)
+            for fit, of, errors in ((after, clock, off), (fitted, TABLES, before)):
+                steady = fit.prompt.seconds_of(chunks, rows, keys)
+                errors.append(abs(steady * of.prompt_factor(size, heat.at(begin), steady) / taken - 1))
+        heat.ran(begin, begin + taken, hot=bool(chunks))
+    median, p90 = (sorted(off)[int(len(off) * share)] for share in (0.5, 0.9))
+    assert median < 0.012 and p90 < 0.03
+    assert median < 0.5 * sorted(before)[len(before) // 2]
+
+
+def test_what_was_not_seen_stays(fitted):
+    """Sizes without steps keep the ratios of the clock's tables."""
+    wide = replace(TABLES, tokens=(*TABLES.tokens, 8192), cool=(*TABLES.cool, 0.8), hot=(*TABLES.hot, 0.95))
+    found = fit_served([stream(fitted.engine.piece_sizes, TRUE)], fitted, wide).clock
+    assert found.tokens[-1] == 8192
+    assert found.ratios(8192) == (pytest.approx(0.8, abs=0.02), pytest.approx(0.95, abs=0.05))
+    assert set(found.tokens) > set(wide.tokens)
+
+
+def test_too_little_to_tell(fitted):
+    sizes = fitted.engine.piece_sizes
+    assert fit_served([stream(sizes, TRUE, steps=20)], fitted, TABLES) is None
+    assert fit_served([stream(sizes, TRUE)], fitted, None) is None
