@@ -38,10 +38,10 @@ class ServedPlan:
         seconds: of each load. pause_s: before it, in which the device cools down.
     """
 
-    loads: tuple[tuple[int, int], ...] = ((4, 128), (10, 128), (24, 128), (24, 512), (64, 256), (160, 512), (250, 1024))
+    loads: tuple[tuple[int, int], ...] = ((6, 128), (16, 128), (40, 256), (120, 512), (250, 1024))
     input_tokens: tuple[int, int] = (24, 1024)
     least_output: int = 8
-    seconds: float = 1.5
+    seconds: float = 2.4
     pause_s: float = 0.3
 
 

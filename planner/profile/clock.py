@@ -41,6 +41,7 @@ _ROUNDS = 4
 _LEAST_NOISE, _FAR = 0.003, 3.0
 # A long step heats itself; where it is slowed down by more than this in its middle, it tells nothing of its cool time.
 _MOST_SLOWED = 0.5
+_LEAST_HOT = 0.9  # of a cool step's time: less is not noise
 
 
 @dataclass(frozen=True)
@@ -142,11 +143,15 @@ def fit_clock(section: Mapping[str, Any] | None) -> ClockModel | None:
     rows: dict[int, list[Mapping[str, Any]]] = {}
     for row in section["points"]:
         rows.setdefault(row["tokens"], []).append(row)
-    tokens = sorted(rows)
+    # Where a step takes much longer on a cool device the CPU was late with its launches: that is not the clock.
+    means = {each: _means(rows[each]) for each in sorted(rows)}
+    tokens = [each for each, (cool, hot, _) in means.items() if hot >= _LEAST_HOT * cool]
+    if not tokens:
+        return None
     unknown = ClockModel(tau_s, e0, e1, (), (), ())
     cool, hot, share = [], [], 1.0
     for each in tokens:
-        measured_cool, measured_hot, cool_s = _means(rows[each])
+        measured_cool, measured_hot, cool_s = means[each]
         own = unknown.slowed(1.0 - math.exp(-0.5 * cool_s / tau_s))
         if own <= _MOST_SLOWED:
             share = (measured_cool - own * measured_hot) / (1.0 - own) / measured_hot

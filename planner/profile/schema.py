@@ -32,8 +32,9 @@ _CPU_FORMAT = "float32"  # of an engine on a CPU, which no deployment has
 # The share of a smaller step's time that a larger one may take at the least, where their spreads do not meet: padding
 # and other kernels can make a larger one faster (448 tokens on an H200 took 1.3 times as long as 512), but not by far.
 _SLACK = 0.5
-# A hot device is slower; noise may say otherwise by so much, and no clock gives way by more than the other.
-_LEAST_HEATED, _MOST_HEATED = 0.5, 3.0
+# A hot device is slower. Noise may say otherwise, and so may a CPU that could not launch a small step in time on the
+# cool one: by so much at the most. No clock gives way by more than the other.
+_LEAST_HEATED, _MOST_HEATED = 0.2, 3.0
 _MOST_STEPS = 10_000  # of a series, which is fitted whenever the profile is used
 
 _Seconds = Annotated[float, Field(gt=0, le=MAX_STEP_SECONDS)]
@@ -194,8 +195,8 @@ class ClockSeriesRecord(_Section):
         if len(self.gpu_s) != len(self.begin_s):
             raise ValueError(f"{len(self.gpu_s)} steps begin {len(self.begin_s)} times")
         for n, (before, begin, after) in enumerate(zip(self.begin_s, self.gpu_s, self.begin_s[1:], strict=False), 2):
-            if after < before + 0.5 * begin:
-                raise ValueError(f"step {n} begins before the one before it is half over")
+            if after < before - begin:  # small steps end a little before the CPU looks
+                raise ValueError(f"step {n} begins long before the one before it")
         return self
 
 
@@ -400,9 +401,9 @@ def _check(record: ProfileRecord, tables: ProfileTables) -> None:
 
 
 def _check_growth(name: str, decode: Iterable[Point], prefill: Iterable[Point]) -> None:
-    """More work must not take much less time."""
+    """More work must not take much less time. Steps that had to wait for the CPU tell how busy that was."""
     uniform = [(point.batch, point.decodes[0][0], point) for point in decode if len(set(point.decodes)) == 1]
-    chunks = [(*point.prefills[0], point) for point in prefill]
+    chunks = [(*point.prefills[0], point) for point in prefill if not point.is_host_bound]
     for table, rows, more, longer in (
         ("decode", uniform, "requests", "tokens of context"),
         ("prefill", chunks, "new tokens", "tokens of context"),

@@ -32,8 +32,9 @@ _PRIOR_COOL, _PRIOR_ADDED = 0.03, 0.05
 _PRIOR_KEY, _PRIOR_TAU, _PRIOR_E = 0.5, 0.5, 0.15
 # A size that was seen less often has no ratio of its own.
 _FEW = 6
-# Relative errors: no step is known better than the least; beyond so many deviations one has a cause of its own.
-_LEAST_NOISE, _FAR = 0.005, 2.0
+# Relative errors: no step is known better than the least; beyond so many deviations one has a cause of its own. Those of
+# a power limit that is held once per second, when steps take up to a tenth longer, belong to the mean.
+_LEAST_NOISE, _FAR = 0.005, 6.0
 _ROUNDS, _REWEIGHTED = 6, 4
 _MOST_ADDED = 1.0  # a hot step takes at most twice as long as a cool one
 
@@ -77,6 +78,17 @@ def fit_served(runs: Sequence[Mapping[str, Any]], fitted: FittedKV, clock: Clock
     decode, decode_errors = _fit_decodes(runs, fitted, found.clock)
     clock = replace(found.clock, decode=decode)
     return ServedFit(clock, found.key_ratio, found.errors | decode_errors)
+
+
+@dataclass(frozen=True, eq=False)
+class _Solved:
+    """For given constants: cool ratios, what hot ones have more, the keys' rate less 1, and relative errors."""
+
+    cost: float
+    cool: np.ndarray
+    added: np.ndarray
+    key: float
+    errors: np.ndarray
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,9 +141,16 @@ class _Prompts:
 
     def fit(self) -> ServedFit:
         """tau, e0 and e1 are looked for around what is usual, in ever smaller steps; all else follows from them."""
-        start = (math.log(USUAL_TAU_S), USUAL_E0, USUAL_E1 - 0.1)
-        widths, best = (0.5, 0.1, 0.1), start
-        cost = {best: self._solve(best)[0]}
+        heats: dict[float, np.ndarray] = {}
+
+        def solved(at: tuple[float, float, float]) -> _Solved:
+            if at[0] not in heats:
+                heats[at[0]] = self._heat(math.exp(at[0]))
+            return self._solve(at, heats[at[0]])
+
+        best = (math.log(USUAL_TAU_S), USUAL_E0, USUAL_E1 - 0.1)
+        widths = (0.5, 0.1, 0.1)
+        cost = {best: solved(best).cost}
         for _ in range(_ROUNDS):
             improved = True
             while improved:
@@ -140,43 +159,43 @@ class _Prompts:
                     for sign in (-1, 1):
                         at = tuple(each + sign * widths[axis] * (i == axis) for i, each in enumerate(best))
                         if at not in cost:
-                            cost[at] = self._solve(at)[0] if _is_allowed(at) else math.inf
+                            cost[at] = solved(at).cost if _is_allowed(at) else math.inf
                         if cost[at] < cost[best]:
                             best, improved = at, True
             widths = tuple(width / 2 for width in widths)
-        _, cool, added, key, errors = self._solve(best)
-        added = np.clip(added, 0.0, _MOST_ADDED)
-        hot = (float(each) for each in cool + added)
-        tau_s = math.exp(best[0])
-        clock = ClockModel(tau_s, best[1], best[2], self.tokens, tuple(map(float, cool)), tuple(hot))
-        return ServedFit(clock, max(0.0, 1.0 + key), {"prompt": _told(errors)})
+        found = solved(best)
+        hot = found.cool + np.clip(found.added, 0.0, _MOST_ADDED)
+        clock = ClockModel(math.exp(best[0]), *best[1:], self.tokens, tuple(found.cool.tolist()), tuple(hot.tolist()))
+        return ServedFit(clock, max(0.0, 1.0 + found.key), {"prompt": _told(found.errors)})
 
-    def _solve(self, at: tuple[float, float, float]) -> tuple[float, np.ndarray, np.ndarray, float, np.ndarray]:
-        """Cost, cool ratios, what hot ones have more, the keys' rate less 1, and errors, for these constants."""
+    def _solve(self, at: tuple[float, float, float], heat: np.ndarray) -> _Solved:
+        """All that is linear, for these constants: least squares in which what is far off counts less."""
         log_tau, e0, e1 = at
-        slowed = np.clip((self._heat(math.exp(log_tau)) - e0) / (e1 - e0), 0.0, 1.0)[:, None]
+        slowed = np.clip((heat - e0) / (e1 - e0), 0.0, 1.0)
         base = np.array([self.base.ratios(tokens) for tokens in self.tokens])
-        prior = np.concatenate([base[:, 0], base[:, 1] - base[:, 0], [0.0]])
         count = len(self.tokens)
-        widths = np.concatenate([np.full(count, _PRIOR_COOL), np.full(count, _PRIOR_ADDED), [_PRIOR_KEY]])
-        ratio = (self.steady_s / self.measured_s)[:, None] * np.hstack([self.nodes, self.nodes * slowed])
+        prior = np.concatenate([base[:, 0], base[:, 1] - base[:, 0], [0.0]])
+        width = np.concatenate([np.full(count, _PRIOR_COOL), np.full(count, _PRIOR_ADDED), [_PRIOR_KEY]])
+        columns = np.empty((len(heat), 2 * count + 1))
+        columns[:, :count] = (self.steady_s / self.measured_s)[:, None] * self.nodes
+        columns[:, count:-1] = columns[:, :count] * slowed[:, None]
         keys, solved = self.key_s / self.measured_s, prior
-        weight, noise = np.ones(len(keys)), _LEAST_NOISE
+        weight, noise = np.ones(len(heat)), _LEAST_NOISE
         for _ in range(_REWEIGHTED):
-            factor = self.nodes @ solved[:count] + slowed[:, 0] * (self.nodes @ solved[count:-1])
-            columns = np.column_stack([ratio, keys * factor])
-            a = np.vstack([columns * (weight / noise)[:, None], np.diag(1 / widths)])
-            b = np.concatenate([weight / noise, prior / widths])
-            solved = np.linalg.lstsq(a, b, rcond=None)[0]
+            columns[:, -1] = keys * (self.nodes @ solved[:count] + slowed * (self.nodes @ solved[count:-1]))
+            weighted = columns * (weight / noise**2)[:, None]
+            matrix = columns.T @ weighted + np.diag(width**-2.0)
+            solved = np.linalg.solve(matrix, weighted.sum(axis=0) + prior / width**2)
             errors = columns @ solved - 1.0
-            noise = max(_LEAST_NOISE, float(np.median(np.abs(errors))) / 0.6745)
-            weight = 1 / np.sqrt(np.maximum(np.abs(errors) / (_FAR * noise), 1.0))
-        far = np.abs(errors) / _LEAST_NOISE
+            size = np.abs(errors)
+            noise = max(_LEAST_NOISE, float(np.median(size)) / 0.6745)
+            weight = 1 / np.maximum(size / (_FAR * noise), 1.0)
+        far = size / _LEAST_NOISE
         cost = float(np.where(far < _FAR, far**2, _FAR * (2 * far - _FAR)).sum())
-        cost += float((((solved - prior) / widths) ** 2).sum())
+        cost += float((((solved - prior) / width) ** 2).sum())
         cost += ((log_tau - math.log(USUAL_TAU_S)) / _PRIOR_TAU) ** 2
         cost += ((e0 - USUAL_E0) ** 2 + (e1 - USUAL_E1) ** 2) / _PRIOR_E**2
-        return cost, solved[:count], solved[count:-1], float(solved[-1]), errors
+        return _Solved(cost, solved[:count], solved[count:-1], float(solved[-1]), errors)
 
     def _heat(self, tau_s: float) -> np.ndarray:
         """In the middle of each step, by the times that were measured."""
@@ -199,10 +218,7 @@ def _is_allowed(at: tuple[float, float, float]) -> bool:
 
 def _nodes(sizes: np.ndarray, tokens: tuple[int, ...]) -> np.ndarray:
     """Linear between sizes, held outside, as `ClockModel.ratios`."""
-    found = np.zeros((len(sizes), len(tokens)))
-    for index in range(len(tokens)):
-        found[:, index] = np.interp(sizes, tokens, np.eye(len(tokens))[index])
-    return found
+    return np.column_stack([np.interp(sizes, tokens, row) for row in np.eye(len(tokens))])
 
 
 def _begins(run: Mapping[str, Any]) -> list[float]:
