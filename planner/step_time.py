@@ -300,6 +300,16 @@ class StepTime(ABC):
         """
         return self.host_ticks(step) + (self.ticks(step) if ticks is None else ticks)
 
+    def wait_ticks(self, step: StepShape, ticks: int) -> int:
+        """Ticks from the decision to run a step until the device can begin, if nothing is in flight.
+
+        What `alone_ticks` has beyond `ticks`, unless the device waits for launches within the step as well.
+
+        Args:
+            ticks: what `ticks` says of the step.
+        """
+        return self.alone_ticks(step, ticks) - ticks
+
     def evidence_of(self, step: StepShape) -> Evidence:
         """What the time of one step rests on."""
         return self.evidence

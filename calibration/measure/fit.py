@@ -12,6 +12,7 @@ def fit_errors(profile: dict[str, Any]) -> dict[str, dict[str, Any]] | None:
         Exception: of any kind, what the fit finds wrong with the tables.
     """
     try:
+        from planner.profile.clock import launched_ahead
         from planner.profile.fit import fit_kv
         from planner.profile.shape import ModelShape
         from planner.profile.tables import ProfileTables
@@ -21,5 +22,5 @@ def fit_errors(profile: dict[str, Any]) -> dict[str, dict[str, Any]] | None:
     found = {}
     for name, kv in tables.kv.items():
         shape = ModelShape.from_config(tables.config, tables.quantization, name, tables.engine.block_size)
-        found[name] = fit_kv(kv, shape, tables.limits, tables.engine).errors()
+        found[name] = fit_kv(kv, shape, tables.limits, tables.engine, launched_ahead(profile.get("clock"))).errors()
     return found

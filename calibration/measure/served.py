@@ -33,19 +33,27 @@ class ServedPlan:
     """What is served.
 
     Attributes:
-        loads: (requests that run at once, most output tokens of one): together they say how often prompts come.
+        loads: (requests that run at once, most output tokens of one, seconds): how many and how long they are says how
+            often prompts come. The hottest one comes first.
         input_tokens: least and most of a prompt. least_output: tokens. Lengths are drawn log-uniformly.
-        seconds: of each load. pause_s: before it, in which the device cools down.
+        lead_s: of the first load, before what is written down: a device that was idle for long is faster.
+        pause_s: before each load, in which what the device remembers of the one before is lost.
     """
 
-    loads: tuple[tuple[int, int], ...] = ((6, 128), (16, 128), (40, 256), (120, 512), (250, 1024))
+    loads: tuple[tuple[int, int, float], ...] = (
+        (250, 1024, 3.5),
+        (120, 512, 3.5),
+        (40, 256, 2.5),
+        (16, 128, 2.0),
+        (6, 128, 2.0),
+    )
     input_tokens: tuple[int, int] = (24, 1024)
     least_output: int = 8
-    seconds: float = 2.4
+    lead_s: float = 2.0
     pause_s: float = 0.3
 
 
-QUICK = ServedPlan(loads=((4, 32),), input_tokens=(8, 128), least_output=4, seconds=0.3, pause_s=0.0)
+QUICK = ServedPlan(loads=((4, 32, 0.3),), input_tokens=(8, 128), least_output=4, lead_s=0.0, pause_s=0.0)
 
 
 class Service:
@@ -67,35 +75,40 @@ class Service:
         """The "served" table: a row for every load that the engine has room for.
 
         In columns, a value for each step: start_s, when the host decided upon it, since the first one; gpu_s, its time
-        on the GPU; prefills, (new tokens, tokens in the cache) of each prompt chunk; decodes, how many; keys, which
-        these attend to over all layers; and excess, as many keys as the longest of them has more than the others.
+        on the GPU; host_s, the CPU's to schedule, launch and update it; prefills, (new tokens, tokens in the cache) of
+        each prompt chunk; decodes, how many; keys, which these attend to over all layers; and excess, as many keys as
+        the longest of them has more than the others.
         """
-        rows = []
-        for concurrency, most_output in self._loads():
+        rows, lead_s = [], self._plan.lead_s
+        for concurrency, most_output, seconds in self._loads():
+            if lead_s:
+                self._serve(concurrency, most_output, lead_s)
+                lead_s = 0.0
             time.sleep(self._plan.pause_s)
-            rows.append({"concurrency": concurrency} | self._columns(self._serve(concurrency, most_output)))
+            records = self._serve(concurrency, most_output, seconds)
+            rows.append({"concurrency": concurrency} | self._columns(records))
         return rows
 
-    def _loads(self) -> list[tuple[int, int]]:
+    def _loads(self) -> list[tuple[int, int, float]]:
         """Those of the plan, with no more requests than the engine has slots and pages for."""
         longest_input, longest = self._longest_input(), self._room.max_model_len
-        found = []
-        for concurrency, most_output in self._plan.loads:
+        found = {}
+        for concurrency, most_output, seconds in self._plan.loads:
             output = max(min(most_output, longest - 1 - longest_input), self._plan.least_output)
             fitting = min(concurrency, self._room.most_requests(longest_input + output + 1))
             if fitting:
-                found.append((fitting, output))
-        return list(dict.fromkeys(found))
+                found.setdefault((fitting, output), seconds)
+        return [(*load, seconds) for load, seconds in found.items()]
 
     def _longest_input(self) -> int:
         return min(self._plan.input_tokens[1], self._room.max_model_len // 2)
 
-    def _serve(self, concurrency: int, most_output: int) -> list[StepRecord]:
+    def _serve(self, concurrency: int, most_output: int, seconds: float) -> list[StepRecord]:
         core = self._core
         running = dict.fromkeys(self._running(most_output) for _ in range(concurrency))
         core.adopt(list(running))
         core.step_log = log = []
-        end = time.perf_counter() + self._plan.seconds
+        end = time.perf_counter() + seconds
         while time.perf_counter() < end:
             for update in core.step():
                 if update.finish_reason is not None:
@@ -148,6 +161,7 @@ class Service:
         return {
             "start_s": [round(record.start_s - first_s, 6) for record in records],
             "gpu_s": [rounded(_taken(record)) for record in records],
+            "host_s": [rounded(record.host_s, 3) for record in records],
             "prefills": [[list(chunk) for chunk in record.shape.prefills] for record in records],
             "decodes": [len(record.shape.decode_contexts) for record in records],
             "keys": [self._keys(record.shape.decode_contexts) for record in records],

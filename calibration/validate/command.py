@@ -10,7 +10,7 @@ from pathlib import Path
 
 from calibration.validate.external import OutsideServer
 from calibration.validate.html import report
-from calibration.validate.profiles import Predictor, step_time_for
+from calibration.validate.profiles import Predictor, step_time_for, transferred_for
 from calibration.validate.records import ServedRecord, read
 from calibration.validate.study import NUM_DRAWS, document, study
 from calibration.validate.text import text
@@ -40,6 +40,8 @@ def run(arguments: list[str], predictor_for: Callable[[ServedRecord], Predictor]
         return 0
     if not 1 <= options.runs <= _MOST_RUNS:
         raise UserError(f"--runs is {options.runs}; it must be from 1 to {_MOST_RUNS:,}")
+    if options.transfer and options.profile is None:
+        raise UserError("--transfer needs --profile, of whatever the step times are to be transferred from")
     outputs = [(flag, path) for flag, path in (("--json", options.json), ("--html", options.html)) if path is not None]
     inputs = [("record", path) for path in options.records]
     files = (("--profile", options.profile), ("--server-log", options.server_log), ("--metrics", options.metrics))
@@ -60,9 +62,10 @@ def run(arguments: list[str], predictor_for: Callable[[ServedRecord], Predictor]
             records.append(read(path))
     if records and (useless := _given_of_outside(options)):
         raise UserError(f"{useless[0]} is of servers that are not ours; {records[0].name} says itself what served it")
+    own = transferred_for if options.transfer else step_time_for
     found = study(
         [*records, *predictors],
-        predictor_for or (lambda record: predictors.get(record) or step_time_for(record, options.profile)),
+        predictor_for or (lambda record: predictors.get(record) or own(record, options.profile)),
         num_draws=0 if options.no_intervals else options.runs,
         seed=options.seed,
         say=lambda line: print(line, file=sys.stderr, flush=True),
@@ -92,6 +95,11 @@ def _parser() -> ArgumentParser:
         type=Path,
         metavar="PATH",
         help="of `memwall calibrate` or `calibrate-from` [the shipped one for what served]",
+    )
+    parser.add_argument(
+        "--transfer",
+        action="store_true",
+        help="the profile is of another model, KV format or weight format than what served: see what a transfer costs",
     )
     parser.add_argument(
         "--runs",

@@ -75,9 +75,46 @@ def step_time_for(record: ServedRecord, path: Path | None = None) -> Predictor:
     else:
         profile = load_profile(path)
     notes = check_same(record, facts_of(profile))
-    step_time = profile.step_time(engine.kv_cache_dtype, engine.max_num_seqs, engine.max_num_batched_tokens)
+    limits = engine.max_num_seqs, engine.max_num_batched_tokens
+    step_time = profile.step_time(engine.kv_cache_dtype, *limits, engine.device_id)
     pieces = [size for size in profile.record.engine.piece_sizes if size <= engine.max_num_batched_tokens]
+    if engine.gpu is not None and not profile.is_of(engine.device_id):
+        notes += (
+            f"{profile.name} is of another {engine.gpu}, as far as is known: intervals count with what two differ in",
+        )
     return Predictor(step_time, step_time.description, max(pieces, default=0), notes)
+
+
+def transferred_for(record: ServedRecord, path: Path) -> Predictor:
+    """The step times of a profile of something else, transferred to what served a record, as planning does it.
+
+    Raises:
+        UserError: there is no such profile; what served is not in the catalog; the record was served with other
+            settings than were measured; or the profile cannot tell anything of it.
+    """
+    from calibration.measure.facts import gpu_id
+    from planner.catalog import load_gpu, load_model
+    from planner.kv_format import KVCacheDtype
+    from planner.profile.library import find_profile, step_time_of, why_unusable
+    from planner.profile.schema import load_profile
+
+    profile, engine = load_profile(path), record.engine
+    gpu_name = gpu_id(engine.gpu or "")
+    if gpu_name is None:
+        raise UserError(f"{record.name} was served on {engine.gpu or 'a CPU'}, to which nothing can be transferred")
+    try:
+        kv_cache_dtype = KVCacheDtype(engine.kv_cache_dtype)
+    except ValueError:
+        raise UserError(f"{record.name} was served with a KV cache in {engine.kv_cache_dtype}") from None
+    model, gpu = load_model(engine.model, engine.quantization), load_gpu(gpu_name)
+    reason = why_unusable(profile, model, gpu, engine.enforce_eager)
+    match = find_profile(model, gpu, kv_cache_dtype, engine.tensor_parallel_size, [profile])
+    if reason is not None or match is None:
+        raise UserError(f"{profile.name} tells nothing of {_what(engine)}: {reason or 'no table of it can be used'}")
+    limits = engine.max_num_seqs, engine.max_num_batched_tokens
+    step_time = step_time_of(match, model, gpu, kv_cache_dtype, engine.tensor_parallel_size, engine.block_size, *limits)
+    pieces = [size for size in profile.record.engine.piece_sizes if size <= engine.max_num_batched_tokens]
+    return Predictor(step_time, step_time.description, max(pieces, default=0))
 
 
 def _chosen(record: ServedRecord, profiles: Sequence[tuple[Any, ProfileFacts]]) -> Any:

@@ -32,6 +32,7 @@ class EngineSettings:
     Attributes:
         model: name. model_config: of the engine, empty if unknown.
         gpu: name of the device as the driver has it; None for a CPU, or if unknown.
+        device_id: what tells it from others of that name; None if unknown.
         kv_cache_dtype: resolved, e.g. "bfloat16" for auto.
         num_kv_blocks: blocks that requests can hold. windows: one entry per KV group, None for full attention.
     """
@@ -54,6 +55,7 @@ class EngineSettings:
     num_gpu_blocks_override: int | None = None
     tensor_parallel_size: int = 1
     model_config: Mapping[str, Any] = field(default_factory=dict)
+    device_id: str | None = None
 
     @property
     def pipeline_depth(self) -> int:
@@ -66,6 +68,7 @@ class EngineSettings:
         return (
             self.model,
             self.gpu,
+            self.device_id,
             self.quantization,
             self.kv_cache_dtype,
             self.num_kv_blocks,
@@ -251,6 +254,7 @@ def _settings(engine: Mapping[str, Any], environment: Mapping[str, Any]) -> Engi
         gpu_memory_utilization=config["gpu_memory_utilization"],
         num_gpu_blocks_override=config["num_gpu_blocks_override"],
         model_config=model,
+        device_id=environment.get("device_id"),
     )
 
 

@@ -65,9 +65,10 @@ def predict_log(steps: Sequence[LoggedStep], step_time: StepTime, largest_piece:
     """Every step of a log, predicted."""
     steady = [step_time.ticks(step.shape) for step in steps]
     host = np.array([step_time.host_ticks(step.shape) for step in steps]) / TICKS_PER_SECOND
-    alone = [_alone_ticks(step_time, step.shape, ticks) for step, ticks in zip(steps, steady, strict=True)]
-    wait = (np.array(alone) - np.array(steady)) / TICKS_PER_SECOND
+    wait_ticks = [_wait_ticks(step_time, step.shape, ticks) for step, ticks in zip(steps, steady, strict=True)]
+    wait = np.array(wait_ticks) / TICKS_PER_SECOND
     device = np.array(_at_their_heat(steps, steady, wait, step_time)) / TICKS_PER_SECOND
+    device = np.maximum(device, _until_launched_s(steps, steady, wait_ticks, step_time))
     is_whole = np.array([step.gpu_s is None for step in steps], bool)
     return PredictedLog(
         steps,
@@ -79,11 +80,25 @@ def predict_log(steps: Sequence[LoggedStep], step_time: StepTime, largest_piece:
     )
 
 
-def _alone_ticks(step_time: StepTime, shape: StepShape, ticks: int) -> int:
-    """From the decision to run a step to its tokens, with nothing in flight."""
+def _wait_ticks(step_time: StepTime, shape: StepShape, ticks: int) -> int:
+    """From the decision to run a step until the device can begin, with nothing in flight."""
     if shape.prefills:
-        return step_time.alone_ticks(shape, ticks)
-    return step_time.host_ticks(shape) + ticks
+        return step_time.wait_ticks(shape, ticks)
+    return step_time.host_ticks(shape)
+
+
+def _until_launched_s(
+    steps: Sequence[LoggedStep], steady: Sequence[int], wait_ticks: Sequence[int], step_time: StepTime
+) -> np.ndarray:
+    """From the begin of the recorded steps until the host has launched all of them: they take as long at the least."""
+    found = np.zeros(len(steps))
+    begins = begins_s(steps, np.array(wait_ticks) / TICKS_PER_SECOND)
+    for n, (step, ticks, wait, begin) in enumerate(zip(steps, steady, wait_ticks, begins, strict=True)):
+        if step.shape.prefills:
+            alone = step_time.alone_ticks(step.shape, ticks)
+            if alone > ticks + wait:
+                found[n] = step.start_s + alone / TICKS_PER_SECOND - begin
+    return found
 
 
 def _at_their_heat(

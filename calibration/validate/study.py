@@ -302,7 +302,8 @@ def _series_names(records: Sequence[ServedRecord]) -> list[str]:
         return names
     return [
         f"{name}, {record.engine.num_kv_blocks:,} blocks, max_num_seqs {record.engine.max_num_seqs}, "
-        f"max_num_batched_tokens {record.engine.max_num_batched_tokens}, {record.engine.gpu or 'a CPU'}"
+        f"max_num_batched_tokens {record.engine.max_num_batched_tokens}, {record.engine.gpu or 'a CPU'} "
+        f"{record.engine.device_id or ''}".rstrip()
         for name, record in zip(names, records, strict=True)
     ]
 

@@ -1,5 +1,6 @@
 """Runs the suites on the GPU and collects their rows in a record."""
 
+import hashlib
 import os
 import platform
 import subprocess
@@ -115,10 +116,20 @@ def environment() -> dict[str, Any]:
         "cudnn": torch.backends.cudnn.version(),
         "driver": _answer("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").partition("\n")[0],
         "gpu": properties.name,
+        "device_id": device_id(properties),
         "multiprocessors": properties.multi_processor_count,
         "l2_bytes": properties.L2_cache_size,
         "memory_bytes": properties.total_memory,
     }
+
+
+def device_id(properties: Any) -> str | None:
+    """What tells a GPU from others of its type, without saying which it is: 8 digits of a hash of its UUID.
+
+    None where the driver gives none.
+    """
+    uuid = getattr(properties, "uuid", None)
+    return None if uuid is None else hashlib.blake2b(str(uuid).encode(), digest_size=4).hexdigest()
 
 
 def _commit() -> str:

@@ -165,6 +165,12 @@ def fit_clock(section: Mapping[str, Any] | None) -> ClockModel | None:
     return ClockModel(tau_s, e0, e1, tuple(tokens), tuple(cool), tuple(hot), decode)
 
 
+def launched_ahead(section: Mapping[str, Any] | None) -> dict[int, float]:
+    """Seconds that prompts took behind others, by tokens: the CPU had launched them in time."""
+    rows = (section or {}).get("points") or ()
+    return {row["tokens"]: row["hot_s"] for row in rows}
+
+
 def _means(rows: Sequence[Mapping[str, Any]]) -> tuple[float, float, float]:
     """Cool and hot ratio of one number of tokens, which may have been measured several times; and the cool time."""
     weights = [row.get("samples") or 1 for row in rows]

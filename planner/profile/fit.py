@@ -5,7 +5,9 @@ Numpy, scipy and the standard library only: calibration fits on the GPU machine 
 
 from __future__ import annotations
 
+import math
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,6 +31,9 @@ _ENOUGH_MIXED = 5
 # (8B on an H200, two KV formats at five loads each), predicted by a fit whose clock was told by the other four loads.
 # It is how far the state of a device differs from one run to the next.
 _COMMON_DECODE, _COMMON_PROMPT = 0.004, 0.009
+# The same between devices of one type: two H200s, of which one drew 89 W when idle and the other 100 W, ran the same
+# loads' steps with prompts 3 % apart, as the power limit decides their clock, and steps of decodes 1.4 %.
+_DEVICE_DECODE, _DEVICE_PROMPT = 0.010, 0.021
 # A step between two points is about so far off, as a share of what a point that is left out is: it is half as far from
 # them. (Noise would leave 1, a curve without noise a quarter.)
 _BETWEEN_POINTS = 0.5
@@ -112,17 +117,18 @@ class FittedKV:
             self._errors = self._compute_errors(self.tables)
         return self._errors
 
-    def uncertainty(self, errors: dict[str, Any] | None = None) -> Uncertainty:
+    def uncertainty(self, errors: dict[str, Any] | None = None, *, same_device: bool = False) -> Uncertainty:
         """Of what the decode steps and the steps with prompts of a run take together, inside what was measured.
 
-            deviation^2 = common^2 + ((leave-one-out / 2)^2 + repeat^2) / shapes in a run
+            deviation^2 = common^2 + device^2 + ((leave-one-out / 2)^2 + repeat^2) / shapes in a run
 
         Points are off by themselves: interpolation does not know which kernel the next size gets, and each point was
         measured once. A run has steps of many shapes, of which some are too long and some too short. What is common to
-        all of them, as the state of the device is, does not average out.
+        all of them, as the state of the device is, or what another device of its type differs in, does not average out.
 
         Args:
             errors: what `errors` found, if it is at hand.
+            same_device: the steps run on the very device that was measured.
         """
         errors = errors or self.errors()
         repeat = errors["repeat"]
@@ -131,7 +137,10 @@ class FittedKV:
         between = (_BETWEEN_POINTS * _deviation(table) for table in (errors["decode"], prompts))
         each = [np.hypot(own, repeat[name]) for own, name in zip(between, ("decode", "prompt"), strict=True)]
         decode, prompt = each[0] / _GRAPHS_IN_A_RUN**0.5, each[1] / _SIZES_IN_A_RUN**0.5
-        return Uncertainty(float(np.hypot(decode, _COMMON_DECODE)), float(np.hypot(prompt, _COMMON_PROMPT)))
+        common = [_COMMON_DECODE, _COMMON_PROMPT]
+        if not same_device:
+            common = [math.hypot(*each) for each in zip(common, (_DEVICE_DECODE, _DEVICE_PROMPT), strict=True)]
+        return Uncertainty(*(math.hypot(*each) for each in zip((decode, prompt), common, strict=True)))
 
     # ---- inside ----------------------------------------------------------------------------------------------------
 
@@ -168,8 +177,17 @@ class FittedKV:
         return found | self.host.errors | {"repeat": repeat}
 
 
-def fit_kv(tables: KVTables, shape: ModelShape, limits: Limits, engine: EngineSettings) -> FittedKV:
+def fit_kv(
+    tables: KVTables,
+    shape: ModelShape,
+    limits: Limits,
+    engine: EngineSettings,
+    launched_ahead: Mapping[int, float] | None = None,
+) -> FittedKV:
     """Fit one KV format.
+
+    Args:
+        launched_ahead: as `KVTables.on_device` has it.
 
     Raises:
         UserError: there is no decode point, or no prefill point.
@@ -177,7 +195,7 @@ def fit_kv(tables: KVTables, shape: ModelShape, limits: Limits, engine: EngineSe
     for name in ("decode", "prefill"):
         if not getattr(tables, name):
             raise UserError(f"the profile has no {name} points, without which no step time can be told")
-    told = tables.on_device()
+    told = tables.on_device(launched_ahead)
     decode = fit_decode(told.decode, shape, engine)
     prompt = fit_prompt(told.prefill, told.mixed, decode, shape, limits, engine)
     return FittedKV(shape, engine, decode, prompt, fit_host(tables, engine), told)

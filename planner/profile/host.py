@@ -18,6 +18,8 @@ from engine.scheduling import StepShape
 from planner.profile.regression import choose, table_errors
 from planner.profile.tables import EngineSettings, KVTables, Point, padded, point_shape
 
+# When the last kernel of a step is launched, as a share of what the CPU does for it; the rest is to look at its tokens.
+LAUNCHED = 0.93
 KINDS = ("decode", "pieces", "eager")
 
 

@@ -232,7 +232,8 @@ def step_time_of(
     """The step times of a deployment from the profile that was found for it."""
     profile, changes = match.profile, match.changes
     fitted = profile.fitted(match.kv_cache_dtype)
-    uncertainty = widened(profile.uncertainty(match.kv_cache_dtype), changes)
+    size_ratio = model.num_parameters / profile.spec.num_parameters
+    uncertainty = widened(profile.uncertainty(match.kv_cache_dtype), changes, size_ratio)
     record = profile.record
     origin = profile.origin(match.kv_cache_dtype)
     if changes:

@@ -19,7 +19,7 @@ from planner.errors import UserError
 from planner.hf_config import model_from_config
 from planner.kv_format import KVCacheDtype
 from planner.model import ModelSpec
-from planner.profile.clock import ClockModel, fit_clock
+from planner.profile.clock import ClockModel, fit_clock, launched_ahead
 from planner.profile.fit import FittedKV, fit_kv
 from planner.profile.served import ServedFit, fit_served
 from planner.profile.shape import ModelShape
@@ -79,6 +79,7 @@ class ServedRecord(_Section):
     concurrency: _Count
     start_s: Annotated[tuple[Annotated[float, Field(ge=0, le=MAX_STEP_SECONDS)], ...], Field(max_length=_MOST_STEPS)]
     gpu_s: tuple[_Seconds, ...]
+    host_s: tuple[Annotated[float, Field(ge=0, le=MAX_STEP_SECONDS)], ...] | None = None
     prefills: tuple[tuple[tuple[_Count, _Context], ...], ...]
     decodes: tuple[Annotated[int, Field(ge=0, le=1 << 20)], ...]
     keys: tuple[_Context, ...]
@@ -86,7 +87,7 @@ class ServedRecord(_Section):
 
     @model_validator(mode="after")
     def _in_order(self) -> ServedRecord:
-        columns = self.gpu_s, self.prefills, self.decodes, self.keys, self.excess
+        columns = self.gpu_s, self.host_s or self.gpu_s, self.prefills, self.decodes, self.keys, self.excess
         if any(len(column) != len(self.start_s) for column in columns):
             raise ValueError("its columns are not of one length")
         if any(after < before for before, after in pairwise(self.start_s)):
@@ -222,6 +223,7 @@ class ProfileRecord(_Section):
     kind: str
     commit: str = ""
     date: str = ""
+    environment: dict[str, Any] = Field(default_factory=dict)
     gpu: str | None
     gpu_name: str
     gpu_memory_bytes: Annotated[int, Field(ge=0)] | None = None
@@ -254,6 +256,11 @@ class Profile:
         section = self.record.clock
         return fit_clock(section.model_dump()) if section else None
 
+    @cached_property
+    def launched_ahead(self) -> dict[int, float]:
+        """Seconds of prompts for which the device did not wait, by tokens."""
+        return launched_ahead(self.record.clock.model_dump()) if self.record.clock else {}
+
     def clock(self, kv_cache_dtype: str) -> ClockModel | None:
         """How the device slows down when it is hot; None where that was not measured.
 
@@ -283,25 +290,30 @@ class Profile:
         if found is None:
             tables = self.tables
             shape = ModelShape.from_config(tables.config, tables.quantization, name, tables.engine.block_size)
-            found = fit_kv(tables.kv[name], shape, tables.limits, tables.engine)
+            found = fit_kv(tables.kv[name], shape, tables.limits, tables.engine, self.launched_ahead)
             runs = [run.model_dump() for run in self.record.kv[name].served]
             served = self._served[name] = fit_served(runs, found, self._clock) if runs else None
             found = self._fitted[name] = served.applied(found) if served else found
         return found
 
     def step_time(
-        self, kv_cache_dtype: str, max_num_seqs: int | None = None, max_num_batched_tokens: int | None = None
+        self,
+        kv_cache_dtype: str,
+        max_num_seqs: int | None = None,
+        max_num_batched_tokens: int | None = None,
+        device_id: str | None = None,
     ) -> ProfileStepTime:
         """Step times of what was measured, with nothing transferred.
 
         Args:
             max_num_seqs, max_num_batched_tokens: limits of the engine; None for those that were measured.
+            device_id: of the device whose steps are foreseen, if it is known.
 
         Raises:
             UserError: this format was not measured.
         """
         fitted = self.fitted(kv_cache_dtype)
-        uncertainty = self.uncertainty(kv_cache_dtype)
+        uncertainty = self.uncertainty(kv_cache_dtype, device_id)
         limits = max_num_seqs, max_num_batched_tokens
         return ProfileStepTime(
             fitted, self.origin(kv_cache_dtype), uncertainty, *limits, clock=self.clock(kv_cache_dtype)
@@ -313,14 +325,23 @@ class Profile:
         weights = f", {record.quantization} weights" if record.quantization else ""
         return f"profile of {record.model.name} on {record.gpu_name}, {kv_cache_dtype} KV{weights}"
 
-    def uncertainty(self, kv_cache_dtype: str) -> Uncertainty:
-        """Of that fit: from the errors that the profile tells of it, else from leaving out points now."""
+    def is_of(self, device_id: str | None) -> bool:
+        """Whether it was measured on that very device."""
+        return device_id is not None and device_id == self.record.environment.get("device_id")
+
+    def uncertainty(self, kv_cache_dtype: str, device_id: str | None = None) -> Uncertainty:
+        """Of that fit: from the errors that the profile tells of it, else from leaving out points now.
+
+        Args:
+            device_id: as of `step_time`.
+        """
+        same = self.is_of(device_id)
         fitted = self.fitted(kv_cache_dtype)
         stored = self.record.kv[str(kv_cache_dtype)].fit
         try:
-            return fitted.uncertainty(stored or None)
+            return fitted.uncertainty(stored or None, same_device=same)
         except (KeyError, TypeError, ValueError):
-            return fitted.uncertainty()
+            return fitted.uncertainty(same_device=same)
 
 
 def load_profile(path: Path | str) -> Profile:

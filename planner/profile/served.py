@@ -21,8 +21,10 @@ from typing import Any
 
 import numpy as np
 
+from engine.scheduling import StepShape
 from planner.profile.clock import MIN_GAP, USUAL_E0, USUAL_E1, USUAL_TAU_S, ClockModel, Heat
 from planner.profile.fit import FittedKV
+from planner.profile.host import LAUNCHED, HostCost, HostFit
 from planner.profile.regression import summary
 from planner.profile.tables import padded
 
@@ -32,10 +34,15 @@ _PRIOR_COOL, _PRIOR_ADDED = 0.03, 0.05
 _PRIOR_KEY, _PRIOR_TAU, _PRIOR_E = 0.5, 0.5, 0.15
 # A size that was seen less often has no ratio of its own.
 _FEW = 6
-# Relative errors: no step is known better than the least; beyond so many deviations one has a cause of its own. Those of
-# a power limit that is held once per second, when steps take up to a tenth longer, belong to the mean.
+# Relative errors: no step is known better than the least; beyond so many deviations one has a cause of its own. What a
+# power limit adds that is held once per second, when steps take up to a tenth longer, belongs to the mean.
 _LEAST_NOISE, _FAR = 0.005, 6.0
 _ROUNDS, _REWEIGHTED = 6, 4
+# Before so much of a step's time has passed, as a share of it, the CPU has launched all of it.
+_IN_TIME = 0.85
+# As a share of the time between two decisions; with how many requests at once that is seldom mistaken; and how much
+# longer the CPU may take in a service.
+_WELL_BEFORE, _MOST_TELLING, _MOST_HOST = 0.7, 32, 4.0
 _MOST_ADDED = 1.0  # a hot step takes at most twice as long as a cool one
 
 
@@ -46,16 +53,19 @@ class ServedFit:
     Attributes:
         clock: with every size that was seen. key_ratio: what the keys of decodes cost beside prompts, as a multiple of
             what points measured one by one say.
-        errors: of steps with prompts and of decodes, in sample: {"prompt": {"points":, "median":, "p90":}, ...}.
+        errors: of steps with prompts and of decodes, in sample: {"prompt": {"points":, "in_sample": {...}}, ...}.
+        host_costs: what the CPU takes for a step with prompts in a service, by kind.
     """
 
     clock: ClockModel
     key_ratio: float
     errors: dict[str, Any]
+    host_costs: Mapping[str, HostCost]
 
     def applied(self, fitted: FittedKV) -> FittedKV:
         """The fit with what mixed steps take."""
-        return replace(fitted, prompt=replace(fitted.prompt, key_s=fitted.prompt.key_s * self.key_ratio))
+        prompt = replace(fitted.prompt, key_s=fitted.prompt.key_s * self.key_ratio)
+        return replace(fitted, prompt=prompt, host=_with_costs(fitted.host, self.host_costs))
 
 
 def fit_served(runs: Sequence[Mapping[str, Any]], fitted: FittedKV, clock: ClockModel | None) -> ServedFit | None:
@@ -71,13 +81,18 @@ def fit_served(runs: Sequence[Mapping[str, Any]], fitted: FittedKV, clock: Clock
     """
     if clock is None:
         return None
-    prompts = _Prompts.of(runs, fitted, clock)
+    host_costs = _host_costs(runs, fitted)
+    prompts = _Prompts.of(runs, fitted, clock, _with_costs(fitted.host, host_costs))
     if prompts is None:
-        return None
-    found = prompts.fit()
-    decode, decode_errors = _fit_decodes(runs, fitted, found.clock)
-    clock = replace(found.clock, decode=decode)
-    return ServedFit(clock, found.key_ratio, found.errors | decode_errors)
+        return ServedFit(clock, 1.0, {}, host_costs) if host_costs else None
+    clock, key_ratio, errors = prompts.fit()
+    decode, decode_errors = _fit_decodes(runs, fitted, clock)
+    clock = replace(clock, decode=decode)
+    return ServedFit(clock, key_ratio, {"prompt": errors} | decode_errors, host_costs)
+
+
+def _with_costs(host: HostFit, costs: Mapping[str, HostCost]) -> HostFit:
+    return replace(host, costs={**host.costs, **costs})
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,7 +114,8 @@ class _Prompts:
         base: the clock as its tables have it. tokens: the sizes that get a ratio.
         nodes: float64 [steps, sizes], how much of each size's ratio a step has.
         steady_s, key_s, measured_s: float64 [steps]; key_s: what the keys of decodes take of the steady time.
-        begin_s: float64 [steps]; first: whether a step is the first of its run.
+        begin_s: float64 [steps]; first: whether a step is the first of its run; tells: whether its time is the device's
+            own.
     """
 
     base: ClockModel
@@ -110,37 +126,51 @@ class _Prompts:
     measured_s: np.ndarray
     begin_s: np.ndarray
     first: np.ndarray
+    tells: np.ndarray
 
     @classmethod
-    def of(cls, runs: Sequence[Mapping[str, Any]], fitted: FittedKV, clock: ClockModel) -> _Prompts | None:
-        """None if there are hardly any."""
-        sizes, steady, keys, measured, begins, first = [], [], [], [], [], []
+    def of(
+        cls,
+        runs: Sequence[Mapping[str, Any]],
+        fitted: FittedKV,
+        clock: ClockModel,
+        host: HostFit,
+    ) -> _Prompts | None:
+        """Without those during which the device waited for the CPU; None if there are hardly any."""
+        sizes, steady, keys, measured, begins, first, tells = [], [], [], [], [], [], []
+        prompt = fitted.prompt
         for run in runs:
-            is_first = True
-            for begin, gpu, chunks, rows, of_decodes in zip(
-                _begins(run), run["gpu_s"], run["prefills"], run["decodes"], run["keys"], strict=True
-            ):
+            is_first, began, taken = True, _begins(run), _host_s(run)
+            for n, (chunks, rows, gpu) in enumerate(zip(run["prefills"], run["decodes"], run["gpu_s"], strict=True)):
                 if not chunks:
                     continue
-                prompt = fitted.prompt
-                tokens = rows + sum(query for query, _ in chunks)
-                sizes.append(padded(tokens, fitted.engine.piece_sizes))
-                steady.append(prompt.seconds_of(chunks, rows, of_decodes))
-                keys.append(prompt.key_s * of_decodes)
+                if (host_s := taken[n]) is None:
+                    host_s = host.seconds(StepShape(chunks, [0] * rows))
+                tells.append(run["start_s"][n] + LAUNCHED * host_s < began[n] + _IN_TIME * gpu)
+                sizes.append(padded(rows + sum(query for query, _ in chunks), fitted.engine.piece_sizes))
+                steady.append(prompt.seconds_of(chunks, rows, run["keys"][n]))
+                keys.append(prompt.key_s * run["keys"][n])
                 measured.append(gpu)
-                begins.append(begin)
+                begins.append(began[n])
                 first.append(is_first)
                 is_first = False
-        if len(sizes) < 5 * _FEW:
+        if sum(tells) < 5 * _FEW:
             return None
         largest = max(fitted.engine.piece_sizes, default=0)
-        seen = {size for size, count in Counter(sizes).items() if count >= _FEW and size <= largest}
-        tokens = tuple(sorted(seen.union(clock.tokens)))
+        counts = Counter(size for size, tell in zip(sizes, tells, strict=True) if tell)
+        seen = {size for size, count in counts.items() if count >= _FEW and size <= largest}
+        # Steps that are not padded run other kernels: the largest size of pieces says nothing of them.
+        beyond = {largest + 1} if largest and max(sizes) > largest else set()
+        tokens = tuple(sorted(seen.union(clock.tokens, beyond)))
         columns = (np.array(each, float) for each in (steady, keys, measured, begins))
-        return cls(clock, tokens, _nodes(np.array(sizes, float), tokens), *columns, np.array(first, bool))
+        flags = (np.array(each, bool) for each in (first, tells))
+        return cls(clock, tokens, _nodes(np.array(sizes, float), tokens), *columns, *flags)
 
-    def fit(self) -> ServedFit:
-        """tau, e0 and e1 are looked for around what is usual, in ever smaller steps; all else follows from them."""
+    def fit(self) -> tuple[ClockModel, float, dict[str, Any]]:
+        """The clock, the ratio of the keys' rate, and the errors.
+
+        tau, e0 and e1 are looked for around what is usual, in ever smaller steps; all else follows from them.
+        """
         heats: dict[float, np.ndarray] = {}
 
         def solved(at: tuple[float, float, float]) -> _Solved:
@@ -166,23 +196,24 @@ class _Prompts:
         found = solved(best)
         hot = found.cool + np.clip(found.added, 0.0, _MOST_ADDED)
         clock = ClockModel(math.exp(best[0]), *best[1:], self.tokens, tuple(found.cool.tolist()), tuple(hot.tolist()))
-        return ServedFit(clock, max(0.0, 1.0 + found.key), {"prompt": _told(found.errors)})
+        return clock, max(0.0, 1.0 + found.key), _told(found.errors)
 
     def _solve(self, at: tuple[float, float, float], heat: np.ndarray) -> _Solved:
         """All that is linear, for these constants: least squares in which what is far off counts less."""
         log_tau, e0, e1 = at
-        slowed = np.clip((heat - e0) / (e1 - e0), 0.0, 1.0)
+        tells, nodes, measured_s = self.tells, self.nodes[self.tells], self.measured_s[self.tells]
+        slowed = np.clip((heat[tells] - e0) / (e1 - e0), 0.0, 1.0)
         base = np.array([self.base.ratios(tokens) for tokens in self.tokens])
         count = len(self.tokens)
         prior = np.concatenate([base[:, 0], base[:, 1] - base[:, 0], [0.0]])
         width = np.concatenate([np.full(count, _PRIOR_COOL), np.full(count, _PRIOR_ADDED), [_PRIOR_KEY]])
-        columns = np.empty((len(heat), 2 * count + 1))
-        columns[:, :count] = (self.steady_s / self.measured_s)[:, None] * self.nodes
+        columns = np.empty((len(slowed), 2 * count + 1))
+        columns[:, :count] = (self.steady_s[tells] / measured_s)[:, None] * nodes
         columns[:, count:-1] = columns[:, :count] * slowed[:, None]
-        keys, solved = self.key_s / self.measured_s, prior
-        weight, noise = np.ones(len(heat)), _LEAST_NOISE
+        keys, solved = self.key_s[tells] / measured_s, prior
+        weight, noise = np.ones(len(slowed)), _LEAST_NOISE
         for _ in range(_REWEIGHTED):
-            columns[:, -1] = keys * (self.nodes @ solved[:count] + slowed * (self.nodes @ solved[count:-1]))
+            columns[:, -1] = keys * (nodes @ solved[:count] + slowed * (nodes @ solved[count:-1]))
             weighted = columns * (weight / noise**2)[:, None]
             matrix = columns.T @ weighted + np.diag(width**-2.0)
             solved = np.linalg.solve(matrix, weighted.sum(axis=0) + prior / width**2)
@@ -256,6 +287,50 @@ def _fit_decodes(
         error = np.abs(y - added * x)
         weight = 1 / np.maximum(error / (_FAR * max(_LEAST_NOISE, float(np.median(error)) / 0.6745)), 1.0)
     return 1.0 + added, {"decode": _told((1.0 + added * x) / (1.0 + y) - 1.0)}
+
+
+def _host_s(run: Mapping[str, Any]) -> list[float | None]:
+    """What the CPU took for each step, as far as a run tells.
+
+    Where it was not written down: the CPU decides upon a step when it has launched the one before and seen the tokens
+    of the one before that. Where the device was done with that one well before, what lies between two decisions is the
+    CPU's time.
+    """
+    if run.get("host_s"):
+        return list(run["host_s"])
+    starts, begins = run["start_s"], _begins(run)
+    found: list[float | None] = [None] * len(starts)
+    for n in range(2, len(starts) - 1):
+        taken = starts[n + 1] - starts[n]
+        if begins[n - 1] + run["gpu_s"][n - 1] <= starts[n] + _WELL_BEFORE * taken:
+            found[n] = taken
+    return found
+
+
+def _host_costs(runs: Sequence[Mapping[str, Any]], fitted: FittedKV) -> dict[str, HostCost]:
+    """What the CPU takes for steps with prompts, by kind.
+
+    Launches wait for room in the driver's queue where the device is behind, and such steps take it longer than it would
+    need; so do some for reasons of their own. What half of the steps take is told, not their mean.
+    """
+    found: dict[str, list[tuple[StepShape, float]]] = {}
+    for run in runs:
+        if not run.get("host_s") and run["concurrency"] > _MOST_TELLING:
+            continue
+        for chunks, rows, taken in zip(run["prefills"], run["decodes"], _host_s(run), strict=True):
+            if chunks and taken is not None:
+                step = StepShape(chunks, [0] * rows)
+                found.setdefault(fitted.host.kind(step), []).append((step, taken))
+    costs = {}
+    for kind, steps in found.items():
+        usual = fitted.host.costs.get(kind)
+        if usual is None or len(steps) < _FEW:
+            continue
+        # What it takes per request and chunk is better told by steps that were measured one by one.
+        step_s = usual.step_s + float(np.median([taken - usual.seconds(step) for step, taken in steps]))
+        least, most = usual.step_s / _MOST_HOST, usual.step_s * _MOST_HOST
+        costs[kind] = replace(usual, step_s=min(max(step_s, least), most))
+    return costs
 
 
 def _told(errors: np.ndarray) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from engine.scheduling import StepShape
 from planner.profile.clock import ClockModel
 from planner.profile.decode import excess_of
 from planner.profile.fit import FittedKV
+from planner.profile.host import LAUNCHED
 from planner.profile.tables import EngineSettings, padded
 from planner.step_time import (
     TICKS_PER_SECOND,
@@ -118,7 +119,13 @@ class ProfileStepTime(StepTime):
         if not step.prefills:
             return super().alone_ticks(step, ticks)
         ticks = self.ticks(step) if ticks is None else ticks
-        return ticks + round(self.fitted.host.added_latency_s(step) * TICKS_PER_SECOND)
+        # A step of many launches does not end before the last of them.
+        return max(ticks + self.wait_ticks(step, ticks), round(LAUNCHED * self.host_ticks(step)))
+
+    def wait_ticks(self, step: StepShape, ticks: int) -> int:
+        if not step.prefills:
+            return super().wait_ticks(step, ticks)
+        return round(self.fitted.host.added_latency_s(step) * TICKS_PER_SECOND)
 
     def evidence_of(self, step: StepShape) -> Evidence:
         """As `FittedKV.evidence`, but no decode step counts as MEASURED: that one of many hits a point is chance."""

@@ -95,17 +95,40 @@ class KVTables:
         tables = {name: tuple(map(Point.from_json, record[name])) for name in ("decode", "prefill", "mixed")}
         return cls(**tables, num_kv_blocks=record["num_kv_blocks"], kv_cache_bytes=record["kv_cache_bytes"])
 
-    def on_device(self) -> KVTables:
+    def on_device(self, launched_ahead: Mapping[int, float] | None = None) -> KVTables:
         """Without the points with prompts that tell how fast the CPU was, not the GPU, where enough others do.
 
         A stream of short prompts waits for its launches; in a served load they are launched while the device decodes.
         What the CPU had to do beside decides how long they seem to take: 7 ms or 13 for the same 144 tokens. Of the
         chunks of one length two others are enough, as the attention to their contexts is linear.
+
+        Args:
+            launched_ahead: seconds that prompts of so many tokens took which the CPU had launched in time, behind
+                others: taken for those of a stream that had to wait.
         """
+        if launched_ahead:
+            return replace(self, prefill=tuple(_ahead(point, launched_ahead) for point in self.prefill)).on_device()
         others = Counter(point.prefills[0][0] for point in self.prefill if not point.is_host_bound)
         prefill = [point for point in self.prefill if not point.is_host_bound or others[point.prefills[0][0]] < 2]
         mixed = tuple(point for point in self.mixed if not point.is_host_bound)
         return replace(self, prefill=tuple(prefill), mixed=mixed if len(mixed) >= _ENOUGH_MIXED else self.mixed)
+
+
+def _ahead(point: Point, launched_ahead: Mapping[int, float]) -> Point:
+    """A prompt without context as it would be if the CPU had not been late, where that is known to be less."""
+    (tokens, context), *_ = point.prefills
+    sizes = sorted(launched_ahead)
+    if context or not point.is_host_bound or not sizes[0] <= tokens <= sizes[-1]:
+        return point
+    high = next(size for size in sizes if size >= tokens)
+    low = max((size for size in sizes if size <= tokens), default=high)
+    share = (tokens - low) / (high - low) if high > low else 0.0
+    seconds = launched_ahead[low] + share * (launched_ahead[high] - launched_ahead[low])
+    if seconds >= point.step_s:
+        return point
+    factor = seconds / point.step_s
+    spread = {"low_s": point.low_s * factor, "high_s": point.high_s * factor, "mean_s": None}
+    return replace(point, step_s=seconds, gpu_s=seconds, host_s=None, **spread)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from html.parser import HTMLParser
+from importlib import resources
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,7 +18,7 @@ from virtual_engine import Affine, Heated, Scaled, Settings, load, served, write
 from calibration.validate.command import run
 from calibration.validate.external import external_record
 from calibration.validate.html import report
-from calibration.validate.profiles import Predictor, ProfileFacts, _chosen, check_same
+from calibration.validate.profiles import Predictor, ProfileFacts, _chosen, check_same, transferred_for
 from calibration.validate.records import READERS, Lives, ServedRecord, ServedRun, read
 from calibration.validate.replay import simulate_run, system_of
 from calibration.validate.study import document, study
@@ -417,6 +418,38 @@ def test_a_profile_file(tmp_path, capsys):
         run([str(small), "--profile", str(profile)])
     with pytest.raises(UserError, match="no profile is shipped for toy"):
         run([str(record)])
+
+
+def on_h200(path, model, **changes):
+    settings = Settings()
+    settings = replace(settings, config=replace(settings.config, model=model, **changes))
+    written = write_record(path, settings, load(10, spacing_s=0.5), Affine(), steps=False)
+    document = json.loads(written.read_text())
+    document["environment"] = {"gpu": "NVIDIA H200"}
+    written.write_text(json.dumps(document))
+    return written
+
+
+def test_what_a_transfer_costs(tmp_path, capsys):
+    """Step times are those that planning takes for a model that has no profile."""
+    shipped = resources.files("planner") / "data" / "profiles" / "llama-3.1-8b_h200.json"
+    record = on_h200(tmp_path / "a.json", "llama-3.2-1b")
+    found = transferred_for(read(record), Path(str(shipped)))
+    assert "from the profile of llama-3.1-8b" in found.origin
+    assert "to llama-3.2-1b" in found.origin
+    step = StepShape(decode_contexts=[500] * 4)
+    assert 0.6e-3 < found.step_time.predict(step) < 2e-3  # 2.5 GB of weights at 4.1 TB/s at the least
+    arguments = [str(record), "--transfer", "--profile", str(shipped), "--no-intervals"]
+    assert run(arguments) == 0
+    assert "transferred from another model" in capsys.readouterr().out
+    with pytest.raises(UserError, match="--transfer needs --profile"):
+        run([str(record), "--transfer"])
+    with pytest.raises(UserError, match="served on Toy GPU, to which nothing can be transferred"):
+        transferred_for(
+            read(write_record(tmp_path / "b.json", Settings(), load(5), Affine(), steps=False)), Path(str(shipped))
+        )
+    with pytest.raises(UserError, match="CUDA graphs"):
+        transferred_for(read(on_h200(tmp_path / "c.json", "llama-3.2-1b", enforce_eager=True)), Path(str(shipped)))
 
 
 def test_what_differs_without_harm_is_noted(record):

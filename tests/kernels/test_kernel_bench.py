@@ -891,3 +891,12 @@ def test_a_real_run(tmp_path, capsys):
     assert {"copy", "read", "matmul"} == record.limits.keys()
     assert all(OURS in row.timings for row in record.rows if row.suite != "limits")
     assert all(t.method == "graph" for row in record.rows for t in row.timings.values())
+
+
+def test_a_gpu_is_told_from_others_without_its_name():
+    def of(uuid):
+        return run.device_id(types.SimpleNamespace(uuid=uuid))
+
+    assert of("4f3a") == of("4f3a") != of("4f3b")
+    assert len(of("4f3a")) == 8 and "4f3a" not in of("4f3a")
+    assert run.device_id(types.SimpleNamespace()) is None

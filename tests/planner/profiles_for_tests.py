@@ -51,7 +51,7 @@ class Physics:
         return self.scale * (base + 3e-6 * len(contexts) + 26.6e-9 / 32 * self.keys(contexts))
 
     def dense(self, tokens: int) -> float:
-        tokens = padded(tokens, PIECES)
+        tokens = padded(tokens, PIECES) if tokens <= PIECES[-1] else -(-tokens // 128) * 128
         return self.scale * math.hypot(4.2e-3, 22e-6 * tokens)
 
     def attention(self, query: int, context: int) -> float:

@@ -144,7 +144,7 @@ BAD = {
     "no bandwidth": (lambda c: c["limits"].update(copy_bytes_per_s=0), "copy_bytes_per_s"),
     "text for a size": (lambda c: c["engine"].update(graph_sizes=["a"]), "graph_sizes"),
     "a clock of no time": (lambda c: clock_of(c)["points"][0].update(cool_s=0.0), "clock.points.0.cool_s"),
-    "faster when hot": (lambda c: clock_of(c)["points"][1].update(cool_s=0.03), "on a hot device and 30 ms on a cool"),
+    "faster when hot": (lambda c: clock_of(c)["points"][1].update(cool_s=0.06), "on a hot device and 60 ms on a cool"),
     "far slower when hot": (
         lambda c: clock_of(c)["decode_points"][0].update(hot_s=0.09),
         "times as long on a hot device as on a cool one",
@@ -152,7 +152,10 @@ BAD = {
     "far from steady": (lambda c: clock_of(c)["points"][1].update(steady_s=0.09), "times steady_s"),
     "a clock of text": (lambda c: clock_of(c)["points"][0].update(tokens="many"), "clock.points.0.tokens"),
     "a series with an end missing": (lambda c: clock_of(c)["series"][0]["gpu_s"].pop(), "begin 3 times"),
-    "a series out of order": (lambda c: clock_of(c)["series"][0]["begin_s"].reverse(), "before the one before"),
+    "a series out of order": (
+        lambda c: clock_of(c)["series"][0]["begin_s"].__setitem__(1, 1.0),
+        "before the one before",
+    ),
     "a list for a clock": (swap("clock", []), "clock"),
 }
 
@@ -413,6 +416,93 @@ def test_the_exchange_of_ranks_is_measured_where_it_was(tmp_path, content):
     slow, _ = predicted(write(tmp_path, content, "b.json"), step, tensor_parallel_size=2)
     # 1,024 tokens are 8 MiB: 64 exchanges of 2 ms.
     assert slow.predict(step) == pytest.approx(without.predict(step) + 64 * 2e-3, rel=0.05)
+
+
+def test_what_is_beyond_the_roofline_is_kept(tmp_path):
+    """To itself everything stays; to as many layers of half the width, what is beyond the weights' reading does."""
+    from dataclasses import replace
+
+    from planner.profile.fit import fit_kv
+    from planner.profile.shape import ModelShape
+    from planner.profile.tables import ProfileTables
+    from planner.profile.transfer import Scaling, transferred
+
+    tables = ProfileTables.from_json(profile(Physics()))
+    shape = ModelShape.of(LLAMA, BF16, 64)
+    fit = fit_kv(tables.kv["bfloat16"], shape, tables.limits, tables.engine)
+    none = lambda tokens: 0.0  # noqa: E731
+    same = transferred(fit, Scaling(shape, shape, tables.limits, tables.limits, none))
+    assert same.decode.base_s == pytest.approx(fit.decode.base_s)
+    assert same.prompt.dense_s == pytest.approx(fit.prompt.dense_s)
+    # Half of every weight: at one token nothing else matters to the roofline.
+    products = shape.products
+    halves = {name: getattr(products, name) / 2 for name in ("layer_bytes", "layer_flops", "head_bytes", "head_flops")}
+    half = transferred(
+        fit, Scaling(shape, replace(shape, products=replace(products, **halves)), tables.limits, tables.limits, none)
+    )
+    read_s = (products.layer_bytes + products.head_bytes) / tables.limits.copy_bytes_per_s
+    assert half.decode.base_s[0] == pytest.approx(fit.decode.base_s[0] - read_s / 2, rel=1e-3)
+    # At 8,192 tokens nothing but FLOPs does.
+    assert half.prompt.dense_s[-1] == pytest.approx(fit.prompt.dense_s[-1] / 2, rel=0.02)
+
+
+def test_models_further_apart_tell_less_of_each_other():
+    from planner.profile.transfer import widened
+    from planner.step_time import Uncertainty
+
+    known = Uncertainty(0.01, 0.02)
+    near, far = (widened(known, ["model"], ratio) for ratio in (1.5, 8.0))
+    assert near.decode == pytest.approx((0.01**2 + 0.03**2) ** 0.5)
+    assert far.decode == pytest.approx((0.01**2 + 3 * 0.03**2) ** 0.5)
+    assert far == widened(known, ["model"], 1 / 8)
+    assert widened(known, ["gpu"], 8.0) == widened(known, ["gpu"])
+
+
+def test_another_device_of_the_type_is_known_less_well(tmp_path, content):
+    content["environment"] = {"device_id": "0a1b2c3d"}
+    found = load_profile(write(tmp_path, content))
+    same, other, unknown = (found.uncertainty("bfloat16", of) for of in ("0a1b2c3d", "ffffffff", None))
+    assert other == unknown == found.step_time("bfloat16").uncertainty
+    assert same == found.step_time("bfloat16", device_id="0a1b2c3d").uncertainty
+    assert other.decode > same.decode + 0.002 and other.prefill > same.prefill + 0.005
+    content["environment"] = {}
+    assert load_profile(write(tmp_path, content, "b.json")).uncertainty("bfloat16", None) == other
+
+
+def test_a_short_service_is_read(tmp_path, content):
+    """Of this format only; what is wrong with it is told."""
+    clock_of(content)
+    before = load_profile(write(tmp_path, content, "a.json"))
+    steps = 200
+    run = {
+        "concurrency": 4,
+        "start_s": [0.012 * n for n in range(steps)],
+        "gpu_s": [0.012] * steps,
+        "host_s": [1e-3] * steps,
+        "prefills": [[[500, 0]] if n % 2 else [] for n in range(steps)],
+        "decodes": [4] * steps,
+        "keys": [32 * 4 * 300] * steps,
+        "excess": [0] * steps,
+    }
+    content["kv"]["bfloat16"]["served"] = [run]
+    after = load_profile(write(tmp_path, content, "b.json"))
+    step = StepShape(prefills=[(500, 0)], decode_contexts=[299] * 4)
+
+    def took(found):
+        step_time = found.step_time("bfloat16")
+        return step_time.heated_ticks(step, step_time.ticks(step), 0.5) / 1e15
+
+    assert abs(took(after) - 0.012) < 0.3 * abs(took(before) - 0.012)
+    for change, words in (
+        (lambda: run["gpu_s"].pop(), "not of one length"),
+        (lambda: run["start_s"].__setitem__(9, 0.0), "before the one before it"),
+        (lambda: (run["prefills"].__setitem__(2, []), run["decodes"].__setitem__(2, 0)), "neither prompt chunks nor"),
+    ):
+        saved = json.dumps(content)
+        change()
+        with pytest.raises(UserError, match=words):
+            load_profile(write(tmp_path, content, "c.json"))
+        run.update(json.loads(saved)["kv"]["bfloat16"]["served"][0])
 
 
 def test_windows_are_transferred():

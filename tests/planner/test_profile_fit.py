@@ -186,6 +186,25 @@ def test_more_of_a_prompt_takes_no_less(exact, query, context, more, contexts):
         assert 0 < times[0] < min(times[1:]) * 1.01
 
 
+def test_prompts_that_waited_for_the_cpu_are_taken_as_they_were_behind_others():
+    """Of a stream of short prompts the CPU made 9 ms each; launched in time they are as long as the physics says."""
+    content, truth = profile(), {}
+    for point in content["kv"]["bfloat16"]["prefill"]:
+        (query, context), *_ = point["prefills"]
+        if context == 0 and query <= 256:
+            truth[query] = point["step_s"]
+            point |= {"step_s": 9e-3, "low_s": 9e-3, "high_s": 9e-3, "host_s": 9e-3}
+    tables = ProfileTables.from_json(content)
+    known = {query: seconds for query, seconds in truth.items() if query != 64}
+    told = tables.kv["bfloat16"].on_device(known)
+    by_query = {point.prefills[0][0]: point.step_s for point in told.prefill if point.prefills[0][1] == 0}
+    for query, seconds in truth.items():
+        assert by_query[query] == pytest.approx(seconds, rel=0.03)  # 64 between its neighbours
+    assert not any(point.is_host_bound for point in told.prefill)
+    # What was not measured behind others stands.
+    assert tables.kv["bfloat16"].on_device({512: 1e-3, 1024: 2e-3}).prefill[0].step_s == 9e-3
+
+
 def test_points_that_tell_of_the_host_alone_do_not_bend_the_others():
     """The CPU had something else to do while some points were measured: such steps came as fast as it launched them."""
     content = profile()

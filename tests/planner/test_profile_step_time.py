@@ -93,6 +93,22 @@ def test_ticks_are_the_fit(models):
         assert model.alone_ticks(step) == pytest.approx(model.fitted.alone_s(step) * TICKS_PER_SECOND, rel=1e-6)
 
 
+def test_a_step_does_not_end_before_its_last_launch(models):
+    """Where the CPU takes longer than the device, by the most of its time; the device begins no later for that."""
+    plain = models[0]
+    costs = {kind: replace(cost, step_s=cost.step_s + 20e-3) for kind, cost in plain.fitted.host.costs.items()}
+    slow = ProfileStepTime(replace(plain.fitted, host=replace(plain.fitted.host, costs=costs)))
+    step = StepShape(prefills=[(100, 0)], decode_contexts=[300] * 4)
+    ticks = plain.ticks(step)
+    assert slow.ticks(step) == ticks
+    assert slow.wait_ticks(step, ticks) == plain.wait_ticks(step, ticks) == plain.alone_ticks(step) - ticks
+    assert slow.alone_ticks(step) == pytest.approx(0.93 * slow.host_ticks(step))
+    assert slow.alone_ticks(step) > 18e-3 * TICKS_PER_SECOND
+    decode = StepShape(decode_contexts=[300] * 4)
+    assert slow.alone_ticks(decode) == slow.host_ticks(decode) + slow.ticks(decode)
+    assert slow.wait_ticks(decode, slow.ticks(decode)) == slow.host_ticks(decode)
+
+
 def test_the_host_of_a_decode_step_does_not_depend_on_contexts(models):
     for model in models:
         for batch in (1, 7, 90):

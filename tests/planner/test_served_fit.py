@@ -21,17 +21,21 @@ TABLES = ClockModel(0.03, 0.45, 0.9, (128, 512, 1024), (0.98, 0.87, 0.85), (1.03
 PHYSICS = Physics()
 KEY_S = 26.6e-9 / 32  # of the physics
 COLUMNS = ("start_s", "gpu_s", "prefills", "decodes", "keys", "excess")
+HOST = 1.7  # what the CPU takes longer in a service
 
 
 def stream(sizes, clock, key_ratio=1.0, noise=0.0, steps=2500, seed=0):
     """Steps as a device with this clock would run them, whose keys cost more beside prompts than one by one."""
-    draw, heat, now = random.Random(seed), Heat(clock.tau_s), 0.0
+    draw, heat, ends, start = random.Random(seed), Heat(clock.tau_s), [0.0, 0.0], 0.0
     columns = {name: [] for name in COLUMNS}
     for index in range(steps):
         contexts = [draw.randint(50, 900)] * draw.randint(1, 200)
         busy = index // 250 % 2
         chunks = [(draw.randint(40, 900), 0)] if draw.random() < (0.8 if busy else 0.2) else []
-        step, keys, level = StepShape(chunks, contexts), PHYSICS.keys(contexts), heat.at(now)
+        step, keys = StepShape(chunks, contexts), PHYSICS.keys(contexts)
+        host = HOST * PHYSICS.host(step)
+        now = max(ends[-1], start + 2e-4)
+        level = heat.at(now)
         taken = PHYSICS.seconds(step)
         if chunks:
             taken += (key_ratio - 1) * KEY_S * keys
@@ -41,11 +45,12 @@ def stream(sizes, clock, key_ratio=1.0, noise=0.0, steps=2500, seed=0):
         taken *= math.exp(draw.gauss(0.0, noise))
         if noise and draw.random() < 0.02:
             taken *= 1.3  # something else went on
-        for name, value in zip(COLUMNS, (now, taken, chunks, len(contexts), keys, 0), strict=True):
+        for name, value in zip(COLUMNS, (start, taken, chunks, len(contexts), keys, 0), strict=True):
             columns[name].append(value)
         heat.ran(now, now + taken, hot=bool(chunks))
-        now += taken + 2e-5
-    return columns
+        ends.append(now + taken)
+        start = max(start + host, ends[-2])  # two steps are in flight
+    return columns | {"concurrency": 250}
 
 
 @pytest.fixture(scope="module")
@@ -67,9 +72,11 @@ def test_what_was_put_in_is_found(fitted, noise):
     assert errors["points"] > 1500
     assert errors["in_sample"]["median"] < (0.012 if noise else 0.008)
     # On a stream that it has not seen.
-    after, heat, off, before = found.applied(fitted), Heat(clock.tau_s), [], []
+    after, heat, off, before, end = found.applied(fitted), Heat(clock.tau_s), [], [], 0.0
     other = stream(sizes, TRUE, 1.5, seed=9)
-    for begin, taken, chunks, rows, keys, _ in zip(*(other[name] for name in COLUMNS), strict=True):
+    for start, taken, chunks, rows, keys, _ in zip(*(other[name] for name in COLUMNS), strict=True):
+        begin = max(start, end)
+        end = begin + taken
         if chunks:
             size = padded(rows + chunks[0][0], sizes)
             for fit, of, errors in ((after, clock, off), (fitted, TABLES, before)):
@@ -94,3 +101,33 @@ def test_too_little_to_tell(fitted):
     sizes = fitted.engine.piece_sizes
     assert fit_served([stream(sizes, TRUE, steps=20)], fitted, TABLES) is None
     assert fit_served([stream(sizes, TRUE)], fitted, None) is None
+
+
+def test_the_cpus_time_is_told_by_what_was_written_down(fitted):
+    run = stream(fitted.engine.piece_sizes, TRUE)
+    shapes = [StepShape(chunks, [0] * rows) for chunks, rows in zip(run["prefills"], run["decodes"], strict=True)]
+    run["host_s"] = [1e-3 + fitted.host.seconds(shape) for shape in shapes]
+    found = fit_served([run], fitted, TABLES)
+    step = StepShape([(300, 0)], [200] * 10)
+    assert found.applied(fitted).host_s(step) == pytest.approx(1e-3 + fitted.host_s(step), rel=1e-6)
+    decode = StepShape([], [200] * 10)
+    assert found.applied(fitted).host_s(decode) == fitted.host_s(decode)
+
+
+def test_a_cpu_that_is_always_late_tells_its_own_time():
+    """Steps end when their last kernel is launched, and the next decision follows: nothing tells of the device."""
+    content = profile(Physics(scale=0.15))
+    tables = ProfileTables.from_json(content)
+    shape = ModelShape.from_config(tables.config, tables.quantization, "bfloat16", tables.engine.block_size)
+    fitted = fit_kv(tables.kv["bfloat16"], shape, tables.limits, tables.engine)
+    slow = 3e-3
+    run = {"concurrency": 8, "start_s": [], "gpu_s": [], "prefills": [], "decodes": [], "keys": [], "excess": []}
+    now = 0.0
+    for index in range(400):
+        chunks = [(100, 0)] if index % 3 == 0 else []
+        for name, value in zip(COLUMNS, (now, 0.8 * slow if chunks else 7e-4, chunks, 8, 32 * 8 * 300, 0), strict=True):
+            run[name].append(value)
+        now += slow if chunks else 8e-4
+    found = fit_served([run], fitted, TABLES)
+    assert found.clock == TABLES
+    assert found.applied(fitted).host_s(StepShape([(100, 0)], [300] * 8)) == pytest.approx(slow, rel=0.02)
