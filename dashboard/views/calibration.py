@@ -7,7 +7,7 @@ import datetime
 import streamlit as st
 
 from dashboard import inputs
-from dashboard.components import complain, escaped, guarded, show_chart, show_table
+from dashboard.components import complain, escaped, show_chart, show_table
 from dashboard.figures import calibration as figures
 from dashboard.figures.plan import kv_name
 from dashboard.services import profiles, uploads
@@ -128,7 +128,3 @@ def _errors(profile: Profile, dtype: str, paths: tuple[str, ...] | None) -> None
         "Relative errors of step times. Left out: each point predicted by a fit to all others, which is what a step "
         "between measured ones has to expect."
     )
-
-
-with guarded():
-    page()

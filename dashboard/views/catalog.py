@@ -6,7 +6,7 @@ import pandas as pd
 import streamlit as st
 
 from dashboard import inputs
-from dashboard.components import complain, escaped, guarded, show_table
+from dashboard.components import complain, escaped, show_table
 from dashboard.services import catalog, uploads
 from planner.errors import UserError
 
@@ -102,7 +102,3 @@ def _add_model() -> None:
                 f"all pages of this session. It is not part of a link."
             )
         )
-
-
-with guarded():
-    page()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import streamlit as st
 
 from dashboard import inputs
-from dashboard.components import answer_of, escaped, guarded, note_warnings, show_chart, show_table
+from dashboard.components import answer_of, escaped, note_warnings, show_chart, show_table
 from dashboard.figures import plan as figures
 from dashboard.services import results, work
 from dashboard.services.jobs import jobs
@@ -259,7 +259,3 @@ def _foundations(answer: PlanAnswer) -> None:
         st.write(escaped(f"Step times: {report.step_time}."))
         if report.rejections:
             show_table(_rejections(report), key="rejections")
-
-
-with guarded():
-    page()

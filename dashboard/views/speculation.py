@@ -8,7 +8,7 @@ from dataclasses import replace
 import streamlit as st
 
 from dashboard import inputs
-from dashboard.components import escaped, guarded, show_chart
+from dashboard.components import escaped, show_chart
 from dashboard.figures import speculation as figures
 from dashboard.figures.plan import kv_name
 from dashboard.services import results, speculation
@@ -130,7 +130,3 @@ def _export(found: tuple[Gain, ...], draft: ModelSpec | None) -> None:
     with st.expander("The same for vLLM", key="spec_export"):
         st.code(f"--speculative-config '{json.dumps(config)}'", language="bash")
         st.caption(escaped("Batches from first to last, and k; 0 is off. vLLM ignores it with data parallelism."))
-
-
-with guarded():
-    page()

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import streamlit as st
 
 from dashboard import inputs
-from dashboard.components import answer_of, complain, escaped, guarded, note_warnings, show_chart, show_table
+from dashboard.components import answer_of, complain, escaped, note_warnings, show_chart, show_table
 from dashboard.figures import compare as figures
 from dashboard.figures.plan import kv_name
 from dashboard.services import questions, results, work
@@ -358,7 +358,3 @@ def _what_matters(trials: Sequence[Trial], names: Sequence[str]) -> None:
     )
     if found is not None:
         show_chart(figures.sensitivities(found, metric, inputs.shared().slo.percentile), "sensitivities")
-
-
-with guarded():
-    page()
