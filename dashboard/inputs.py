@@ -195,6 +195,13 @@ class Shared:
     trace: Workload | None = None
     fault: str | None = None
 
+    @property
+    def rate(self) -> float:
+        """Requests per second."""
+        if self.traffic.request_rate is not None:
+            return self.traffic.request_rate
+        return self.trace.request_rate if self.trace is not None else PRESETS[self.traffic.preset].request_rate
+
     def engine(self, gpu: GpuSpec) -> Engine:
         """One replica on one GPU, with the defaults of the command line."""
         return Engine(self.model, gpu, profiles=profiles())
@@ -317,12 +324,11 @@ def described(question: Shared) -> str:
     traffic, preset = question.traffic, PRESETS[question.traffic.preset]
     if question.trace is not None:
         load = f"trace {question.trace.name}"
-        rate = traffic.request_rate or question.trace.request_rate
     else:
         load = preset.label.lower()
-        rate = traffic.request_rate or preset.request_rate
         tokens = (traffic.input_tokens or preset.input_tokens, traffic.output_tokens or preset.output_tokens)
         load += f" of {tokens[0]:,} tokens in and {tokens[1]:,} out on average"
     limits = ", ".join(f"{name.upper()} ≤ {limit:,g} ms" for name, limit in question.slo.limits().items())
     weights = ", fp8 weights" if question.quantization else ""
-    return f"{question.model.name}{weights} · {load} at {rate:.3g} requests/s · p{question.slo.percentile:g} {limits}"
+    judged = f"p{question.slo.percentile:g} {limits}"
+    return f"{question.model.name}{weights} · {load} at {question.rate:.3g} requests/s · {judged}"

@@ -54,7 +54,7 @@ def speedup(found: Sequence[Gain]) -> Chart:
     chart.update_xaxes(type="category")
     chart.update_yaxes(dtick=1)
     best = max(found, key=lambda gain: gain.speedup)
-    losing = sorted({gain.batch for gain in found if all(at[k, gain.batch].speedup <= 1 for k in ks)})
+    losing = [batch for batch, (k, _) in best_by_batch(found).items() if not k]
     summary = f"Best: k = {best.k} at batch {best.batch}, {shown(best.speedup, digits=2)} times as fast."
     if losing:
         summary += f" From a batch of {losing[0]} on no draft length pays: k should be 0. The dashed line is 1.0."

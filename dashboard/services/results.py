@@ -5,9 +5,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from dashboard.services.work import TrialAnswer
+from planner.cost import Cost, cost_of
+from planner.deployment import Deployment, PriceList
 from planner.plan_report import Plan, SloTerm
 from planner.simulation import SimulationResult
 from planner.step_time import Evidence
@@ -53,6 +56,17 @@ def shown_range(interval: Interval | None) -> str:
     if interval is None:
         return ""
     return f"{shown(interval[0], interval)} to {shown(interval[1], interval)}"
+
+
+def change(before: float, after: float) -> str:
+    """A relative difference in whole per cent; "the same" where it would be none."""
+    text = f"{after / before - 1:+.0%}"
+    return "the same" if text in ("+0%", "-0%") else text.replace("-", "−")
+
+
+def times(factor: float) -> str:
+    """A factor for people: 3 times, 0.5 times."""
+    return f"{shown(factor, digits=2).removesuffix('.0')} times"
 
 
 def usd(value: float | None) -> str:
@@ -136,6 +150,38 @@ def number_interval(answer: TrialAnswer, field: str) -> Interval | None:
         return None
     values = [float(getattr(each, field)) for each in (result, *answer.others)]
     return (min(values), max(values)) if len(values) > 1 else None
+
+
+# ---- money ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What one configuration costs under its loads.
+
+    Attributes:
+        each: on the given load, then on the others that it was tried on.
+    """
+
+    each: tuple[Cost, ...]
+
+    def told(self, field: str) -> str:
+        """One field of `Cost`, to the digits that the loads agree on."""
+        values = [getattr(cost, field) for cost in self.each]
+        if not values:
+            return "–"
+        known = [value for value in values if value is not None]
+        if values[0] is None:
+            return "no price"
+        span = (min(known), max(known)) if len(known) > 1 and field != "usd_per_hour" else None
+        return usd(values[0]) if span is None else f"${shown(values[0], span)}"
+
+
+def costs(deployment: Deployment, answer: TrialAnswer, prices: PriceList) -> Costs:
+    """The cost of a trial; nothing where it does not fit."""
+    if answer.report.result is None:
+        return Costs(())
+    return Costs(tuple(cost_of(deployment, each, prices) for each in (answer.report.result, *answer.others)))
 
 
 # ---- evidence ------------------------------------------------------------------------------------------------------

@@ -13,6 +13,8 @@ from planner.model import ModelSpec
 from planner.simulation import AcceptanceProcess
 from planner.step_time import Evidence
 
+#: A smaller speed-up is within the error of step times, and no reason to draft.
+WORTHWHILE = 1.01
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 MOST_DRAFTS = 8
 
@@ -101,7 +103,7 @@ def best_by_batch(found: Sequence[Gain]) -> dict[int, tuple[int, float]]:
     best = {}
     for batch in sorted({gain.batch for gain in found}):
         gain = max((each for each in found if each.batch == batch), key=lambda each: each.speedup)
-        best[batch] = (gain.k, gain.speedup) if gain.speedup > 1 else (0, 1.0)
+        best[batch] = (gain.k, gain.speedup) if gain.speedup > WORTHWHILE else (0, 1.0)
     return best
 
 

@@ -181,6 +181,16 @@ class Sweep:
             found = point
         return found
 
+    @property
+    def preemptions_between(self) -> tuple[float | None, float | None]:
+        """The last rate without preemptions and the first with some; None for what there is not."""
+        before = None
+        for point in self.points:
+            if point.result is not None and point.result.num_preemptions:
+                return before, point.request_rate
+            before = point.request_rate
+        return before, None
+
 
 def sweep(report: Report, trial: Trial, trace: Workload | None, factors: Sequence[float]) -> Sweep:
     """A configuration at multiples of its load's request rate, in order, until it is hopeless.

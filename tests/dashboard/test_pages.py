@@ -211,7 +211,7 @@ def test_what_if_tensor_parallel_or_replicas(open_page):
 
 
 def test_what_if_of_three_and_of_what_does_not_fit(open_page):
-    app = open_page("what_if", rate="2", configurations="3", kv_c_gpu="a10g", model="llama-3.1-70b")
+    app = open_page("what_if", rate="2", kv_configurations="3", kv_c_gpu="a10g", model="llama-3.1-70b")
     assert not app.exception
     assert any("does not fit" in error.value for error in app.error)
     assert all("defect" not in error.value for error in app.error)
