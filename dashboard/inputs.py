@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import streamlit as st
 
-from dashboard.services import questions
+from dashboard.services import questions, uploads
 from dashboard.services.presets import DEFAULT_PRESET, PRESETS, Preset
 from dashboard.services.questions import Engine, Traffic
 from dashboard.services.uploads import MAX_TRACE_MIB, traces
@@ -30,6 +31,7 @@ DEFAULT_GPU = "h200_sxm"
 KV_DTYPES = ("bfloat16", "fp8", "int8", "int4", "int2")
 _BOUND = {"bind": "query-params", "persist_state": "session"}
 _TRACE_PARAMETER = "trace"
+_PROFILES_PARAMETER = "profiles"
 _HIGHEST_PRICE = 1e6
 
 
@@ -94,14 +96,30 @@ def own_gpus() -> dict[str, GpuSpec]:
     return _own("gpus")
 
 
-def own_profiles() -> dict[str, str]:
-    """Paths of uploaded profiles, by name; the newest last."""
-    return _own("profiles")
+def own_profiles() -> dict[str, Path]:
+    """Uploaded profiles by the id that stands in the link, the newest last; those that this server has."""
+    found = {identity: uploads.kept(identity) for identity in _profile_ids()}
+    return {identity: path for identity, path in found.items() if path is not None}
+
+
+def _profile_ids() -> list[str]:
+    return [part for part in parameter(_PROFILES_PARAMETER).split(",") if part]
+
+
+def add_profile(identity: str) -> None:
+    """Use an uploaded profile on all pages, before those that are in use already."""
+    others = [each for each in _profile_ids() if each != identity]
+    set_parameter(_PROFILES_PARAMETER, ",".join([*others, identity]))
+
+
+def forget_profiles() -> None:
+    """Use the shipped profiles only."""
+    set_parameter(_PROFILES_PARAMETER, "")
 
 
 def profiles() -> tuple[str, ...] | None:
     """As `Deployment.profiles` takes them."""
-    return tuple(reversed(own_profiles().values())) or None
+    return tuple(str(path) for path in reversed(own_profiles().values())) or None
 
 
 def all_models() -> list[str]:
@@ -238,6 +256,8 @@ def sidebar() -> None:
             model = load_model(name, quantization)
         except UserError as error:
             fault, quantization = str(error), None
+    if fault is None and len(own_profiles()) < len(_profile_ids()):
+        fault = "a profile that this link names is not on this server any more; drop it again under Calibration"
     st.session_state["shared"] = Shared(model, quantization, traffic, slo, trace, fault)
 
 

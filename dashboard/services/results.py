@@ -23,7 +23,7 @@ _WORDS = {
     Evidence.EXTRAPOLATED: "extrapolated from what was measured",
     Evidence.INTERPOLATED: "interpolated between measured steps",
     Evidence.MEASURED: "measured",
-    Evidence.SCALED: "another model's times, scaled",
+    Evidence.SCALED: "scaled to what the engine was seen to do from outside",
 }
 # A share of the steps' time below which it is not worth a word.
 _NEGLIGIBLE = 0.01
@@ -62,6 +62,11 @@ def change(before: float, after: float) -> str:
     """A relative difference in whole per cent; "the same" where it would be none."""
     text = f"{after / before - 1:+.0%}"
     return "the same" if text in ("+0%", "-0%") else text.replace("-", "−")
+
+
+def signed(error: float | None) -> str:
+    """A relative error with its sign, in per cent to one decimal."""
+    return "–" if error is None else f"{error:+.1%}".replace("-", "−")
 
 
 def times(factor: float) -> str:
@@ -194,6 +199,11 @@ def evidence_words(result: SimulationResult) -> str:
     if len(told) == 1:
         return _WORDS[Evidence(told[0][1])]
     return ", ".join(f"{share:.0%} {_WORDS[Evidence(kind)]}" for share, kind in told)
+
+
+def evidence_word(evidence: Evidence) -> str:
+    """What step times rest on."""
+    return _WORDS[Evidence(evidence)]
 
 
 def evidence_tag(result: SimulationResult) -> str:

@@ -7,18 +7,22 @@ import gzip
 import hashlib
 import io
 import json
+import re
 import shutil
 import tempfile
 import threading
 import zlib
 from collections import OrderedDict
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path, PurePath
 
+from dashboard.services import benchmarks
 from planner.errors import UserError
+from planner.external.readers import read_server_facts
 from planner.hf_config import model_from_config
 from planner.model import ModelSpec
-from planner.profile.schema import Profile, load_profile
+from planner.profile.schema import load_profile
 from planner.workload import Workload, load_workload
 
 MAX_TRACE_MIB = 32
@@ -26,7 +30,11 @@ MAX_UNPACKED_BYTES = 128 << 20
 MAX_TRACE_REQUESTS = 200_000
 MAX_CONFIG_BYTES = 1 << 20
 MAX_PROFILE_MIB = 32
+MAX_BENCHMARK_MIB = 32
+MAX_LOG_MIB = 8
 _MOST_KEPT = 16
+_MOST_FILES = 64
+_IDENTITY = re.compile(r"[0-9a-f]{16}")
 
 
 class Traces:
@@ -101,30 +109,72 @@ def read_model(name: str, content: bytes, quantization: str | None = None) -> Mo
     return model_from_config(config, label[:60].lower(), quantization, source=name)
 
 
+# ---- files that the planner reads by their path -------------------------------------------------------------------
+
+
 @cache
 def _folder() -> Path:
-    """Where profiles lie that people dropped, as long as the server runs."""
-    folder = Path(tempfile.mkdtemp(prefix="memwall-profiles-"))
+    """Where files lie that people dropped, as long as the server runs: a folder each, named by the content's hash."""
+    folder = Path(tempfile.mkdtemp(prefix="memwall-uploads-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder
 
 
-def add_profile(name: str, content: bytes) -> tuple[Path, Profile]:
-    """Check a profile and put it where the planner can read it.
+def kept(identity: str) -> Path | None:
+    """The file that a link names; None if this server has none."""
+    if not _IDENTITY.fullmatch(identity):
+        return None
+    folder = _folder() / identity
+    return next(iter(folder.iterdir()), None) if folder.is_dir() else None
+
+
+def keep(name: str, content: bytes, most_mib: int, check: Callable[[Path], object]) -> str:
+    """Put a file where the planner can read it, if it passes a check; returns its id.
+
+    Raises:
+        UserError: too large, too many files, or what the check raises.
+    """
+    identity = hashlib.sha256(content).hexdigest()[:16]
+    if kept(identity) is not None:
+        return identity
+    _check_size(name, content, most_mib << 20)
+    _check_unpacked(name, content)
+    if sum(1 for _ in _folder().iterdir()) >= _MOST_FILES:
+        raise UserError(f"this server keeps {_MOST_FILES} files already, and takes more once it has been restarted")
+    # Checked elsewhere first: what lies under its id is whole and good.
+    with tempfile.TemporaryDirectory(prefix="memwall-") as folder:
+        check(_stored(Path(folder), name, content))
+    new = _folder() / identity
+    new.mkdir(exist_ok=True)
+    _stored(new, name, content)
+    return identity
+
+
+def add_profile(name: str, content: bytes) -> str:
+    """Keep a profile; returns its id.
 
     Raises:
         UserError: too large, or no profile.
     """
-    _check_size(name, content, MAX_PROFILE_MIB << 20)
-    _check_unpacked(name, content)
-    folder = _folder() / hashlib.sha256(content).hexdigest()[:16]
-    folder.mkdir(exist_ok=True)
-    path = _stored(folder, name, content)
-    try:
-        return path, load_profile(path)
-    except UserError:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
+    return keep(name, content, MAX_PROFILE_MIB, load_profile)
+
+
+def add_benchmark(name: str, content: bytes) -> str:
+    """Keep a benchmark's result; returns its id.
+
+    Raises:
+        UserError: too large, or nothing that `dashboard.services.benchmarks` can read.
+    """
+    return keep(name, content, MAX_BENCHMARK_MIB, benchmarks.check)
+
+
+def add_log(name: str, content: bytes) -> str:
+    """Keep what a server printed, or the text of its /metrics; returns its id.
+
+    Raises:
+        UserError: too large, or it says nothing of itself.
+    """
+    return keep(name, content, MAX_LOG_MIB, read_server_facts)
 
 
 def _stored(folder: Path, name: str, content: bytes) -> Path:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import datetime
+from collections.abc import Callable
+from typing import Any
 
 import streamlit as st
 
 from dashboard import inputs
-from dashboard.components import complain, escaped, show_chart, show_table
+from dashboard.components import answer_of, complain, escaped, note_warnings, show_chart, show_table
 from dashboard.figures import calibration as figures
 from dashboard.figures.plan import kv_name
-from dashboard.services import profiles, uploads
+from dashboard.services import benchmarks, profiles, results, uploads
+from dashboard.services.benchmarks import Benchmark, BenchmarkAnswer, Compared
+from dashboard.services.questions import key_of
 from planner.errors import UserError
+from planner.hardware import GpuSpec
 from planner.profile.schema import Profile
 
 _OLD_DAYS = 180
@@ -20,7 +25,13 @@ _OLD_DAYS = 180
 def page() -> None:
     """The whole page."""
     st.title("What do the answers rest on?")
-    _upload()
+    left, right = st.columns(2)
+    with left:
+        _upload()
+    with right:
+        benchmark = _upload_benchmark()
+    if benchmark is not None:
+        _compare(benchmark)
     paths = inputs.profiles()
     known = {profile.name: profile for profile in profiles.available(paths)}
     if not known:
@@ -57,19 +68,166 @@ def _upload() -> None:
             type=["json", "gz"],
             key="profile_file",
             max_upload_size=uploads.MAX_PROFILE_MIB,
-            help="It is used on all pages of this session, before the shipped ones, wherever it is nearer.",
+            help="It is used on all pages, before the shipped ones, wherever it is nearer. It stays on this machine.",
         )
         if file is not None:
             try:
-                path, profile = uploads.add_profile(file.name, file.getvalue())
+                identity = uploads.add_profile(file.name, file.getvalue())
             except UserError as error:
                 complain(str(error))
             else:
-                inputs.own_profiles()[profile.name] = str(path)
-                st.success(escaped(f"{profile.name} is in use on all pages of this session."))
+                # Once per file: it stays in the field when somebody goes back to the shipped ones.
+                if st.session_state.get("profile_seen") != file.file_id:
+                    st.session_state["profile_seen"] = file.file_id
+                    inputs.add_profile(identity)
+        for path in inputs.own_profiles().values():
+            st.caption(escaped(f"{path.name} is in use on all pages, and for everybody who opens this link here."))
         if inputs.own_profiles() and st.button("Use the shipped profiles only", key="profiles_forget"):
-            inputs.own_profiles().clear()
+            inputs.forget_profiles()
             st.rerun()
+
+
+# ---- a benchmark beside the simulator ------------------------------------------------------------------------------
+
+_RESULT, _LOG = "benchmark", "server_log"
+_UNSAID = "log, or bf16"
+
+
+def _upload_benchmark() -> Benchmark | None:
+    """The fields for a result; the question that they make."""
+    with st.expander("Compare with a benchmark of yours", icon=":material/speed:", key="benchmark_upload"):
+        _kept_file(
+            "Result of memwall bench serve, or of vllm bench serve --save-detailed",
+            ["json", "jsonl", "csv", "gz"],
+            _RESULT,
+            uploads.MAX_BENCHMARK_MIB,
+            uploads.add_benchmark,
+            "Its arrivals and lengths are replayed through the simulator, and every request is compared. SGLang's "
+            "bench_serving --output-details, and a table with arrival, first and last token and lengths work too.",
+        )
+        identity = inputs.parameter(_RESULT)
+        path = uploads.kept(identity)
+        if path is None:
+            if identity:
+                complain("the benchmark that this link names is not on this server any more; drop the file again")
+            return None
+        question = inputs.shared()
+        gpu, flags = inputs.gpu_of(inputs.DEFAULT_GPU), ()
+        if benchmarks.is_outside(path):
+            st.caption(
+                escaped(
+                    f"This result does not say what served it. Say it here, or drop the server's log; the model is "
+                    f"that of the sidebar, {question.model.name}."
+                )
+            )
+            gpu, flags = _server()
+            _kept_file(
+                "The server's log, or the text of its /metrics",
+                None,
+                _LOG,
+                uploads.MAX_LOG_MIB,
+                uploads.add_log,
+                "Its start-up lines have the settings and the number of KV blocks.",
+            )
+    log = uploads.kept(inputs.parameter(_LOG))
+    return Benchmark(path, log, question.model, gpu, question.quantization, inputs.profiles(), flags)
+
+
+def _kept_file(
+    label: str, kinds: list[str] | None, name: str, most_mib: int, add: Callable[[str, bytes], str], meaning: str
+) -> None:
+    """A field for a file whose id stands in the link."""
+    file = st.file_uploader(label, type=kinds, key=f"{name}_file", max_upload_size=most_mib, help=meaning)
+    if file is None:
+        if st.session_state.pop(f"{name}_dropped", None):
+            inputs.set_parameter(name, "")
+        return
+    st.session_state[f"{name}_dropped"] = True
+    try:
+        inputs.set_parameter(name, add(file.name, file.getvalue()))
+    except UserError as error:
+        inputs.set_parameter(name, "")
+        complain(str(error))
+
+
+def _server() -> tuple[GpuSpec, tuple[tuple[str, Any], ...]]:
+    """The GPU that served it, and what was set, by the names of `ServerFacts`; what is empty is left to the log."""
+    left, right = st.columns(2)
+    with left:
+        gpu = inputs.choose("GPU", inputs.all_gpus(), inputs.DEFAULT_GPU, "bench_gpu")
+        size = inputs.optional("TP", 1, 8, "bench_tp", "log, or 1", step=1)
+        seqs = inputs.optional("max_num_seqs", 1, 65_536, "bench_seqs", "log, or vLLM's", step=1)
+    with right:
+        dtype = inputs.choose("KV cache", (_UNSAID, *inputs.KV_DTYPES), _UNSAID, "bench_kv")
+        blocks = inputs.optional("KV blocks", 2, 1 << 30, "bench_blocks", "log, or computed", step=1)
+        budget = inputs.optional("Token budget", 1, 1 << 20, "bench_budget", "log, or vLLM's", step=1)
+    flags = {
+        "tensor_parallel_size": size,
+        "kv_cache_dtype": None if dtype == _UNSAID else dtype,
+        "max_num_seqs": seqs,
+        "max_num_batched_tokens": budget,
+        "num_gpu_blocks": blocks,
+    }
+    return inputs.gpu_of(gpu), tuple((name, value) for name, value in flags.items() if value is not None)
+
+
+def _compare(question: Benchmark) -> None:
+    st.subheader("The simulator against your benchmark")
+    answer = answer_of(
+        "benchmark", key_of("benchmark", question), benchmarks.compare, question, waiting="Replaying the benchmark"
+    )
+    if answer is None:
+        return
+    for level in answer.levels:
+        _level(level)
+    _parities(answer)
+    note_warnings(answer.notes)
+
+
+def _level(level: Compared) -> None:
+    far = [
+        level.comparisons[name] for name in ("ttft_ms.p50", "tpot_ms.mean", "e2el_ms.p50") if name in level.comparisons
+    ]
+    told = ", ".join(f"{benchmarks.METRICS[each.metric][0]} {results.signed(each.error)}" for each in far)
+    runs = f"{level.num_requests:,} requests" + (f", {level.num_runs} runs" if level.num_runs > 1 else "")
+    st.markdown(f"**{escaped(level.label)}: predicted against measured {escaped(told)}.**")
+    st.caption(
+        escaped(f"{level.served}; {runs}. Step times: {level.step_times}, {results.evidence_word(level.evidence)}.")
+    )
+    show_table([_metric_row(name, level) for name in level.comparisons], key=f"errors_{level.label}", height="content")
+
+
+def _metric_row(name: str, level: Compared) -> dict[str, str]:
+    found, (label, unit) = level.comparisons[name], benchmarks.METRICS[name]
+    measured = (min(found.measured), max(found.measured)) if len(found.measured) > 1 else None
+    predicted = level.intervals.get(name)
+    row = {
+        "metric": f"{label}, {unit}" if unit else label,
+        "measured": results.shown(found.measured_median, measured),
+        "predicted": results.shown(found.predicted_median, predicted),
+        "predicted, 90 %": results.shown_range(predicted),
+        "error": results.signed(found.error),
+        "own spread": f"{found.spread:.1%}" if found.spread is not None else "one run",
+    }
+    requests = level.requests.get(name.removesuffix(".mean")) if name.endswith(".mean") else None
+    row["mean |error| of requests"] = f"{requests.mape:.0%}" if requests else ""
+    return row
+
+
+def _parities(answer: BenchmarkAnswer) -> None:
+    left, right = st.columns(2)
+    for number, (metric, label) in enumerate(benchmarks.LATENCIES.items()):
+        groups = tuple(level.parity[metric] for level in answer.levels if level.parity[metric].points)
+        if groups:
+            with (left, right)[number % 2]:
+                st.markdown(f"**{label} of each request**")
+                show_chart(figures.parity(groups, f"{label}, ms"), f"parity_{metric}")
+    st.caption(
+        escaped(
+            f"Of the first run of each load, {benchmarks.MAX_POINTS} requests at most. Own spread: the largest "
+            f"difference between runs of the same load; a prediction that is closer than that is lucky."
+        )
+    )
 
 
 def _facts(profile: Profile, dtype: str) -> None:
@@ -82,12 +240,15 @@ def _facts(profile: Profile, dtype: str) -> None:
         "Decode steps, ±", f"{spread.decode:.1%}", border=True, help="Relative standard deviation of predicted times."
     )
     columns[3].metric(
-        "Steps with prompts, ±", f"{spread.prefill:.1%}", border=True, help="Relative standard deviation."
+        "Prompt steps, ±",
+        f"{spread.prefill:.1%}",
+        border=True,
+        help="Relative standard deviation of predicted times of steps with prompts.",
     )
     weights = record.model.dtype + (f" quantised to {record.quantization}" if record.quantization else "")
-    rates = [f"{limits.copy_bytes_per_s / 1e12:.3g} TB/s copy", f"{limits.matmul_flops_per_s / 1e12:.3g} TFLOP/s bf16"]
+    rates = [f"{limits.copy_bytes_per_s / 1e12:.3g} TB/s copy", f"{limits.matmul_flops_per_s / 1e12:,.0f} TFLOP/s bf16"]
     if limits.matmul_fp8_flops_per_s is not None:
-        rates.append(f"{limits.matmul_fp8_flops_per_s / 1e12:.4g} TFLOP/s fp8")
+        rates.append(f"{limits.matmul_fp8_flops_per_s / 1e12:,.0f} TFLOP/s fp8")
     st.caption(
         escaped(
             f"{record.model.name}, {weights} weights; measured limits: {', '.join(rates)}; max_num_seqs "
