@@ -178,53 +178,53 @@ def _compare(question: Benchmark) -> None:
     )
     if answer is None:
         return
-    for level in answer.levels:
-        _level(level)
+    for load in answer.loads:
+        _load(load)
     _parities(answer)
     note_warnings(answer.notes)
 
 
-def _level(level: Compared) -> None:
-    far = [
-        level.comparisons[name] for name in ("ttft_ms.p50", "tpot_ms.mean", "e2el_ms.p50") if name in level.comparisons
-    ]
-    told = ", ".join(f"{benchmarks.METRICS[each.metric][0]} {results.signed(each.error)}" for each in far)
-    runs = f"{level.num_requests:,} requests" + (f", {level.num_runs} runs" if level.num_runs > 1 else "")
-    st.markdown(f"**{escaped(level.label)}: predicted against measured {escaped(told)}.**")
+_FIRST = ("ttft_ms.p50", "tpot_ms.mean", "e2el_ms.p50")
+
+
+def _load(load: Compared) -> None:
+    errors = {benchmarks.METRICS[name]: load.metrics[name].error for name in _FIRST if name in load.metrics}
+    told = ", ".join(f"{label.removesuffix(', ms')} {results.signed(error)}" for label, error in errors.items())
+    runs = f"{load.num_requests:,} requests" + (f", {load.num_runs} runs" if load.num_runs > 1 else "")
+    st.markdown(f"**{escaped(load.label)}: predicted against measured {escaped(told)}.**")
     st.caption(
-        escaped(f"{level.served}; {runs}. Step times: {level.step_times}, {results.evidence_word(level.evidence)}.")
+        escaped(f"{load.served}; {runs}. Step times: {load.step_times}, {results.evidence_word(load.evidence)}.")
     )
-    show_table([_metric_row(name, level) for name in level.comparisons], key=f"errors_{level.label}", height="content")
+    show_table([_metric_row(name, load) for name in load.metrics], key=f"errors_{load.label}", height="content")
 
 
-def _metric_row(name: str, level: Compared) -> dict[str, str]:
-    found, (label, unit) = level.comparisons[name], benchmarks.METRICS[name]
+def _metric_row(name: str, load: Compared) -> dict[str, str]:
+    found = load.metrics[name]
     measured = (min(found.measured), max(found.measured)) if len(found.measured) > 1 else None
-    predicted = level.intervals.get(name)
-    row = {
-        "metric": f"{label}, {unit}" if unit else label,
+    predicted = (found.interval.low, found.interval.high) if found.interval else None
+    each = load.request_errors.get(name.removesuffix("_ms.mean"))
+    return {
+        "metric": benchmarks.METRICS[name],
         "measured": results.shown(found.measured_median, measured),
-        "predicted": results.shown(found.predicted_median, predicted),
+        "predicted": results.shown(found.predicted, predicted),
         "predicted, 90 %": results.shown_range(predicted),
         "error": results.signed(found.error),
-        "own spread": f"{found.spread:.1%}" if found.spread is not None else "one run",
+        "between runs": f"{found.spread:.1%}" if found.spread is not None else "one run",
+        "mean |error| of requests": "" if each is None else f"{each:.0%}",
     }
-    requests = level.requests.get(name.removesuffix(".mean")) if name.endswith(".mean") else None
-    row["mean |error| of requests"] = f"{requests.mape:.0%}" if requests else ""
-    return row
 
 
 def _parities(answer: BenchmarkAnswer) -> None:
     left, right = st.columns(2)
-    for number, (metric, label) in enumerate(benchmarks.LATENCIES.items()):
-        groups = tuple(level.parity[metric] for level in answer.levels if level.parity[metric].points)
+    for number, (latency, label) in enumerate(benchmarks.LABELS.items()):
+        groups = tuple(load.points[latency] for load in answer.loads if load.points[latency].points)
         if groups:
             with (left, right)[number % 2]:
                 st.markdown(f"**{label} of each request**")
-                show_chart(figures.parity(groups, f"{label}, ms"), f"parity_{metric}")
+                show_chart(figures.parity(groups, f"{label}, ms"), f"parity_{latency}")
     st.caption(
         escaped(
-            f"Of the first run of each load, {benchmarks.MAX_POINTS} requests at most. Own spread: the largest "
+            f"Of the first run of each load, {benchmarks.MAX_POINTS} requests at most. Between runs: the largest "
             f"difference between runs of the same load; a prediction that is closer than that is lucky."
         )
     )

@@ -88,25 +88,38 @@ def no_progress(done, total, what):
 
 def test_a_record_of_ours_is_compared_as_memwall_validate_does():
     content = RECORD.read_bytes()
-    answer = benchmarks.compare(no_progress, Benchmark(kept(RECORD.name, content), None, MODEL, GPU))
-    (level,) = answer.levels
+    # The catalog knows what the record names; what is chosen on the page does not matter.
+    chosen = load_model("llama-3.2-1b")
+    answer = benchmarks.compare(no_progress, Benchmark(kept(RECORD.name, content), None, chosen, load_gpu("l4")))
+    (load,) = answer.loads
     requests = json.loads(content)["results"][0]["runs"][0]["requests"]
     columns = {name: np.array(requests[name], float) for name in ("arrival_s", "first_token_s", "last_token_s")}
     ttft = 1e3 * (columns["first_token_s"] - columns["arrival_s"])
-    assert level.num_requests == len(ttft)
-    assert level.comparisons["ttft_ms.p50"].measured[0] == pytest.approx(np.median(ttft), rel=1e-4)
+    assert load.num_requests == len(ttft)
+    assert load.num_runs == 2
+    assert load.metrics["ttft_ms.p50"].measured[0] == pytest.approx(np.median(ttft), rel=1e-4)
     e2el = 1e3 * (columns["last_token_s"] - columns["arrival_s"])
-    assert level.comparisons["e2el_ms.p99"].measured[0] == pytest.approx(np.percentile(e2el, 99), rel=1e-4)
-    record = records.read(RECORD)
-    found = study([record], step_time_for, num_draws=0).levels[0]
-    assert level.comparisons["tpot_ms.mean"] == found.comparison("tpot_ms.mean")
-    assert level.requests["e2el_ms"] == found.requests["e2el_ms"][0]
-    points = level.parity["ttft_ms"].points
+    assert load.metrics["e2el_ms.p99"].measured[0] == pytest.approx(np.percentile(e2el, 99), rel=1e-4)
+    found = study([records.read(RECORD)], step_time_for, num_draws=0).levels[0]
+    for name, mine in load.metrics.items():
+        theirs = found.comparison(name)
+        assert mine.predicted == pytest.approx(theirs.predicted[0], rel=1e-3), name
+        assert mine.measured == pytest.approx(theirs.measured, rel=1e-3), name
+        assert mine.interval.low <= mine.predicted <= mine.interval.high
+    assert load.request_errors["e2el"] == pytest.approx(found.requests["e2el_ms"][0].mape, rel=1e-2)
+    points = load.points["ttft"].points
     assert 0 < len(points) <= benchmarks.MAX_POINTS
     assert points[0].measured == pytest.approx(ttft[0], rel=1e-4)
-    low, high = level.intervals["tpot_ms.mean"]
-    assert low <= level.comparisons["tpot_ms.mean"].predicted_median <= high
-    check(figures.parity((level.parity["ttft_ms"],), "TTFT, ms"))
+    check(figures.parity((load.points["ttft"],), "TTFT, ms"))
+
+
+def test_a_model_that_a_record_names_is_no_path_to_open(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    document = json.loads(RECORD.read_text())
+    document["engines"][0]["config"]["model"] = str(tmp_path)
+    path = kept("record.json", json.dumps(document).encode())
+    with pytest.raises(UserError, match="not in the catalog"):
+        benchmarks.compare(no_progress, Benchmark(path, None, MODEL, GPU))
 
 
 def outside_result() -> bytes:
@@ -144,14 +157,14 @@ def test_a_server_that_is_our_simulator_is_predicted_exactly():
     assert benchmarks.is_outside(path)
     flags = (("max_num_seqs", 64), ("max_num_batched_tokens", 4096), ("num_gpu_blocks", 5001), ("block_size", 16))
     answer = benchmarks.compare(no_progress, Benchmark(path, None, MODEL, GPU, flags=flags))
-    (level,) = answer.levels
+    (load,) = answer.loads
     for metric in ("ttft_ms.p50", "ttft_ms.p99", "tpot_ms.mean", "e2el_ms.p90"):
-        assert level.comparisons[metric].error == pytest.approx(0.0, abs=2e-3), metric
-    assert level.parity["e2el_ms"].median_error < 2e-3
+        assert load.metrics[metric].error == pytest.approx(0.0, abs=2e-3), metric
+    assert load.points["e2el"].median_error < 2e-3
     # Another model is not what answered: it is seen at once.
     other = benchmarks.compare(no_progress, Benchmark(path, None, load_model("llama-3.2-1b"), GPU, flags=flags))
-    assert other.levels[0].comparisons["tpot_ms.mean"].error < -0.3
-    assert other.levels[0].evidence != level.evidence
+    assert other.loads[0].metrics["tpot_ms.mean"].error < -0.3
+    assert other.loads[0].evidence != load.evidence
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b'{"input_lens": [1], "output_lens": [2]}', b"[1, 2", b"\xff\xfe"])
@@ -181,7 +194,7 @@ def test_the_page_compares_what_was_dropped(open_page):
     assert not app.exception
     rows = table(app, "metric", "measured", "predicted", "error").set_index("metric")
     assert abs(float(rows["error"]["TPOT mean, ms"].replace("−", "-").rstrip("%"))) < 1.0
-    assert figure(app, "parity_ttft_ms")["data"]
+    assert figure(app, "parity_ttft")["data"]
     # Whoever gets the link sees the same.
     other = open_page("calibration", benchmark=app.query_params["benchmark"], bench_seqs="64")
     assert "predicted against measured" in sentences(other)
