@@ -14,7 +14,7 @@ from typing import Any
 
 import streamlit as st
 
-from dashboard.services import questions, uploads
+from dashboard.services import catalog, links, questions, uploads
 from dashboard.services.presets import DEFAULT_PRESET, PRESETS, Preset
 from dashboard.services.questions import Engine, Traffic
 from dashboard.services.uploads import MAX_TRACE_MIB, traces
@@ -32,6 +32,7 @@ KV_DTYPES = ("bfloat16", "fp8", "int8", "int4", "int2")
 _BOUND = {"bind": "query-params", "persist_state": "session"}
 _TRACE_PARAMETER = "trace"
 _PROFILES_PARAMETER = "profiles"
+_OWN_PARAMETER = "own"
 _HIGHEST_PRICE = 1e6
 
 
@@ -94,6 +95,63 @@ def own_models() -> dict[str, ModelSpec]:
 def own_gpus() -> dict[str, GpuSpec]:
     """GPUs that were added, by id."""
     return _own("gpus")
+
+
+def add_model(name: str, config: dict[str, Any]) -> None:
+    """Make a model one of the catalog's, and part of the link.
+
+    Raises:
+        UserError: its config.json says too little.
+    """
+    own_models()[name] = uploads.model_of(name, config)
+    _own("configs")[name] = config
+    _link_own()
+
+
+def add_gpu(name: str, *numbers: float) -> None:
+    """Make a GPU one of the catalog's, and part of the link.
+
+    Args:
+        numbers: as `dashboard.services.catalog.own_gpu` takes them.
+
+    Raises:
+        UserError: as there.
+    """
+    gpu = catalog.own_gpu(name, *numbers)
+    own_gpus()[gpu.id] = gpu
+    _own("numbers")[gpu.name] = list(numbers)
+    _link_own()
+
+
+def _link_own() -> None:
+    text = links.pack({"models": _own("configs"), "gpus": _own("numbers")})
+    st.session_state["own_in_link"] = text is not None
+    set_parameter(_OWN_PARAMETER, text or "")
+
+
+def is_own_linked() -> bool:
+    """Whether the link holds what was added; it does not if that is too long for a link."""
+    return st.session_state.get("own_in_link", True)
+
+
+def _read_own() -> str | None:
+    """Take over what a link brings along; what is wrong with it, in one sentence."""
+    text = parameter(_OWN_PARAMETER)
+    if st.session_state.get("own_read", "") == text:
+        return st.session_state.get("own_fault")
+    st.session_state["own_read"], st.session_state["own_fault"] = text, None
+    if not text:
+        return None
+    try:
+        document = links.unpack(text)
+        own_models().update(links.own_models(document))
+        own_gpus().update(links.own_gpus(document))
+    except UserError as error:
+        st.session_state["own_fault"] = str(error)
+        return str(error)
+    _own("configs").update(document.get("models", {}))
+    _own("numbers").update(document.get("gpus", {}))
+    return None
 
 
 def own_profiles() -> dict[str, Path]:
@@ -232,6 +290,7 @@ def shared() -> Shared:
 
 def sidebar() -> None:
     """Draw the inputs that all pages share, and keep the answers."""
+    damage = _read_own()
     with st.sidebar:
         st.subheader("Model")
         name = choose(
@@ -251,11 +310,13 @@ def sidebar() -> None:
         st.subheader("SLO", help="Limits that this share of requests must keep. Empty: as the kind of traffic has it.")
         slo = _slo(preset)
     model = model_of(name)
-    if quantization and name not in own_models():
+    if quantization:
         try:
-            model = load_model(name, quantization)
+            config = _own("configs").get(name)
+            model = uploads.model_of(name, config, quantization) if config else load_model(name, quantization)
         except UserError as error:
             fault, quantization = str(error), None
+    fault = fault or damage
     if fault is None and len(own_profiles()) < len(_profile_ids()):
         fault = "a profile that this link names is not on this server any more; drop it again under Calibration"
     st.session_state["shared"] = Shared(model, quantization, traffic, slo, trace, fault)

@@ -16,8 +16,10 @@ from collections import OrderedDict
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path, PurePath
+from typing import Any
 
 from dashboard.services import benchmarks
+from planner.catalog import list_models
 from planner.errors import UserError
 from planner.external.readers import read_server_facts
 from planner.hf_config import model_from_config
@@ -92,8 +94,8 @@ def read_trace(name: str, content: bytes) -> Workload:
     return workload
 
 
-def read_model(name: str, content: bytes, quantization: str | None = None) -> ModelSpec:
-    """A model from its config.json.
+def read_config(name: str, content: bytes) -> tuple[str, dict[str, Any]]:
+    """The name of a model, and its config.json.
 
     Raises:
         UserError: no such file.
@@ -106,7 +108,19 @@ def read_model(name: str, content: bytes, quantization: str | None = None) -> Mo
     if not isinstance(config, dict):
         raise UserError(f"{name} is not a config.json: it holds no JSON object")
     label = str(config.get("_name_or_path") or "").rstrip("/").rpartition("/")[2] or PurePath(name).stem
-    return model_from_config(config, label[:60].lower(), quantization, source=name)
+    label = label[:60].lower()
+    return (f"{label} (yours)" if label in list_models() else label), config
+
+
+def model_of(name: str, config: Any, quantization: str | None = None) -> ModelSpec:
+    """A model from what its config.json says, with its weights quantised at load if asked for.
+
+    Raises:
+        UserError: it says too little.
+    """
+    if not isinstance(config, dict):
+        raise UserError(f"{name[:60]} has no config.json: it holds no JSON object")
+    return model_from_config(config, name[:60], quantization, source=f"the config.json of {name[:60]}")
 
 
 # ---- files that the planner reads by their path -------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Every page as people meet it: useful before anything is chosen, changed by what is, and never a traceback."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -8,7 +9,7 @@ from streamlit.testing.v1 import AppTest
 from dashboard import inputs
 from dashboard.services import capacity, questions
 from dashboard.services.questions import Engine
-from planner.catalog import list_gpus, list_models, load_gpu, load_model
+from planner.catalog import list_gpus, list_models, load_gpu, load_model, model_entry
 from planner.memory import plan_memory
 from tests.dashboard.conftest import APP, figure, sentences, settled, table
 
@@ -293,26 +294,28 @@ def test_calibration_shows_its_errors(open_page):
     assert not app.exception
 
 
-def test_a_model_that_is_added_can_be_chosen(open_page):
-    import json
-
-    from planner.catalog import model_entry
-
+def test_a_model_that_is_added_travels_in_the_link(open_page):
     app = open_page("catalog")
     content = json.dumps(dict(model_entry("llama-3.2-1b")["config"]) | {"_name_or_path": "me/mine"}).encode()
     app.file_uploader(key="config_file").upload("config.json", content, "application/json")
     settled(app)
     assert not app.exception
-    assert "mine" in app.selectbox(key="model").options
+    assert "part of the link" in app.success[0].value
     app.selectbox(key="model").set_value("mine")
     settled(app)
     app.switch_page("views/memory.py")
     settled(app)
     assert not app.exception
     assert app.selectbox(key="model").value == "mine"
+    # Whoever opens the link has the model, quantised too if it says so.
+    other = open_page("memory", own=app.query_params["own"], model="mine", weights="fp8")
+    assert other.selectbox(key="model").value == "mine"
+    engine = Engine(load_model("llama-3.2-1b", "fp8"), load_gpu("h200_sxm"), max_model_len=32768)
+    expected = capacity.memory_of(engine, 5).max_concurrency
+    assert float(other.metric[0].value) == pytest.approx(expected, rel=5e-3)
 
 
-def test_a_gpu_that_is_added_can_be_chosen(open_page):
+def test_a_gpu_that_is_added_travels_in_the_link(open_page):
     app = open_page("catalog")
     app.text_input(key="own_gpu_id").set_value("my gpu")
     app.number_input(key="own_gpu_usd").set_value(0.5)
@@ -324,6 +327,17 @@ def test_a_gpu_that_is_added_can_be_chosen(open_page):
     app.selectbox(key="gpu").set_value("my_gpu")
     settled(app)
     assert "my\\_gpu" in app.success[0].value
+    other = open_page("memory", own=app.query_params["own"], gpu="my_gpu")
+    assert other.success[0].value == app.success[0].value
+
+
+@pytest.mark.parametrize("text", ["nonsense", "eJx", "", "A" * 50])
+def test_a_damaged_link_is_one_sentence(text, open_page):
+    app = open_page("memory", own=text)
+    assert not app.exception
+    assert [error.value for error in app.error if "damaged" in error.value] == [error.value for error in app.error]
+    assert bool(app.error) == bool(text)
+    assert app.success, "the page is there"
 
 
 def test_prices_survive_a_change_of_page(open_page):
