@@ -6,7 +6,7 @@ value; `persist_state` keeps it while another page is shown. The inputs that all
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -225,6 +225,37 @@ def set_parameter(name: str, text: str) -> None:
         st.query_params[name] = text
     else:
         st.query_params.pop(name, None)
+
+
+def kept_file(
+    label: str, kinds: Sequence[str] | None, name: str, most_mib: int, add: Callable[[str, bytes], str], meaning: str
+) -> tuple[Path | None, str | None]:
+    """A field for a file whose id stands in the link.
+
+    Args:
+        kinds: endings that it may have; None for any.
+        name: of the link's parameter.
+        add: keeps the content, and gives its id.
+        meaning: shown on hover.
+
+    Returns:
+        The file, and what is wrong, in one sentence; None for what there is not.
+    """
+    file = st.file_uploader(label, type=kinds, key=f"{name}_file", max_upload_size=most_mib, help=meaning)
+    if file is not None:
+        st.session_state[f"{name}_dropped"] = True
+        try:
+            set_parameter(name, add(file.name, file.getvalue()))
+        except UserError as error:
+            set_parameter(name, "")
+            return None, str(error)
+    elif st.session_state.pop(f"{name}_dropped", None):
+        set_parameter(name, "")
+    identity = parameter(name)
+    path = uploads.kept(identity)
+    if identity and path is None:
+        return None, "the file that this link names is not on this server any more; drop it again"
+    return path, None
 
 
 def price_overrides() -> dict[str, float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import streamlit as st
@@ -89,30 +89,25 @@ def _upload() -> None:
 
 # ---- a benchmark beside the simulator ------------------------------------------------------------------------------
 
-_RESULT, _LOG = "benchmark", "server_log"
 _UNSAID = "log, or bf16"
 
 
 def _upload_benchmark() -> Benchmark | None:
     """The fields for a result; the question that they make."""
     with st.expander("Compare with a benchmark of yours", icon=":material/speed:", key="benchmark_upload"):
-        _kept_file(
+        path = _dropped(
             "Result of memwall bench serve, or of vllm bench serve --save-detailed",
             ["json", "jsonl", "csv", "gz"],
-            _RESULT,
+            "benchmark",
             uploads.MAX_BENCHMARK_MIB,
             uploads.add_benchmark,
             "Its arrivals and lengths are replayed through the simulator, and every request is compared. SGLang's "
             "bench_serving --output-details, and a table with arrival, first and last token and lengths work too.",
         )
-        identity = inputs.parameter(_RESULT)
-        path = uploads.kept(identity)
         if path is None:
-            if identity:
-                complain("the benchmark that this link names is not on this server any more; drop the file again")
             return None
         question = inputs.shared()
-        gpu, flags = inputs.gpu_of(inputs.DEFAULT_GPU), ()
+        gpu, flags, log = inputs.gpu_of(inputs.DEFAULT_GPU), (), None
         if benchmarks.is_outside(path):
             st.caption(
                 escaped(
@@ -121,33 +116,23 @@ def _upload_benchmark() -> Benchmark | None:
                 )
             )
             gpu, flags = _server()
-            _kept_file(
+            log = _dropped(
                 "The server's log, or the text of its /metrics",
                 None,
-                _LOG,
+                "server_log",
                 uploads.MAX_LOG_MIB,
                 uploads.add_log,
                 "Its start-up lines have the settings and the number of KV blocks.",
             )
-    log = uploads.kept(inputs.parameter(_LOG))
     return Benchmark(path, log, question.model, gpu, question.quantization, inputs.profiles(), flags)
 
 
-def _kept_file(
-    label: str, kinds: list[str] | None, name: str, most_mib: int, add: Callable[[str, bytes], str], meaning: str
-) -> None:
-    """A field for a file whose id stands in the link."""
-    file = st.file_uploader(label, type=kinds, key=f"{name}_file", max_upload_size=most_mib, help=meaning)
-    if file is None:
-        if st.session_state.pop(f"{name}_dropped", None):
-            inputs.set_parameter(name, "")
-        return
-    st.session_state[f"{name}_dropped"] = True
-    try:
-        inputs.set_parameter(name, add(file.name, file.getvalue()))
-    except UserError as error:
-        inputs.set_parameter(name, "")
-        complain(str(error))
+def _dropped(*field: Any) -> Path | None:
+    """As `inputs.kept_file`, which says what is wrong."""
+    path, fault = inputs.kept_file(*field)
+    if fault is not None:
+        complain(fault)
+    return path
 
 
 def _server() -> tuple[GpuSpec, tuple[tuple[str, Any], ...]]:
