@@ -11,6 +11,7 @@ from typing import Any
 from dashboard.services.work import TrialAnswer
 from planner.cost import Cost, cost_of
 from planner.deployment import Deployment, PriceList
+from planner.intervals import interval
 from planner.plan_report import Plan, SloTerm
 from planner.simulation import SimulationResult
 from planner.step_time import Evidence
@@ -130,31 +131,30 @@ def is_sure(plan: Plan) -> bool:
 
 
 def metric_interval(answer: TrialAnswer, metric: str, at: str) -> Interval | None:
-    """The interval of one number of a trial: the planner's own, else the range over the loads that were tried.
+    """The 90 % interval of one number of a trial, from the loads and step times that were drawn.
 
     Args:
         metric: a distribution of `SimulationResult`, e.g. "ttft_ms". at: one of its fields, e.g. "p99".
     """
-    result = answer.report.result
-    own = getattr(result, "intervals", None)
-    if own is not None:
-        found = own.get(f"{metric}.{at}") if isinstance(own, dict) else getattr(getattr(own, metric, None), at, None)
-        pair = _pair(found)
-        if pair is not None:
-            return pair
-    if result is None:
-        return None
-    values = [getattr(getattr(each, metric), at) for each in (result, *answer.others) if getattr(each, metric)]
-    return (min(values), max(values)) if len(values) > 1 else None
+
+    def value(result: SimulationResult | None) -> float | None:
+        found = getattr(result, metric, None)
+        return None if found is None else getattr(found, at)
+
+    return _interval(value(answer.report.result), [value(each) for each in answer.others])
 
 
 def number_interval(answer: TrialAnswer, field: str) -> Interval | None:
     """The same of a plain number of `SimulationResult`."""
-    result = answer.report.result
-    if result is None:
+    return _interval(getattr(answer.report.result, field, None), [getattr(each, field) for each in answer.others])
+
+
+def _interval(point: float | None, drawn: Sequence[float | None]) -> Interval | None:
+    values = [float(each) for each in drawn if each is not None]
+    if point is None or not values:
         return None
-    values = [float(getattr(each, field)) for each in (result, *answer.others)]
-    return (min(values), max(values)) if len(values) > 1 else None
+    found = interval(float(point), values)
+    return found.low, found.high
 
 
 # ---- money ---------------------------------------------------------------------------------------------------------
@@ -165,20 +165,19 @@ class Costs:
     """What one configuration costs under its loads.
 
     Attributes:
-        each: on the given load, then on the others that it was tried on.
+        each: on the given load, then in each draw.
     """
 
     each: tuple[Cost, ...]
 
     def told(self, field: str) -> str:
-        """One field of `Cost`, to the digits that the loads agree on."""
+        """One field of `Cost`, to the digits that the draws allow."""
         values = [getattr(cost, field) for cost in self.each]
         if not values:
             return "–"
-        known = [value for value in values if value is not None]
         if values[0] is None:
             return "no price"
-        span = (min(known), max(known)) if len(known) > 1 and field != "usd_per_hour" else None
+        span = _interval(values[0], values[1:]) if field != "usd_per_hour" else None
         return usd(values[0]) if span is None else f"${shown(values[0], span)}"
 
 

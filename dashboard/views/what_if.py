@@ -178,7 +178,7 @@ def _answers(trials: Sequence[Trial], names: Sequence[str]) -> list[TrialAnswer]
         return None
     better = []
     for number, (trial, name) in enumerate(zip(trials, names, strict=True)):
-        waiting = f"Intervals of {name}, from resampled loads"
+        waiting = f"Intervals of {name}, from drawn loads and step times"
         key = key_of("trial", trial, work.NUM_OTHERS)
         better.append(answer_of(f"loads_{number}", key, work.try_one, trial, trace, work.NUM_OTHERS, waiting=waiting))
     return [whole or first for whole, first in zip(better, answers, strict=True)]
@@ -195,11 +195,12 @@ def _verdict(answer: TrialAnswer, name: str) -> None:
     if result is None:
         complain(f"{name} does not fit: {report.memory.reason}")
         return
-    held = sum(bool(each.slo_met) for each in (result, *answer.others))
-    loads = f" on {held} of {1 + len(answer.others)} loads" if answer.others else ""
-    text = {True: f"✓ meets the SLO{loads}", False: f"✗ misses the SLO{loads}", None: "no SLO is set"}[result.slo_met]
+    held = sum(bool(each.slo_met) for each in answer.others)
+    loads = f" in {held} of {len(answer.others)} draws" if answer.others else ""
+    met = f", and meets it{loads}" if loads else ""
+    text = {True: f"✓ meets the SLO{met}", False: f"✗ misses the SLO{met}", None: "no SLO is set"}[result.slo_met]
     if result.verdict != "stable":
-        text = f"✗ saturated{loads and f': meets the SLO{loads}'}"
+        text = f"✗ saturated{met}"
     draw = st.success if result.slo_met else st.error
     draw(f"**{escaped(name)}** {text}")
     st.caption(escaped(f"{_cliff(answer)} Step times: {results.evidence_words(result)}."))
