@@ -55,14 +55,21 @@ def _until_healthy(server: subprocess.Popen, address: str) -> None:
 
 
 class Visitor:
-    """One browser window, and what went wrong in it."""
+    """One browser window, and what went wrong in it.
+
+    Attributes:
+        interactions: clicks on a page's name, choices, and fields written into, since a page was opened by its address.
+        faults: what the page or the browser complained of.
+    """
 
     def __init__(self, browser, address: str, mode: str = "light") -> None:
         width, height = SIZES[mode]
         scheme = "dark" if mode == "dark" else "light"
         self.context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme)
         self.page = self.context.new_page()
+        self.page.set_default_timeout(120_000)  # other tests may have the cores
         self.address = address
+        self.interactions = 0
         self.faults: list[str] = []
         self.page.on("pageerror", lambda error: self.faults.append(str(error)))
         self.page.on("response", self._note_response)
@@ -83,11 +90,38 @@ class Visitor:
 
     def open(self, path: str) -> None:
         """Go to a page and wait until the script has run."""
-        self.page.goto(f"{self.address}/{path}")
-        self.page.wait_for_selector("h1", timeout=60_000)
+        self.start(path)
         self.settle()
 
-    def settle(self, seconds: float = 120.0) -> None:
+    def start(self, path: str = "") -> None:
+        """Go to a page, and wait for no more than its title."""
+        self.interactions = 0
+        self.page.goto(f"{self.address}/{path}")
+        self.page.wait_for_selector("h1", timeout=60_000)
+
+    def visit(self, name: str, title: str) -> None:
+        """Another page, by its name on the left."""
+        self.interactions += 1
+        self.page.get_by_role("link", name=name).click()
+        self.page.get_by_role("heading", name=title, level=1).wait_for()
+        self.settle()
+
+    def drop(self, key: str, path: Path) -> None:
+        """A file into the field with this key."""
+        self.interactions += 1
+        self.page.locator(f'.st-key-{key} input[type="file"]').set_input_files(path)
+
+    def press(self, key: str, name: str, times: int) -> None:
+        """A key of the keyboard, on the slider with this key."""
+        self.interactions += 1
+        slider = self.page.locator(f".st-key-{key} input").first
+        slider.focus()
+        for _ in range(times):
+            slider.press(name)
+        self.page.wait_for_timeout(500)
+        self.settle()
+
+    def settle(self, seconds: float = 300.0) -> None:
         """Wait until nothing runs and nothing is being computed."""
         deadline, quiet = time.monotonic() + seconds, 0
         while quiet < 3:
@@ -109,13 +143,17 @@ class Visitor:
 
     def choose(self, key: str, text: str) -> None:
         """An option of the select box with this key."""
-        self.page.locator(f".st-key-{key} input").first.click()
+        self.interactions += 1
+        field = self.page.locator(f".st-key-{key} input").first
+        field.click()
+        field.fill(text)  # a long list shows its first entries only
         self.page.get_by_role("option", name=text, exact=True).first.click()
         self.page.wait_for_timeout(300)
         self.settle()
 
     def write(self, key: str, text: str) -> None:
         """Into the field with this key."""
+        self.interactions += 1
         field = self.page.locator(f".st-key-{key} input").first
         field.fill(text)
         field.press("Enter")
