@@ -119,10 +119,15 @@ def gains(engine: Engine, rates: tuple[float, ...], draft: ModelSpec | None, con
 
 
 def best_by_batch(found: Sequence[Gain]) -> dict[int, tuple[int, float]]:
-    """The best k and its speed-up at each batch; 0 and 1.0 where no draft pays."""
+    """The best k and its speed-up at each batch; 0 and 1.0 where no draft pays.
+
+    Of several k that gain the same, but for the error of step times, the smallest.
+    """
     best = {}
     for batch in sorted({gain.batch for gain in found}):
-        gain = max((each for each in found if each.batch == batch), key=lambda each: each.speedup)
+        gains = sorted((each for each in found if each.batch == batch), key=lambda each: each.k)
+        most = max(each.speedup for each in gains)
+        gain = next(each for each in gains if each.speedup * WORTHWHILE >= most)
         best[batch] = (gain.k, gain.speedup) if gain.speedup > WORTHWHILE else (0, 1.0)
     return best
 

@@ -233,15 +233,14 @@ def _exports(report: PlanReport) -> None:
     chosen = report.plans[rank - 1]
     for column, target in zip(columns[2:], TARGETS, strict=True):
         label, file = _EXPORT_NAMES.get(target, (f"For {target}", f"{target}.txt"))
-        with column:
-            try:
-                text = export_plan(chosen, target)
-            except UserError as error:
-                st.caption(escaped(f"{label}: {error}"))
-                continue
-            st.download_button(label, text, file, "text/plain", key=f"download_{target}", width="stretch")
-            with st.expander(f"Show the {label}", key=f"show_{target}"):
-                st.code(text, language="bash")
+        try:
+            text = export_plan(chosen, target)
+        except UserError as error:
+            column.caption(escaped(f"{label}: {error}"))
+            continue
+        column.download_button(label, text, file, "text/plain", key=f"download_{target}", width="stretch")
+        with st.expander(f"Show the {label}", key=f"show_{target}"):
+            st.code(text, language="bash")
 
 
 def _foundations(answer: PlanAnswer) -> None:

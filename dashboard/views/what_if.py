@@ -292,8 +292,8 @@ def _rows(answers: Sequence[TrialAnswer], names: Sequence[str], costs: Sequence[
 
 _COSTS = {
     "usd_per_hour": "US$ per hour",
-    "usd_per_million_tokens": "US$/1M tokens, input and output, at this load",
-    "usd_per_million_output_tokens": "US$/1M output tokens, at this load",
+    "usd_per_million_tokens": "US$/1M tokens, in and out",
+    "usd_per_million_output_tokens": "US$/1M output tokens",
 }
 
 

@@ -1,4 +1,8 @@
-"""A server and a real browser, for tests and for screenshots: `python -m tests.dashboard.browser folder`."""
+"""A server and a real browser, for tests and for screenshots: `python -m tests.dashboard.browser FOLDER`.
+
+That writes every page as it is seen first, and the whole of it, in both themes and on a phone; and the pictures of the
+README, which lie in dashboard/images: FOLDER/readme-plan.png and FOLDER/readme-memory.png.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +21,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 PAGES = ("", "what-if", "memory", "speculation", "calibration", "catalog")
 SIZES = {"light": (1280, 800), "dark": (1280, 800), "phone": (390, 844)}
+# Page, theme and height of the README's pictures.
+README = {"plan": ("", "light", 1010), "memory": ("memory", "dark", 1130)}
 # The frontend looks for its server below the page's own path first.
 _PROBES = ("/_stcore/health", "/_stcore/host-config")
 
@@ -160,6 +166,18 @@ class Visitor:
         self.page.wait_for_timeout(300)
         self.settle()
 
+    def screenshot(self, path: Path, height: int | None = None) -> None:
+        """What is in the window; or so many pixels of the page, 0 for all of it."""
+        size = self.page.viewport_size
+        if height is not None:
+            main = '[data-testid="stMain"]'
+            height = height or self.page.evaluate(f"document.querySelector('{main}').scrollHeight")
+            self.page.set_viewport_size({"width": size["width"], "height": height})
+            self.page.wait_for_timeout(1500)
+            self.settle()
+        self.page.screenshot(path=path)
+        self.page.set_viewport_size(size)
+
     def close(self) -> None:
         self.context.close()
 
@@ -175,7 +193,13 @@ def screenshots(folder: Path) -> None:
             visitor = Visitor(browser, address, mode)
             for page in PAGES:
                 visitor.open(page)
-                visitor.page.screenshot(path=folder / f"{page or 'plan'}-{mode}.png")
+                name = f"{page or 'plan'}-{mode}"
+                visitor.screenshot(folder / f"{name}.png")
+                visitor.screenshot(folder / f"{name}-whole.png", height=0)
+            for name, (page, theme, height) in README.items():
+                if theme == mode:
+                    visitor.open(page)
+                    visitor.screenshot(folder / f"readme-{name}.png", height)
             visitor.close()
         browser.close()
 
