@@ -19,6 +19,8 @@ from planner.errors import UserError
 _POLL_SECONDS = 0.4
 #: What is ready by then appears without a progress bar.
 _PATIENCE_SECONDS = 0.25
+#: From then on people want to know how long it may take.
+_LONG_SECONDS = 5.0
 
 
 def owner() -> str:
@@ -130,8 +132,9 @@ def _watch(job: Job, slot: str, key: str, waiting: str) -> None:
             text += ": waiting for other people's questions"
         elif job.total:
             text += f": {job.done} of {job.total} {job.what}"
-        if job.started_s is not None:
-            text += f"; {time.monotonic() - job.started_s:.0f} s of at most {MAX_SECONDS / 60:.0f} min"
+        seconds = 0.0 if job.started_s is None else time.monotonic() - job.started_s
+        if seconds >= _LONG_SECONDS:
+            text += f"; {seconds:.0f} s of at most {MAX_SECONDS / 60:.0f} min"
         bar, button = st.columns([5, 1], vertical_alignment="center")
         bar.progress(share, text=escaped(text))
         if button.button("Cancel", key=f"{slot}_cancel", width="stretch"):

@@ -406,7 +406,8 @@ def _upload() -> tuple[str | None, str | None]:
         identity = traces().add(file.name, file.getvalue())
     except UserError as error:
         set_parameter(_TRACE_PARAMETER, "")
-        return None, str(error)
+        hint = "; name them e.g. arrival_s, input_tokens and output_tokens" if "no column" in str(error) else ""
+        return None, f"{error}{hint}"
     set_parameter(_TRACE_PARAMETER, identity)
     return identity, None
 
@@ -435,7 +436,11 @@ def described(question: Shared) -> str:
     """The question in one line."""
     traffic, preset = question.traffic, PRESETS[question.traffic.preset]
     if question.trace is not None:
-        load = f"trace {question.trace.name}"
+        trace = question.trace
+        load = (
+            f"trace {trace.name}, {len(trace):,} requests of {trace.input_tokens.mean():,.0f} tokens in and "
+            f"{trace.output_tokens.mean():,.0f} out on average"
+        )
     else:
         load = preset.label.lower()
         tokens = (traffic.input_tokens or preset.input_tokens, traffic.output_tokens or preset.output_tokens)

@@ -111,7 +111,7 @@ def cost(report: PlanReport) -> Chart:
         if plan.usd_per_million_tokens is not None:
             seen.setdefault(name_of(plan), plan)
     plans = list(seen.values())[:_SHOWN]
-    chart = theme.figure("US$ per 1M tokens, at this load", "", height=120 + 34 * max(2, len(plans)), barmode="group")
+    chart = theme.figure("US$/1M tokens", "", height=120 + 34 * max(2, len(plans)), barmode="group")
     names = [f"{plan.rank}: {name_of(plan)}" for plan in plans]
     for number, (field, label) in enumerate(
         (("usd_per_million_tokens", "input and output"), ("usd_per_million_output_tokens", "output only"))

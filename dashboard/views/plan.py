@@ -81,6 +81,8 @@ def _answer(answer: PlanAnswer) -> None:
         return
     best = report.plans[0]
     _sentence(best, answer.is_quick)
+    if not answer.is_quick:
+        _surer(report)
     _numbers(best)
     _why_not_cheaper(answer)
     st.subheader("All plans that meet the SLO")
@@ -118,6 +120,23 @@ def _sentence(best: Plan, is_quick: bool) -> None:
     draw = st.success if results.is_sure(best) and not is_quick else st.info
     draw(f"**{escaped(text)}** {escaped(f'How sure: {sure}.')}", icon=":material/fact_check:")
     st.caption(escaped(f"Step times: {results.evidence_words(best.result)} ({best.result.step_time})."))
+
+
+def _surer(report: PlanReport) -> None:
+    """What to take instead by those whom the cheapest is not sure enough."""
+    if results.is_sure(report.plans[0]):
+        return
+    surer = next((plan for plan in report.plans if plan.loads is not None and results.is_sure(plan)), None)
+    if surer is None:
+        st.caption("No plan that was drawn more often meets the SLO in every draw: leave a margin.")
+        return
+    price = f" for {results.usd(surer.usd_per_hour)} per hour" if surer.usd_per_hour is not None else ""
+    st.caption(
+        escaped(
+            f"To be surer, take plan {surer.rank}, {figures.name_of(surer)}{price}: it meets the SLO in "
+            f"{surer.loads.met} of {surer.loads.of} draws."
+        )
+    )
 
 
 def _numbers(best: Plan) -> None:

@@ -65,7 +65,9 @@ def page() -> None:
     ]
     _verdicts(answers, names)
     _difference(answers, names, costs)
-    show_table(_rows(answers, names, costs), key="comparison", height="content")
+    # On a phone the values scroll beside the labels.
+    labels = {"": st.column_config.Column(width=200, pinned=True)}
+    show_table(_rows(answers, names, costs), key="comparison", height="content", column_config=labels)
     fitting = [(answer, name) for answer, name in zip(answers, names, strict=True) if answer.report.result]
     if not fitting:
         return

@@ -79,12 +79,18 @@ class Visitor:
         self.faults: list[str] = []
         self.page.on("pageerror", lambda error: self.faults.append(str(error)))
         self.page.on("response", self._note_response)
+        self.page.on("console", self._note_message)
         self.page.on("requestfailed", self._note_failure)
         self.page.on("request", self._note_stranger)
 
     def _note_response(self, response) -> None:
         if response.status >= 400 and not response.url.endswith(_PROBES):
             self.faults.append(f"{response.status} {response.url}")
+
+    def _note_message(self, message) -> None:
+        # What could not be loaded is noted as a response, with its address.
+        if message.type == "error" and "Failed to load resource" not in message.text:
+            self.faults.append(f"console: {message.text}")
 
     def _note_failure(self, request) -> None:
         if request.failure != "net::ERR_ABORTED":

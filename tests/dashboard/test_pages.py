@@ -8,9 +8,12 @@ from streamlit.testing.v1 import AppTest
 
 from dashboard import inputs
 from dashboard.services import capacity, questions
-from dashboard.services.questions import Engine
+from dashboard.services.questions import Engine, Traffic
 from planner.catalog import list_gpus, list_models, load_gpu, load_model, model_entry
+from planner.cost import cost_of
+from planner.deployment import PriceList
 from planner.memory import plan_memory
+from planner.simulation import SimulationOptions, simulate
 from tests.dashboard.conftest import APP, figure, sentences, settled, table
 
 PAGES = ("plan", "what_if", "memory", "speculation", "calibration", "catalog")
@@ -201,6 +204,27 @@ def test_what_if_compares_the_kv_formats_first(open_page):
     assert "What binds first" in sentences(app)
     assert "Quality of fp8 KV" in sentences(app)
     assert "cliff" in sentences(app)
+
+
+def test_what_if_says_what_a_million_tokens_cost(open_page):
+    app = open_page("what_if", rate="2", prices="h200_sxm:2.5")
+    costs = table(app, "A: bf16 KV", "B: fp8 KV", "").set_index("")["A: bf16 KV"]
+    load = Traffic(request_rate=2.0, duration_s=questions.TRIAL_SECONDS).workload()
+    deployment = Engine(load_model("llama-3.1-8b"), load_gpu("h200_sxm")).deployment(load)
+    result = simulate(load, deployment.system(load), SimulationOptions())
+    expected = cost_of(deployment, result, PriceList(overrides=(("h200_sxm", 2.5),)))
+    assert costs["US$ per hour"] == "$2.50"
+    told = float(costs["US$/1M output tokens"].removeprefix("$"))
+    assert told == pytest.approx(expected.usd_per_million_output_tokens, rel=0.06)  # to the digits that draws allow
+    told = float(costs["US$/1M tokens, in and out"].removeprefix("$"))
+    assert told == pytest.approx(expected.usd_per_million_tokens, rel=0.06)
+
+
+def test_what_if_8_gpus_four_ways(open_page):
+    app = open_page("what_if", rate="2", compare="8 GPUs: TP 8, 4, 2 or 1")
+    names = [f"{letter}: TP {size} × {8 // size}" for letter, size in zip("ABCD", (8, 4, 2, 1), strict=True)]
+    rows = table(app, "", *names).set_index("")
+    assert [rows[name]["GPUs"] for name in names] == ["8"] * 4
 
 
 def test_what_if_tensor_parallel_or_replicas(open_page):
