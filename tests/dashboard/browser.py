@@ -177,6 +177,8 @@ class Visitor:
         size = self.page.viewport_size
         if height is not None:
             main = '[data-testid="stMain"]'
+            self.page.wait_for_timeout(2500)  # charts are drawn one after the other
+            self.settle()
             height = height or self.page.evaluate(f"document.querySelector('{main}').scrollHeight")
             self.page.set_viewport_size({"width": size["width"], "height": height})
             self.page.wait_for_timeout(1500)
