@@ -112,12 +112,14 @@ def best_k(found: Sequence[Gain]) -> Chart:
     """The best draft length by batch size."""
     best = best_by_batch(found)
     chart = theme.figure("requests in the batch", "best draft length k")
+    chart.update_layout(margin={"r": 40})  # for the number at the last point
     chart.add_scatter(
         x=[str(batch) for batch in best],
         y=[k for k, _ in best.values()],
         mode="lines+markers+text",
         text=[f"×{gain:.1f}" if k else "off" for k, gain in best.values()],
         textposition="top right",
+        cliponaxis=False,
         name="best k",
         hovertemplate=theme.hover("<b>batch %{x}</b>: k = %{y}", "%{text}", definition=_SPEEDUP),
         line={**theme.series(0)["line"], "shape": "vh"},

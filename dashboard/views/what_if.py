@@ -287,7 +287,7 @@ def _rows(answers: Sequence[TrialAnswer], names: Sequence[str], costs: Sequence[
     for field, label in _COSTS.items():
         told = (cost.told(field) for cost in costs)
         rows.append({"": label} | dict(zip(names, told, strict=True)))
-    add("longest sequences that fit a replica", lambda answer: results.shown(answer.report.memory.max_concurrency))
+    add("sequences that fit a replica", lambda answer: results.shown(answer.report.memory.max_concurrency))
     add("step times", lambda answer: _tag(answer))
     return rows
 
