@@ -7,7 +7,7 @@ import pytest
 from streamlit.testing.v1 import AppTest
 
 from dashboard import inputs
-from dashboard.services import capacity, questions
+from dashboard.services import capacity, questions, results
 from dashboard.services.questions import Engine, Traffic
 from planner.catalog import list_gpus, list_models, load_gpu, load_model, model_entry
 from planner.cost import cost_of
@@ -44,6 +44,13 @@ def test_plan_says_what_to_take(open_page):
     assert sum(len(trace["x"]) for trace in pareto["data"] if trace["mode"] == "markers") == len(plans)
     assert "vllm serve" in app.code[0].value
     assert "meets" in sentences(app)
+
+
+def test_plan_says_what_would_be_surer(open_page, monkeypatch):
+    monkeypatch.setattr(results, "is_sure", lambda plan: plan.rank > 1)
+    assert "To be surer, take plan" in sentences(open_page("plan", rate="2"))
+    monkeypatch.setattr(results, "is_sure", lambda plan: False)
+    assert "leave a margin" in sentences(open_page("plan", rate="2"))
 
 
 def test_plan_follows_its_inputs(open_page):
