@@ -12,7 +12,7 @@ ENGINE_INSTALLED := $(VENV)/.engine-installed
 TEST_INSTALLED := $(VENV)/.test-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-engine plan dashboard test test-gpu lint bench bench-kernels clean
+.PHONY: help setup setup-engine plan dashboard test test-gpu lint bench bench-kernels clean chromium
 
 help: ## list the targets (default)
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -28,8 +28,22 @@ plan: $(BASE_INSTALLED) ## plan Llama-3.1-8B on H200, memwall plan's default que
 dashboard: $(BASE_INSTALLED) ## serve the dashboard on this machine; PORT=8600 chooses the port
 	@$(VENV)/bin/memwall dashboard $(if $(PORT),--port $(PORT))
 
-test: $(TEST_INSTALLED) ## run the tests (those that need a GPU are skipped without one)
+test: $(TEST_INSTALLED) chromium ## run the tests (those that need a GPU are skipped without one)
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(WORKERS) --maxprocesses 8  # processes share the cores, not threads
+
+# The browser of the dashboard's tests: Debian's, where apt-get may be used. Without it they are skipped, no more.
+APT_GET := DEBIAN_FRONTEND=noninteractive apt-get -qq -o Acquire::Retries=1 -o Acquire::http::Timeout=20
+chromium:
+	@for name in chromium chromium-browser google-chrome; do command -v $$name >/dev/null && exit 0; done; \
+	skipped() { echo "make test: $$1, so the tests that need Chromium are skipped" >&2; exit 0; }; \
+	command -v apt-get >/dev/null || skipped "no Chromium and no apt-get here"; \
+	if [ "$$(id -u)" = 0 ]; then as=env; elif sudo -n true 2>/dev/null; then as="sudo -n env"; \
+	else skipped "no Chromium, and no right to install it (apt-get install chromium)"; fi; \
+	echo "installing chromium for the dashboard's tests"; \
+	$$as $(APT_GET) install -y --no-install-recommends chromium >/dev/null 2>&1 || \
+	{ $$as $(APT_GET) update >/dev/null 2>&1; \
+	  $$as $(APT_GET) install -y --no-install-recommends chromium >/dev/null 2>&1; } || \
+	skipped "apt-get cannot install chromium"
 
 test-gpu: $(TEST_INSTALLED) ## run only the tests that need a GPU, in one process; fails without one
 	@$(PY) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "make test-gpu: no CUDA device was found")'

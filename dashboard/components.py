@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import time
 import traceback
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,12 +13,14 @@ from typing import Any
 import streamlit as st
 
 from dashboard.figures.theme import Chart
-from dashboard.services.jobs import DEFECT, Job, State, jobs
+from dashboard.services.jobs import DEFECT, MAX_SECONDS, Job, State, jobs
 from planner.errors import UserError
 
 _POLL_SECONDS = 0.4
 #: What is ready by then appears without a progress bar.
 _PATIENCE_SECONDS = 0.25
+#: From then on people want to know how long it may take.
+_LONG_SECONDS = 5.0
 
 
 def owner() -> str:
@@ -129,6 +132,9 @@ def _watch(job: Job, slot: str, key: str, waiting: str) -> None:
             text += ": waiting for other people's questions"
         elif job.total:
             text += f": {job.done} of {job.total} {job.what}"
+        seconds = 0.0 if job.started_s is None else time.monotonic() - job.started_s
+        if seconds >= _LONG_SECONDS:
+            text += f"; {seconds:.0f} s of at most {MAX_SECONDS / 60:.0f} min"
         bar, button = st.columns([5, 1], vertical_alignment="center")
         bar.progress(share, text=escaped(text))
         if button.button("Cancel", key=f"{slot}_cancel", width="stretch"):

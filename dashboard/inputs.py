@@ -6,14 +6,15 @@ value; `persist_state` keeps it while another page is shown. The inputs that all
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import streamlit as st
 
-from dashboard.services import questions
+from dashboard.services import catalog, links, questions, uploads
 from dashboard.services.presets import DEFAULT_PRESET, PRESETS, Preset
 from dashboard.services.questions import Engine, Traffic
 from dashboard.services.uploads import MAX_TRACE_MIB, traces
@@ -30,6 +31,8 @@ DEFAULT_GPU = "h200_sxm"
 KV_DTYPES = ("bfloat16", "fp8", "int8", "int4", "int2")
 _BOUND = {"bind": "query-params", "persist_state": "session"}
 _TRACE_PARAMETER = "trace"
+_PROFILES_PARAMETER = "profiles"
+_OWN_PARAMETER = "own"
 _HIGHEST_PRICE = 1e6
 
 
@@ -94,14 +97,87 @@ def own_gpus() -> dict[str, GpuSpec]:
     return _own("gpus")
 
 
-def own_profiles() -> dict[str, str]:
-    """Paths of uploaded profiles, by name; the newest last."""
-    return _own("profiles")
+def add_model(name: str, config: dict[str, Any]) -> None:
+    """Make a model one of the catalog's, and part of the link.
+
+    Raises:
+        UserError: its config.json says too little.
+    """
+    own_models()[name] = uploads.model_of(name, config)
+    _own("configs")[name] = config
+    _link_own()
+
+
+def add_gpu(name: str, *numbers: float) -> None:
+    """Make a GPU one of the catalog's, and part of the link.
+
+    Args:
+        numbers: as `dashboard.services.catalog.own_gpu` takes them.
+
+    Raises:
+        UserError: as there.
+    """
+    gpu = catalog.own_gpu(name, *numbers)
+    own_gpus()[gpu.id] = gpu
+    _own("numbers")[gpu.name] = list(numbers)
+    _link_own()
+
+
+def _link_own() -> None:
+    text = links.pack({"models": _own("configs"), "gpus": _own("numbers")})
+    st.session_state["own_in_link"] = text is not None
+    set_parameter(_OWN_PARAMETER, text or "")
+
+
+def is_own_linked() -> bool:
+    """Whether the link holds what was added; it does not if that is too long for a link."""
+    return st.session_state.get("own_in_link", True)
+
+
+def _read_own() -> str | None:
+    """Take over what a link brings along; what is wrong with it, in one sentence."""
+    text = parameter(_OWN_PARAMETER)
+    if st.session_state.get("own_read", "") == text:
+        return st.session_state.get("own_fault")
+    st.session_state["own_read"], st.session_state["own_fault"] = text, None
+    if not text:
+        return None
+    try:
+        document = links.unpack(text)
+        own_models().update(links.own_models(document))
+        own_gpus().update(links.own_gpus(document))
+    except UserError as error:
+        st.session_state["own_fault"] = str(error)
+        return str(error)
+    _own("configs").update(document.get("models", {}))
+    _own("numbers").update(document.get("gpus", {}))
+    return None
+
+
+def own_profiles() -> dict[str, Path]:
+    """Uploaded profiles by the id that stands in the link, the newest last; those that this server has."""
+    found = {identity: uploads.kept(identity) for identity in _profile_ids()}
+    return {identity: path for identity, path in found.items() if path is not None}
+
+
+def _profile_ids() -> list[str]:
+    return [part for part in parameter(_PROFILES_PARAMETER).split(",") if part]
+
+
+def add_profile(identity: str) -> None:
+    """Use an uploaded profile on all pages, before those that are in use already."""
+    others = [each for each in _profile_ids() if each != identity]
+    set_parameter(_PROFILES_PARAMETER, ",".join([*others, identity]))
+
+
+def forget_profiles() -> None:
+    """Use the shipped profiles only."""
+    set_parameter(_PROFILES_PARAMETER, "")
 
 
 def profiles() -> tuple[str, ...] | None:
     """As `Deployment.profiles` takes them."""
-    return tuple(reversed(own_profiles().values())) or None
+    return tuple(str(path) for path in reversed(own_profiles().values())) or None
 
 
 def all_models() -> list[str]:
@@ -151,6 +227,37 @@ def set_parameter(name: str, text: str) -> None:
         st.query_params.pop(name, None)
 
 
+def kept_file(
+    label: str, kinds: Sequence[str] | None, name: str, most_mib: int, add: Callable[[str, bytes], str], meaning: str
+) -> tuple[Path | None, str | None]:
+    """A field for a file whose id stands in the link.
+
+    Args:
+        kinds: endings that it may have; None for any.
+        name: of the link's parameter.
+        add: keeps the content, and gives its id.
+        meaning: shown on hover.
+
+    Returns:
+        The file, and what is wrong, in one sentence; None for what there is not.
+    """
+    file = st.file_uploader(label, type=kinds, key=f"{name}_file", max_upload_size=most_mib, help=meaning)
+    if file is not None:
+        st.session_state[f"{name}_dropped"] = True
+        try:
+            set_parameter(name, add(file.name, file.getvalue()))
+        except UserError as error:
+            set_parameter(name, "")
+            return None, str(error)
+    elif st.session_state.pop(f"{name}_dropped", None):
+        set_parameter(name, "")
+    identity = parameter(name)
+    path = uploads.kept(identity)
+    if identity and path is None:
+        return None, "the file that this link names is not on this server any more; drop it again"
+    return path, None
+
+
 def price_overrides() -> dict[str, float]:
     """USD per GPU hour, by GPU id, as they stand in the link; what is no price is left out."""
     found = {}
@@ -195,6 +302,13 @@ class Shared:
     trace: Workload | None = None
     fault: str | None = None
 
+    @property
+    def rate(self) -> float:
+        """Requests per second."""
+        if self.traffic.request_rate is not None:
+            return self.traffic.request_rate
+        return self.trace.request_rate if self.trace is not None else PRESETS[self.traffic.preset].request_rate
+
     def engine(self, gpu: GpuSpec) -> Engine:
         """One replica on one GPU, with the defaults of the command line."""
         return Engine(self.model, gpu, profiles=profiles())
@@ -207,6 +321,7 @@ def shared() -> Shared:
 
 def sidebar() -> None:
     """Draw the inputs that all pages share, and keep the answers."""
+    damage = _read_own()
     with st.sidebar:
         st.subheader("Model")
         name = choose(
@@ -226,11 +341,15 @@ def sidebar() -> None:
         st.subheader("SLO", help="Limits that this share of requests must keep. Empty: as the kind of traffic has it.")
         slo = _slo(preset)
     model = model_of(name)
-    if quantization and name not in own_models():
+    if quantization:
         try:
-            model = load_model(name, quantization)
+            config = _own("configs").get(name)
+            model = uploads.model_of(name, config, quantization) if config else load_model(name, quantization)
         except UserError as error:
             fault, quantization = str(error), None
+    fault = fault or damage
+    if fault is None and len(own_profiles()) < len(_profile_ids()):
+        fault = "a profile that this link names is not on this server any more; drop it again under Calibration"
     st.session_state["shared"] = Shared(model, quantization, traffic, slo, trace, fault)
 
 
@@ -287,7 +406,8 @@ def _upload() -> tuple[str | None, str | None]:
         identity = traces().add(file.name, file.getvalue())
     except UserError as error:
         set_parameter(_TRACE_PARAMETER, "")
-        return None, str(error)
+        hint = "; name them e.g. arrival_s, input_tokens and output_tokens" if "no column" in str(error) else ""
+        return None, f"{error}{hint}"
     set_parameter(_TRACE_PARAMETER, identity)
     return identity, None
 
@@ -316,13 +436,16 @@ def described(question: Shared) -> str:
     """The question in one line."""
     traffic, preset = question.traffic, PRESETS[question.traffic.preset]
     if question.trace is not None:
-        load = f"trace {question.trace.name}"
-        rate = traffic.request_rate or question.trace.request_rate
+        trace = question.trace
+        load = (
+            f"trace {trace.name}, {len(trace):,} requests of {trace.input_tokens.mean():,.0f} tokens in and "
+            f"{trace.output_tokens.mean():,.0f} out on average"
+        )
     else:
         load = preset.label.lower()
-        rate = traffic.request_rate or preset.request_rate
         tokens = (traffic.input_tokens or preset.input_tokens, traffic.output_tokens or preset.output_tokens)
         load += f" of {tokens[0]:,} tokens in and {tokens[1]:,} out on average"
     limits = ", ".join(f"{name.upper()} ≤ {limit:,g} ms" for name, limit in question.slo.limits().items())
     weights = ", fp8 weights" if question.quantization else ""
-    return f"{question.model.name}{weights} · {load} at {rate:.3g} requests/s · p{question.slo.percentile:g} {limits}"
+    judged = f"p{question.slo.percentile:g} {limits}"
+    return f"{question.model.name}{weights} · {load} at {question.rate:.3g} requests/s · {judged}"

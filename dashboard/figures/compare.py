@@ -37,7 +37,7 @@ def latencies(metric: str, answers: Sequence[TrialAnswer], names: Sequence[str],
             name=name,
             marker=theme.bar(number),
             error_y={"type": "data", "array": up, "arrayminus": down, "color": theme.NEUTRAL},
-            customdata=[shown_range(span) or "one load only" for span in spans],
+            customdata=[shown_range(span) or "no interval yet" for span in spans],
             hovertemplate=theme.hover(
                 f"<b>{name}</b>",
                 f"{label} %{{x}}: %{{y:.4g}} ms (%{{customdata}})",
@@ -46,7 +46,7 @@ def latencies(metric: str, answers: Sequence[TrialAnswer], names: Sequence[str],
         )
         for row, value, span in zip(rows, values, spans, strict=True):
             row[f"{name}, ms"] = shown(value, span)
-            row[f"{name}, over loads"] = shown_range(span)
+            row[f"{name}, 90 %"] = shown_range(span)
     if limit_ms is not None:
         theme.limit_line(chart, limit_ms, f"SLO {limit_ms:g} ms")
     return Chart(chart, _latency_summary(label, metric, answers, names, limit_ms), rows)
@@ -64,7 +64,7 @@ def _latency_summary(
             ]
             parts.append(f"{name}: {', '.join(told)}")
     limit = f" The limit is {limit_ms:g} ms." if limit_ms is not None else ""
-    return f"{label}. {'; '.join(parts)}.{limit} Whiskers: range over resampled loads."
+    return f"{label}. {'; '.join(parts)}.{limit} Whiskers: 90 % of the draws of load and step times."
 
 
 def split(answers: Sequence[TrialAnswer], names: Sequence[str]) -> Chart:

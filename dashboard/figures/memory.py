@@ -88,7 +88,7 @@ def speed(lines: Sequence[Line], length: int) -> Chart:
     chart = theme.figure("context, tokens", "output tokens/s of a replica")
     _add_lines(chart, lines, "output tokens per second of steady decode, every request at this context", "tokens/s")
     _logarithmic(chart)
-    told = "; ".join(f"{name}: {shown(value)}" for name, value in _at(lines, length))
+    told = "; ".join(f"{_named(name)}: {shown(value)}" for name, value in _at(lines, length))
     summary = (
         f"Tokens/s at {length:,} tokens of context: {told or 'nothing fits'}. Each token reads the whole cache once."
     )
@@ -107,14 +107,22 @@ def _add_lines(chart, lines: Sequence[Line], definition: str, unit: str) -> None
             x=[length for length, _ in line.points],
             y=[value for _, value in line.points],
             mode="lines+markers",
-            name=line.name.replace("bfloat16", "bf16"),
+            name=_named(line.name),
             customdata=[str(each) for each in line.evidence] or [""] * len(line.points),
             hovertemplate=theme.hover(
-                f"<b>{line.name}</b>", f"%{{y:.3g}} {unit} at %{{x:,}} tokens", "%{customdata}", definition=definition
+                f"<b>{_named(line.name)}</b>",
+                f"%{{y:.3g}} {unit} at %{{x:,}} tokens",
+                "%{customdata}",
+                definition=definition,
             ),
             **theme.series(number),
         )
         chart.data[-1].marker.size = 5
+
+
+def _named(name: str) -> str:
+    """A series as people call it."""
+    return name.replace("bfloat16", "bf16")
 
 
 def _logarithmic(chart) -> None:

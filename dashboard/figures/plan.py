@@ -111,7 +111,7 @@ def cost(report: PlanReport) -> Chart:
         if plan.usd_per_million_tokens is not None:
             seen.setdefault(name_of(plan), plan)
     plans = list(seen.values())[:_SHOWN]
-    chart = theme.figure("US$ per 1M tokens, at this load", "", height=120 + 34 * max(2, len(plans)), barmode="group")
+    chart = theme.figure("US$/1M tokens", "", height=120 + 34 * max(2, len(plans)), barmode="group")
     names = [f"{plan.rank}: {name_of(plan)}" for plan in plans]
     for number, (field, label) in enumerate(
         (("usd_per_million_tokens", "input and output"), ("usd_per_million_output_tokens", "output only"))
@@ -128,6 +128,9 @@ def cost(report: PlanReport) -> Chart:
             hovertemplate=theme.hover("<b>%{y}</b>", f"%{{text}} per 1M tokens, {label}", definition=definition(field)),
         )
     chart.update_yaxes(autorange="reversed")
+    if plans:  # room for the number behind the longest bar
+        most = max(plan.usd_per_million_output_tokens or plan.usd_per_million_tokens or 0.0 for plan in plans)
+        chart.update_xaxes(range=[0, 1.25 * most])
     rows = [
         {
             "plan": plan.rank,
@@ -139,7 +142,9 @@ def cost(report: PlanReport) -> Chart:
     ]
     summary = "No price is known for these GPUs."
     if plans:
-        least = min(plans, key=lambda plan: plan.usd_per_million_tokens or 0.0)
+        # Of those that cost the same but for noise, the first.
+        cheapest = min(plan.usd_per_million_tokens or 0.0 for plan in plans)
+        least = next(plan for plan in plans if (plan.usd_per_million_tokens or 0.0) <= 1.005 * cheapest)
         summary = (
             f"Cheapest per token at this load: {name_of(least)}, at {usd(least.usd_per_million_tokens)} per 1M tokens "
             f"of input and output, {usd(least.usd_per_million_output_tokens)} per 1M of output alone. A fleet "

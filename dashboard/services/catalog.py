@@ -18,6 +18,9 @@ from planner.kv_format import KVCacheDtype, kv_bytes_per_token_layer
 from planner.memory import GIB, weights_bytes_per_rank
 from planner.model import ModelSpec
 
+#: Arguments of `own_gpu` after the name.
+GPU_NUMBERS = 8
+_HIGHEST = 1e6
 _NAME = re.compile(r"[a-z0-9][a-z0-9_]{0,39}")
 
 
@@ -111,13 +114,18 @@ def own_gpu(
     """A GPU from what a data sheet says.
 
     Raises:
-        UserError: a name that is taken or no id.
+        UserError: a name that is taken or no id, or a number that no GPU has.
     """
     identity = re.sub(r"[\s-]+", "_", name.strip().lower())
     if not _NAME.fullmatch(identity):
         raise UserError(f"{name!r} is no id for a GPU: use letters, digits and _, e.g. my_gpu")
     if identity in list_gpus():
         raise UserError(f"{identity} is in the catalog already; change its price in the table, or choose another id")
+    positive = (memory_gib, bandwidth_tb_per_s, bf16_tflops, link_gb_per_s, gpus_per_node)
+    if not all(math.isfinite(value) and 0 < value < _HIGHEST for value in positive) or not all(
+        math.isfinite(value) and 0 <= value < _HIGHEST for value in (fp8_tflops, usd_per_hour)
+    ):
+        raise UserError(f"{identity} has a memory, a rate, a number of GPUs or a price that no GPU has")
     return GpuSpec(
         id=identity,
         name=name.strip(),
@@ -128,8 +136,8 @@ def own_gpu(
         bf16_flops=bf16_tflops * 1e12,
         fp8_flops=fp8_tflops * 1e12 or None,
         link_bandwidth_bytes_per_s=link_gb_per_s * 1e9,
-        fast_link=has_fast_link,
-        gpus_per_node=gpus_per_node,
+        fast_link=bool(has_fast_link),
+        gpus_per_node=int(gpus_per_node),
         price_low=None,
         price_typical=Price(usd_per_hour, "given by the user", "") if usd_per_hour else None,
         price_high=None,

@@ -5,9 +5,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from dashboard.services.work import TrialAnswer
+from planner.cost import Cost, cost_of
+from planner.deployment import Deployment, PriceList
+from planner.intervals import interval
 from planner.plan_report import Plan, SloTerm
 from planner.simulation import SimulationResult
 from planner.step_time import Evidence
@@ -20,7 +24,7 @@ _WORDS = {
     Evidence.EXTRAPOLATED: "extrapolated from what was measured",
     Evidence.INTERPOLATED: "interpolated between measured steps",
     Evidence.MEASURED: "measured",
-    Evidence.SCALED: "another model's times, scaled",
+    Evidence.SCALED: "scaled to what the engine was seen to do from outside",
 }
 # A share of the steps' time below which it is not worth a word.
 _NEGLIGIBLE = 0.01
@@ -53,6 +57,22 @@ def shown_range(interval: Interval | None) -> str:
     if interval is None:
         return ""
     return f"{shown(interval[0], interval)} to {shown(interval[1], interval)}"
+
+
+def change(before: float, after: float) -> str:
+    """A relative difference in whole per cent; "the same" where it would be none."""
+    text = f"{after / before - 1:+.0%}"
+    return "the same" if text in ("+0%", "-0%") else text.replace("-", "−")
+
+
+def signed(error: float | None) -> str:
+    """A relative error with its sign, in per cent to one decimal."""
+    return "–" if error is None else f"{error:+.1%}".replace("-", "−")
+
+
+def times(factor: float) -> str:
+    """A factor for people: 3 times, 0.5 times."""
+    return f"{shown(factor, digits=2).removesuffix('.0')} times"
 
 
 def usd(value: float | None) -> str:
@@ -111,31 +131,61 @@ def is_sure(plan: Plan) -> bool:
 
 
 def metric_interval(answer: TrialAnswer, metric: str, at: str) -> Interval | None:
-    """The interval of one number of a trial: the planner's own, else the range over the loads that were tried.
+    """The 90 % interval of one number of a trial, from the loads and step times that were drawn.
 
     Args:
         metric: a distribution of `SimulationResult`, e.g. "ttft_ms". at: one of its fields, e.g. "p99".
     """
-    result = answer.report.result
-    own = getattr(result, "intervals", None)
-    if own is not None:
-        found = own.get(f"{metric}.{at}") if isinstance(own, dict) else getattr(getattr(own, metric, None), at, None)
-        pair = _pair(found)
-        if pair is not None:
-            return pair
-    if result is None:
-        return None
-    values = [getattr(getattr(each, metric), at) for each in (result, *answer.others) if getattr(each, metric)]
-    return (min(values), max(values)) if len(values) > 1 else None
+
+    def value(result: SimulationResult | None) -> float | None:
+        found = getattr(result, metric, None)
+        return None if found is None else getattr(found, at)
+
+    return _interval(value(answer.report.result), [value(each) for each in answer.others])
 
 
 def number_interval(answer: TrialAnswer, field: str) -> Interval | None:
     """The same of a plain number of `SimulationResult`."""
-    result = answer.report.result
-    if result is None:
+    return _interval(getattr(answer.report.result, field, None), [getattr(each, field) for each in answer.others])
+
+
+def _interval(point: float | None, drawn: Sequence[float | None]) -> Interval | None:
+    values = [float(each) for each in drawn if each is not None]
+    if point is None or not values:
         return None
-    values = [float(getattr(each, field)) for each in (result, *answer.others)]
-    return (min(values), max(values)) if len(values) > 1 else None
+    found = interval(float(point), values)
+    return found.low, found.high
+
+
+# ---- money ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What one configuration costs under its loads.
+
+    Attributes:
+        each: on the given load, then in each draw.
+    """
+
+    each: tuple[Cost, ...]
+
+    def told(self, field: str) -> str:
+        """One field of `Cost`, to the digits that the draws allow."""
+        values = [getattr(cost, field) for cost in self.each]
+        if not values:
+            return "–"
+        if values[0] is None:
+            return "no price"
+        span = _interval(values[0], values[1:]) if field != "usd_per_hour" else None
+        return usd(values[0]) if span is None else f"${shown(values[0], span)}"
+
+
+def costs(deployment: Deployment, answer: TrialAnswer, prices: PriceList) -> Costs:
+    """The cost of a trial; nothing where it does not fit."""
+    if answer.report.result is None:
+        return Costs(())
+    return Costs(tuple(cost_of(deployment, each, prices) for each in (answer.report.result, *answer.others)))
 
 
 # ---- evidence ------------------------------------------------------------------------------------------------------
@@ -148,6 +198,11 @@ def evidence_words(result: SimulationResult) -> str:
     if len(told) == 1:
         return _WORDS[Evidence(told[0][1])]
     return ", ".join(f"{share:.0%} {_WORDS[Evidence(kind)]}" for share, kind in told)
+
+
+def evidence_word(evidence: Evidence) -> str:
+    """What step times rest on."""
+    return _WORDS[Evidence(evidence)]
 
 
 def evidence_tag(result: SimulationResult) -> str:

@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from pathlib import Path
 
 from dashboard.services.questions import Engine, Speculating
 from engine.scheduling import StepShape
 from planner.errors import UserError
+from planner.external.readers import read_server_facts
 from planner.model import ModelSpec
 from planner.simulation import AcceptanceProcess
 from planner.step_time import Evidence
 
+#: A smaller speed-up is within the error of step times, and no reason to draft.
+WORTHWHILE = 1.01
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 MOST_DRAFTS = 8
 
@@ -52,6 +56,24 @@ def parse_rates(text: str, are_unconditional: bool) -> tuple[float, ...]:
         raise UserError(f"there are {len(rates)} acceptance rates; this page looks at most {MOST_DRAFTS} drafts ahead")
     process = AcceptanceProcess.from_unconditional(rates) if are_unconditional else AcceptanceProcess(rates)
     return process.conditional_rates
+
+
+def recorded(path: Path) -> tuple[tuple[float, ...], str]:
+    """Conditional rates of the rounds that a server counted, and what they rest on.
+
+    Raises:
+        UserError: the text has no acceptance by position.
+    """
+    acceptance = read_server_facts(path).acceptance
+    if acceptance is None or not acceptance.unconditional_rates:
+        raise UserError(
+            f"{path.name} has no acceptance per position: drop a log with 'SpecDecoding metrics' lines, or the text "
+            f"of /metrics of a server that speculates"
+        )
+    rates = acceptance.conditional_rates[:MOST_DRAFTS]
+    drafted = f"{acceptance.accepted:,} of {acceptance.drafted:,} drafts accepted; " if acceptance.drafted else ""
+    shares = ", ".join(f"{rate:.0%}" for rate in acceptance.unconditional_rates[:MOST_DRAFTS])
+    return rates, f"{path.name}: {drafted}rounds that accept each position: {shares}."
 
 
 @dataclass(frozen=True)
@@ -97,11 +119,16 @@ def gains(engine: Engine, rates: tuple[float, ...], draft: ModelSpec | None, con
 
 
 def best_by_batch(found: Sequence[Gain]) -> dict[int, tuple[int, float]]:
-    """The best k and its speed-up at each batch; 0 and 1.0 where no draft pays."""
+    """The best k and its speed-up at each batch; 0 and 1.0 where no draft pays.
+
+    Of several k that gain the same, but for the error of step times, the smallest.
+    """
     best = {}
     for batch in sorted({gain.batch for gain in found}):
-        gain = max((each for each in found if each.batch == batch), key=lambda each: each.speedup)
-        best[batch] = (gain.k, gain.speedup) if gain.speedup > 1 else (0, 1.0)
+        gains = sorted((each for each in found if each.batch == batch), key=lambda each: each.k)
+        most = max(each.speedup for each in gains)
+        gain = next(each for each in gains if each.speedup * WORTHWHILE >= most)
+        best[batch] = (gain.k, gain.speedup) if gain.speedup > WORTHWHILE else (0, 1.0)
     return best
 
 

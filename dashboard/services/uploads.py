@@ -7,18 +7,24 @@ import gzip
 import hashlib
 import io
 import json
+import re
 import shutil
 import tempfile
 import threading
 import zlib
 from collections import OrderedDict
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path, PurePath
+from typing import Any
 
+from dashboard.services import benchmarks
+from planner.catalog import list_models
 from planner.errors import UserError
+from planner.external.readers import read_server_facts
 from planner.hf_config import model_from_config
 from planner.model import ModelSpec
-from planner.profile.schema import Profile, load_profile
+from planner.profile.schema import load_profile
 from planner.workload import Workload, load_workload
 
 MAX_TRACE_MIB = 32
@@ -26,7 +32,11 @@ MAX_UNPACKED_BYTES = 128 << 20
 MAX_TRACE_REQUESTS = 200_000
 MAX_CONFIG_BYTES = 1 << 20
 MAX_PROFILE_MIB = 32
+MAX_BENCHMARK_MIB = 32
+MAX_LOG_MIB = 8
 _MOST_KEPT = 16
+_MOST_FILES = 64
+_IDENTITY = re.compile(r"[0-9a-f]{16}")
 
 
 class Traces:
@@ -84,8 +94,8 @@ def read_trace(name: str, content: bytes) -> Workload:
     return workload
 
 
-def read_model(name: str, content: bytes, quantization: str | None = None) -> ModelSpec:
-    """A model from its config.json.
+def read_config(name: str, content: bytes) -> tuple[str, dict[str, Any]]:
+    """The name of a model, and its config.json.
 
     Raises:
         UserError: no such file.
@@ -98,33 +108,87 @@ def read_model(name: str, content: bytes, quantization: str | None = None) -> Mo
     if not isinstance(config, dict):
         raise UserError(f"{name} is not a config.json: it holds no JSON object")
     label = str(config.get("_name_or_path") or "").rstrip("/").rpartition("/")[2] or PurePath(name).stem
-    return model_from_config(config, label[:60].lower(), quantization, source=name)
+    label = label[:60].lower()
+    return (f"{label} (yours)" if label in list_models() else label), config
+
+
+def model_of(name: str, config: Any, quantization: str | None = None) -> ModelSpec:
+    """A model from what its config.json says, with its weights quantised at load if asked for.
+
+    Raises:
+        UserError: it says too little.
+    """
+    if not isinstance(config, dict):
+        raise UserError(f"{name[:60]} has no config.json: it holds no JSON object")
+    return model_from_config(config, name[:60], quantization, source=f"the config.json of {name[:60]}")
+
+
+# ---- files that the planner reads by their path -------------------------------------------------------------------
 
 
 @cache
 def _folder() -> Path:
-    """Where profiles lie that people dropped, as long as the server runs."""
-    folder = Path(tempfile.mkdtemp(prefix="memwall-profiles-"))
+    """Where files lie that people dropped, as long as the server runs: a folder each, named by the content's hash."""
+    folder = Path(tempfile.mkdtemp(prefix="memwall-uploads-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder
 
 
-def add_profile(name: str, content: bytes) -> tuple[Path, Profile]:
-    """Check a profile and put it where the planner can read it.
+def kept(identity: str) -> Path | None:
+    """The file that a link names; None if this server has none."""
+    if not _IDENTITY.fullmatch(identity):
+        return None
+    folder = _folder() / identity
+    return next(iter(folder.iterdir()), None) if folder.is_dir() else None
+
+
+def keep(name: str, content: bytes, most_mib: int, check: Callable[[Path], object]) -> str:
+    """Put a file where the planner can read it, if it passes a check; returns its id.
+
+    Raises:
+        UserError: too large, too many files, or what the check raises.
+    """
+    identity = hashlib.sha256(content).hexdigest()[:16]
+    if kept(identity) is not None:
+        return identity
+    _check_size(name, content, most_mib << 20)
+    _check_unpacked(name, content)
+    if sum(1 for _ in _folder().iterdir()) >= _MOST_FILES:
+        raise UserError(f"this server keeps {_MOST_FILES} files already, and takes more once it has been restarted")
+    # Checked elsewhere first: what lies under its id is whole and good.
+    with tempfile.TemporaryDirectory(prefix="memwall-") as folder:
+        check(_stored(Path(folder), name, content))
+    new = _folder() / identity
+    new.mkdir(exist_ok=True)
+    _stored(new, name, content)
+    return identity
+
+
+def add_profile(name: str, content: bytes) -> str:
+    """Keep a profile; returns its id.
 
     Raises:
         UserError: too large, or no profile.
     """
-    _check_size(name, content, MAX_PROFILE_MIB << 20)
-    _check_unpacked(name, content)
-    folder = _folder() / hashlib.sha256(content).hexdigest()[:16]
-    folder.mkdir(exist_ok=True)
-    path = _stored(folder, name, content)
-    try:
-        return path, load_profile(path)
-    except UserError:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
+    return keep(name, content, MAX_PROFILE_MIB, load_profile)
+
+
+def add_benchmark(name: str, content: bytes) -> str:
+    """Keep a benchmark's result; returns its id.
+
+    Raises:
+        UserError: too large, or nothing that `dashboard.services.benchmarks` can read.
+    """
+    return keep(name, content, MAX_BENCHMARK_MIB, benchmarks.check)
+
+
+def add_log(name: str, content: bytes) -> str:
+    """Keep what a server printed, or the text of its /metrics; returns its id.
+
+    Raises:
+        UserError: too large, or it says nothing of itself.
+    """
+    return keep(name, content, MAX_LOG_MIB, read_server_facts)
 
 
 def _stored(folder: Path, name: str, content: bytes) -> Path:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from dashboard.services.jobs import Report
 from dashboard.services.questions import Search, Traffic, Trial
 from planner.errors import UserError
+from planner.intervals import draws, simulate_draw
 from planner.plan_report import Plan, PlanReport
 from planner.search import Question
 from planner.search import plan as search_plans
@@ -19,8 +20,8 @@ from planner.workload import Workload
 SWEEP_SECONDS = 120.0
 # Rates beyond the knee that are still simulated, to show how it bends.
 _BAD_RATES = 2
-#: For the intervals of a trial.
-NUM_OTHERS = 4
+#: Draws for the intervals of a trial.
+NUM_OTHERS = 8
 
 
 # ---- plan ----------------------------------------------------------------------------------------------------------
@@ -121,7 +122,7 @@ class TrialAnswer:
 
     Attributes:
         report: on the given load.
-        others: the same on resampled loads, for intervals.
+        others: the same on resampled loads, with step times that may be the true ones, for intervals.
     """
 
     report: SimulateReport
@@ -129,7 +130,7 @@ class TrialAnswer:
 
 
 def try_one(report: Report, trial: Trial, trace: Workload | None, num_others: int) -> TrialAnswer:
-    """Simulate, then again on so many resampled loads.
+    """Simulate, then draw load and step times so many times.
 
     Raises:
         UserError: as `planner.simulate_report.simulate_report`.
@@ -137,16 +138,15 @@ def try_one(report: Report, trial: Trial, trace: Workload | None, num_others: in
     workload = trial.traffic.workload(trace)
     deployment = trial.engine.deployment(workload)
     total = 1 + num_others
-    report(0, total, "loads simulated")
+    report(0, total, "simulations done")
     answer = simulate_report(workload, deployment, trial.options(), trial.quantization)
     others = []
     if answer.result is not None:
-        for seed in range(1, total):
-            report(seed, total, "loads simulated")
-            load = workload.resampled(trial.traffic.seed + seed)
-            result = simulate(load, deployment.system(load, answer.memory), trial.options())
-            others.append(result.model_copy(update={"timeline": ()}))
-    return TrialAnswer(answer, tuple(others))
+        system = deployment.system(workload, answer.memory)
+        for number, draw in enumerate(draws(num_others, trial.traffic.seed), start=1):
+            report(number, total, "simulations done")
+            others.append(simulate_draw(workload, system, trial.options(), draw))
+    return TrialAnswer(answer, tuple(each for each in others if each is not None))
 
 
 @dataclass(frozen=True)
@@ -180,6 +180,16 @@ class Sweep:
                 break
             found = point
         return found
+
+    @property
+    def preemptions_between(self) -> tuple[float | None, float | None]:
+        """The last rate without preemptions and the first with some; None for what there is not."""
+        before = None
+        for point in self.points:
+            if point.result is not None and point.result.num_preemptions:
+                return before, point.request_rate
+            before = point.request_rate
+        return before, None
 
 
 def sweep(report: Report, trial: Trial, trace: Workload | None, factors: Sequence[float]) -> Sweep:

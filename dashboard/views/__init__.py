@@ -1,4 +1,4 @@
-"""One module per page; each is a script that `app` runs.
+"""One module per page, each with a function `page` that `app` calls.
 
-Not called `pages`: Streamlit would run the scripts of a folder of that name by itself, without the sidebar.
+Not called `pages`: Streamlit would run the modules of a folder of that name by itself, without the sidebar.
 """

@@ -6,7 +6,7 @@ import pandas as pd
 import streamlit as st
 
 from dashboard import inputs
-from dashboard.components import complain, escaped, guarded, show_table
+from dashboard.components import complain, escaped, show_table
 from dashboard.services import catalog, uploads
 from planner.errors import UserError
 
@@ -32,6 +32,7 @@ def _prices() -> None:
         frame,
         hide_index=True,
         key="prices_table",
+        placeholder="",
         disabled=[column for column in frame.columns if column != "your US$/h"],
         column_config={
             "your US$/h": st.column_config.NumberColumn(
@@ -67,14 +68,23 @@ def _add_gpu() -> None:
         usd = right.number_input("US$ per hour (0: unknown)", 0.0, 1e5, 0.0, key="own_gpu_usd")
         if st.form_submit_button("Add", key="own_gpu_add"):
             try:
-                gpu = catalog.own_gpu(name, memory, bandwidth, bf16, fp8, link, fast, int(node), usd)
+                inputs.add_gpu(name, memory, bandwidth, bf16, fp8, link, fast, int(node), usd)
             except UserError as error:
                 complain(str(error))
                 return
-            inputs.own_gpus()[gpu.id] = gpu
             st.rerun()
-    for name in inputs.own_gpus():
-        st.caption(escaped(f"{name} can be chosen on all pages of this session. It is not part of a link."))
+    if inputs.own_gpus():
+        st.caption(escaped(f"Added: {', '.join(inputs.own_gpus())}. {_travels()}"))
+
+
+def _travels() -> str:
+    """Whether what was added is part of the link."""
+    if inputs.is_own_linked():
+        return "To be chosen on all pages, and part of the link."
+    return (
+        "To be chosen on all pages of this session. All that was added together is too long for a link: whoever opens "
+        "one has to add it too."
+    )
 
 
 def _add_model() -> None:
@@ -89,20 +99,12 @@ def _add_model() -> None:
         if file is None:
             return
         try:
-            model = uploads.read_model(file.name, file.getvalue())
+            name, config = uploads.read_config(file.name, file.getvalue())
+            if name not in inputs.own_models():
+                inputs.add_model(name, config)
+                st.rerun()
         except UserError as error:
             complain(str(error))
             return
-        if model.name not in inputs.own_models():
-            inputs.own_models()[model.name] = model
-            st.rerun()
-        st.success(
-            escaped(
-                f"{model.name} with {model.num_parameters / 1e9:.3g} billion parameters can be chosen as the model on "
-                f"all pages of this session. It is not part of a link."
-            )
-        )
-
-
-with guarded():
-    page()
+        model = inputs.own_models()[name]
+        st.success(escaped(f"{name} has {model.num_parameters / 1e9:.3g} billion parameters. {_travels()}"))

@@ -8,7 +8,7 @@ from dataclasses import replace
 import streamlit as st
 
 from dashboard import inputs
-from dashboard.components import escaped, guarded, note_warnings, show_chart, show_table
+from dashboard.components import escaped, note_warnings, show_chart, show_table
 from dashboard.figures import memory as figures
 from dashboard.figures.plan import kv_name
 from dashboard.services import capacity, results
@@ -188,7 +188,3 @@ def _fit_row(fit: Fit) -> dict[str, object]:
         "US$/h": results.usd(fit.usd_per_hour),
         "longest context, tokens": f"{fit.report.max_model_len_that_fits:,}",
     }
-
-
-with guarded():
-    page()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import streamlit as st
 
 from dashboard import inputs
-from dashboard.components import answer_of, escaped, guarded, note_warnings, show_chart, show_table
+from dashboard.components import answer_of, escaped, note_warnings, show_chart, show_table
 from dashboard.figures import plan as figures
 from dashboard.services import results, work
 from dashboard.services.jobs import jobs
@@ -81,6 +81,8 @@ def _answer(answer: PlanAnswer) -> None:
         return
     best = report.plans[0]
     _sentence(best, answer.is_quick)
+    if not answer.is_quick:
+        _surer(report)
     _numbers(best)
     _why_not_cheaper(answer)
     st.subheader("All plans that meet the SLO")
@@ -118,6 +120,23 @@ def _sentence(best: Plan, is_quick: bool) -> None:
     draw = st.success if results.is_sure(best) and not is_quick else st.info
     draw(f"**{escaped(text)}** {escaped(f'How sure: {sure}.')}", icon=":material/fact_check:")
     st.caption(escaped(f"Step times: {results.evidence_words(best.result)} ({best.result.step_time})."))
+
+
+def _surer(report: PlanReport) -> None:
+    """What to take instead by those whom the cheapest is not sure enough."""
+    if results.is_sure(report.plans[0]):
+        return
+    surer = next((plan for plan in report.plans if plan.loads is not None and results.is_sure(plan)), None)
+    if surer is None:
+        st.caption("No plan that was drawn more often meets the SLO in every draw: leave a margin.")
+        return
+    price = f" for {results.usd(surer.usd_per_hour)} per hour" if surer.usd_per_hour is not None else ""
+    st.caption(
+        escaped(
+            f"To be surer, take plan {surer.rank}, {figures.name_of(surer)}{price}: it meets the SLO in "
+            f"{surer.loads.met} of {surer.loads.of} draws."
+        )
+    )
 
 
 def _numbers(best: Plan) -> None:
@@ -233,15 +252,14 @@ def _exports(report: PlanReport) -> None:
     chosen = report.plans[rank - 1]
     for column, target in zip(columns[2:], TARGETS, strict=True):
         label, file = _EXPORT_NAMES.get(target, (f"For {target}", f"{target}.txt"))
-        with column:
-            try:
-                text = export_plan(chosen, target)
-            except UserError as error:
-                st.caption(escaped(f"{label}: {error}"))
-                continue
-            st.download_button(label, text, file, "text/plain", key=f"download_{target}", width="stretch")
-            with st.expander(f"Show the {label}", key=f"show_{target}"):
-                st.code(text, language="bash")
+        try:
+            text = export_plan(chosen, target)
+        except UserError as error:
+            column.caption(escaped(f"{label}: {error}"))
+            continue
+        column.download_button(label, text, file, "text/plain", key=f"download_{target}", width="stretch")
+        with st.expander(f"Show the {label}", key=f"show_{target}"):
+            st.code(text, language="bash")
 
 
 def _foundations(answer: PlanAnswer) -> None:
@@ -259,7 +277,3 @@ def _foundations(answer: PlanAnswer) -> None:
         st.write(escaped(f"Step times: {report.step_time}."))
         if report.rejections:
             show_table(_rejections(report), key="rejections")
-
-
-with guarded():
-    page()

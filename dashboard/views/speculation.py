@@ -8,17 +8,19 @@ from dataclasses import replace
 import streamlit as st
 
 from dashboard import inputs
-from dashboard.components import escaped, guarded, show_chart
+from dashboard.components import escaped, show_chart
 from dashboard.figures import speculation as figures
 from dashboard.figures.plan import kv_name
-from dashboard.services import results, speculation
+from dashboard.services import results, speculation, uploads
 from dashboard.services.questions import Engine
 from dashboard.services.speculation import Gain
+from planner.errors import UserError
 from planner.model import ModelSpec
 from planner.step_time import Evidence
 
 _NGRAM = "n-gram lookup (free)"
 _OWN = "your own rates"
+_RECORDED = "recorded: a server's log or /metrics"
 _CONTEXTS = (512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
 
 
@@ -27,6 +29,9 @@ def page() -> None:
     st.title("Does drafting pay?")
     engine, draft, context = _engine()
     rates = _rates()
+    if not rates:
+        st.info("Drop the log of a server that speculates: the rates of its rounds are used here.")
+        return
     if not any(rates):
         st.info("No draft is ever accepted: k should be 0.")
         return
@@ -74,10 +79,12 @@ def _rates() -> tuple[float, ...]:
         known[f"{name} (measured by InferenceX)"] = speculation.rates_of_lengths(lengths)
     left, right = st.columns([2, 3])
     with left:
-        source = inputs.choose("Acceptance", (*known, _OWN), list(known)[2], "acceptance")
-    if source != _OWN:
+        source = inputs.choose("Acceptance", (*known, _OWN, _RECORDED), list(known)[2], "acceptance")
+    if source in known:
         return known[source]
     with right:
+        if source == _RECORDED:
+            return _recorded()
         text = inputs.text(
             "Rates by position", "0.8, 0.7, 0.65, 0.6", "rates", help="Of recorded rounds, or of vLLM's metrics."
         )
@@ -88,6 +95,25 @@ def _rates() -> tuple[float, ...]:
             help="Share of rounds that get there.",
         )
     return speculation.parse_rates(text, unconditional)
+
+
+def _recorded() -> tuple[float, ...]:
+    """Rates of the rounds that a server counted; none until a file is dropped."""
+    path, fault = inputs.kept_file(
+        "What the server printed (SpecDecoding metrics), or the text of its /metrics",
+        None,
+        "acceptance_log",
+        uploads.MAX_LOG_MIB,
+        uploads.add_log,
+        "Per-position acceptance of everything that the text covers.",
+    )
+    if fault is not None:
+        raise UserError(fault)
+    if path is None:
+        return ()
+    rates, told = speculation.recorded(path)
+    st.caption(escaped(told))
+    return rates
 
 
 def _answer(found: tuple[Gain, ...]) -> None:
@@ -130,7 +156,3 @@ def _export(found: tuple[Gain, ...], draft: ModelSpec | None) -> None:
     with st.expander("The same for vLLM", key="spec_export"):
         st.code(f"--speculative-config '{json.dumps(config)}'", language="bash")
         st.caption(escaped("Batches from first to last, and k; 0 is off. vLLM ignores it with data parallelism."))
-
-
-with guarded():
-    page()

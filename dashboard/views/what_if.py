@@ -8,11 +8,12 @@ from dataclasses import dataclass, replace
 import streamlit as st
 
 from dashboard import inputs
-from dashboard.components import answer_of, complain, escaped, guarded, note_warnings, show_chart, show_table
+from dashboard.components import answer_of, complain, escaped, note_warnings, show_chart, show_table
 from dashboard.figures import compare as figures
 from dashboard.figures.plan import kv_name
 from dashboard.services import questions, results, work
 from dashboard.services.questions import Engine, Speculating, Trial, key_of
+from dashboard.services.results import Costs
 from dashboard.services.work import Sweep, TrialAnswer
 from planner.memory import KVCacheDtype
 from planner.quality import described, load_kv_quality
@@ -37,9 +38,15 @@ class Comparison:
 _COMPARISONS = {
     "kv": Comparison("bf16 or fp8 KV cache", ({"kv": "bfloat16"}, {"kv": "fp8"})),
     "tp": Comparison("Tensor parallel or replicas", ({"tp": 2, "replicas": 1}, {"tp": 1, "replicas": 2})),
+    "tp8": Comparison(
+        "8 GPUs: TP 8, 4, 2 or 1",
+        tuple({"tp": size, "replicas": 8 // size} for size in (8, 4, 2, 1)),
+    ),
     "seqs": Comparison("Large or small batches", ({"seqs": 256}, {"seqs": 32})),
     "chunk": Comparison("Large or small token budget", ({"budget": 8192}, {"budget": 1024, "seqs": 128})),
     "gpu": Comparison("One GPU type or another", ({"gpu": "h200_sxm"}, {"gpu": "h100_sxm"})),
+    "link": Comparison("NVLink or PCIe", ({"gpu": "h100_sxm", "tp": 4}, {"gpu": "h100_pcie", "tp": 4})),
+    "k": Comparison("Without or with drafts", ({"k": 0}, {"k": 3})),
 }
 
 
@@ -52,9 +59,15 @@ def page() -> None:
     answers = _answers(trials, names)
     if answers is None:
         return
+    costs = [
+        results.costs(trial.engine.deployment(), answer, inputs.price_list())
+        for trial, answer in zip(trials, answers, strict=True)
+    ]
     _verdicts(answers, names)
-    _difference(answers, names)
-    show_table(_rows(answers, names), key="comparison", height="content")
+    _difference(answers, names, costs)
+    # On a phone the values scroll beside the labels.
+    labels = {"": st.column_config.Column(width=200, pinned=True)}
+    show_table(_rows(answers, names, costs), key="comparison", height="content", column_config=labels)
     fitting = [(answer, name) for answer, name in zip(answers, names, strict=True) if answer.report.result]
     if not fitting:
         return
@@ -83,7 +96,8 @@ def _configurations() -> tuple[list[Trial], list[str]]:
             help="Where to start from; every setting can be changed below.",
         )
     with right:
-        count = inputs.whole("Configurations", 2, len(_LETTERS), 2, "configurations")
+        usual = len(_COMPARISONS[kind].settings)
+        count = inputs.whole("Configurations", 2, len(_LETTERS), usual, f"{kind}_configurations")
     engines = []
     for number, column in enumerate(st.columns(count)):
         start = _COMPARISONS[kind].settings
@@ -112,7 +126,7 @@ def _engine(kind: str, number: int, start: Mapping[str, object]) -> Engine:
         seqs = inputs.slide("max_num_seqs", _SEQS, start.get("seqs", 256), f"{prefix}_seqs")
         budget = inputs.slide("Token budget of a step", _BUDGETS, start.get("budget", 8192), f"{prefix}_budget")
         context = inputs.slide("Longest context", _CONTEXTS, _AS_NEEDED, f"{prefix}_context")
-        drafts = inputs.slide("Draft length k", tuple(range(_MOST_DRAFTS + 1)), 0, f"{prefix}_k")
+        drafts = inputs.slide("Draft length k", tuple(range(_MOST_DRAFTS + 1)), start.get("k", 0), f"{prefix}_k")
         rate = inputs.slide(
             "Drafts accepted, per position",
             [round(0.05 * i, 2) for i in range(21)],
@@ -166,7 +180,7 @@ def _answers(trials: Sequence[Trial], names: Sequence[str]) -> list[TrialAnswer]
         return None
     better = []
     for number, (trial, name) in enumerate(zip(trials, names, strict=True)):
-        waiting = f"Intervals of {name}, from resampled loads"
+        waiting = f"Intervals of {name}, from drawn loads and step times"
         key = key_of("trial", trial, work.NUM_OTHERS)
         better.append(answer_of(f"loads_{number}", key, work.try_one, trial, trace, work.NUM_OTHERS, waiting=waiting))
     return [whole or first for whole, first in zip(better, answers, strict=True)]
@@ -183,11 +197,12 @@ def _verdict(answer: TrialAnswer, name: str) -> None:
     if result is None:
         complain(f"{name} does not fit: {report.memory.reason}")
         return
-    held = sum(bool(each.slo_met) for each in (result, *answer.others))
-    loads = f" on {held} of {1 + len(answer.others)} loads" if answer.others else ""
-    text = {True: f"✓ meets the SLO{loads}", False: f"✗ misses the SLO{loads}", None: "no SLO is set"}[result.slo_met]
+    held = sum(bool(each.slo_met) for each in answer.others)
+    loads = f" in {held} of {len(answer.others)} draws" if answer.others else ""
+    met = f", and meets it{loads}" if loads else ""
+    text = {True: f"✓ meets the SLO{met}", False: f"✗ misses the SLO{met}", None: "no SLO is set"}[result.slo_met]
     if result.verdict != "stable":
-        text = f"✗ saturated{loads and f': meets the SLO{loads}'}"
+        text = f"✗ saturated{met}"
     draw = st.success if result.slo_met else st.error
     draw(f"**{escaped(name)}** {text}")
     st.caption(escaped(f"{_cliff(answer)} Step times: {results.evidence_words(result)}."))
@@ -202,7 +217,7 @@ def _cliff(answer: TrialAnswer) -> str:
     return f"The KV cache is {result.kv_usage_peak:.0%} full at its peak, no preemption: away from the cliff."
 
 
-def _difference(answers: Sequence[TrialAnswer], names: Sequence[str]) -> None:
+def _difference(answers: Sequence[TrialAnswer], names: Sequence[str], costs: Sequence[Costs]) -> None:
     """What the second does to the first, in a sentence."""
     first, second = answers[0].report, answers[1].report
     if first.result is None or second.result is None:
@@ -215,7 +230,9 @@ def _difference(answers: Sequence[TrialAnswer], names: Sequence[str]) -> None:
         if one and two:
             spans = [results.metric_interval(answer, metric, "p99") for answer in answers[:2]]
             told = [results.shown(found.p99, span) for found, span in zip((one, two), spans, strict=True)]
-            parts.append(f"{label} {told[0]} → {told[1]} ms ({two.p99 / one.p99 - 1:+.0%})")
+            parts.append(f"{label} {told[0]} → {told[1]} ms ({results.change(one.p99, two.p99)})")
+    told = [cost.told("usd_per_million_output_tokens") for cost in costs[:2]]
+    parts.append(f"1M output tokens {told[0]} → {told[1]}")
     st.markdown(f"**From {escaped(names[0])} to {escaped(names[1])}:** {escaped('; '.join(parts))}.")
     dtypes = {report.deployment.kv_cache_dtype for report in (first, second)} - {"bfloat16"}
     study = load_kv_quality()
@@ -228,7 +245,7 @@ def _difference(answers: Sequence[TrialAnswer], names: Sequence[str]) -> None:
         )
 
 
-def _rows(answers: Sequence[TrialAnswer], names: Sequence[str]) -> list[dict[str, object]]:
+def _rows(answers: Sequence[TrialAnswer], names: Sequence[str], costs: Sequence[Costs]) -> list[dict[str, object]]:
     """One row per number, one column per configuration."""
     rows: list[dict[str, object]] = []
 
@@ -267,9 +284,19 @@ def _rows(answers: Sequence[TrialAnswer], names: Sequence[str]) -> list[dict[str
     add("running on average", number("mean_running"))
     add("preempted requests, %", number("preempted_share", 100.0))
     add("GPUs", lambda answer: str(answer.report.deployment.num_gpus))
-    add("longest sequences that fit a replica", lambda answer: results.shown(answer.report.memory.max_concurrency))
+    for field, label in _COSTS.items():
+        told = (cost.told(field) for cost in costs)
+        rows.append({"": label} | dict(zip(names, told, strict=True)))
+    add("sequences that fit a replica", lambda answer: results.shown(answer.report.memory.max_concurrency))
     add("step times", lambda answer: _tag(answer))
     return rows
+
+
+_COSTS = {
+    "usd_per_hour": "US$ per hour",
+    "usd_per_million_tokens": "US$/1M tokens, in and out",
+    "usd_per_million_output_tokens": "US$/1M output tokens",
+}
 
 
 def _tag(answer: TrialAnswer) -> str:
@@ -320,6 +347,7 @@ def _under_load(trials: Sequence[Trial], names: Sequence[str]) -> None:
         show_chart(figures.against_rate("tpot_ms", found, labels, slo.tpot_ms, slo.percentile), "tpot_rate")
     for sweep, name in known:
         st.markdown(_concurrency(sweep, name))
+        st.markdown(_onset(sweep, name, inputs.shared().rate))
 
 
 def _concurrency(sweep: Sweep, name: str) -> str:
@@ -341,6 +369,24 @@ def _concurrency(sweep: Sweep, name: str) -> str:
     )
 
 
+def _onset(sweep: Sweep, name: str, rate: float) -> str:
+    """How far preemptions are, in load."""
+    before, first = sweep.preemptions_between
+    start = f"**{escaped(name)}, preemption cliff:**"
+    if first is None:
+        reached = sweep.points[-1].request_rate
+        return (
+            f"{start} no request is preempted at any rate tried, up to {results.shown(reached)} requests/s, "
+            f"{results.times(reached / rate)} this load."
+        )
+    if before is None:
+        return f"{start} at {results.shown(first)} requests/s, the lowest rate tried, requests are preempted already."
+    return (
+        f"{start} preemptions begin between {results.shown(before)} and {results.shown(first)} requests/s, that is "
+        f"{results.times(before / rate)} to {results.times(first / rate)} this load."
+    )
+
+
 def _what_matters(trials: Sequence[Trial], names: Sequence[str]) -> None:
     st.subheader("What matters most")
     left, right = st.columns(2)
@@ -358,7 +404,3 @@ def _what_matters(trials: Sequence[Trial], names: Sequence[str]) -> None:
     )
     if found is not None:
         show_chart(figures.sensitivities(found, metric, inputs.shared().slo.percentile), "sensitivities")
-
-
-with guarded():
-    page()

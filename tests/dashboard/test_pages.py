@@ -1,15 +1,19 @@
 """Every page as people meet it: useful before anything is chosen, changed by what is, and never a traceback."""
 
+import json
 from dataclasses import replace
 
 import pytest
 from streamlit.testing.v1 import AppTest
 
 from dashboard import inputs
-from dashboard.services import capacity, questions
-from dashboard.services.questions import Engine
-from planner.catalog import list_gpus, list_models, load_gpu, load_model
+from dashboard.services import capacity, questions, results
+from dashboard.services.questions import Engine, Traffic
+from planner.catalog import list_gpus, list_models, load_gpu, load_model, model_entry
+from planner.cost import cost_of
+from planner.deployment import PriceList
 from planner.memory import plan_memory
+from planner.simulation import SimulationOptions, simulate
 from tests.dashboard.conftest import APP, figure, sentences, settled, table
 
 PAGES = ("plan", "what_if", "memory", "speculation", "calibration", "catalog")
@@ -40,6 +44,13 @@ def test_plan_says_what_to_take(open_page):
     assert sum(len(trace["x"]) for trace in pareto["data"] if trace["mode"] == "markers") == len(plans)
     assert "vllm serve" in app.code[0].value
     assert "meets" in sentences(app)
+
+
+def test_plan_says_what_would_be_surer(open_page, monkeypatch):
+    monkeypatch.setattr(results, "is_sure", lambda plan: plan.rank > 1)
+    assert "To be surer, take plan" in sentences(open_page("plan", rate="2"))
+    monkeypatch.setattr(results, "is_sure", lambda plan: False)
+    assert "leave a margin" in sentences(open_page("plan", rate="2"))
 
 
 def test_plan_follows_its_inputs(open_page):
@@ -202,6 +213,27 @@ def test_what_if_compares_the_kv_formats_first(open_page):
     assert "cliff" in sentences(app)
 
 
+def test_what_if_says_what_a_million_tokens_cost(open_page):
+    app = open_page("what_if", rate="2", prices="h200_sxm:2.5")
+    costs = table(app, "A: bf16 KV", "B: fp8 KV", "").set_index("")["A: bf16 KV"]
+    load = Traffic(request_rate=2.0, duration_s=questions.TRIAL_SECONDS).workload()
+    deployment = Engine(load_model("llama-3.1-8b"), load_gpu("h200_sxm")).deployment(load)
+    result = simulate(load, deployment.system(load), SimulationOptions())
+    expected = cost_of(deployment, result, PriceList(overrides=(("h200_sxm", 2.5),)))
+    assert costs["US$ per hour"] == "$2.50"
+    told = float(costs["US$/1M output tokens"].removeprefix("$"))
+    assert told == pytest.approx(expected.usd_per_million_output_tokens, rel=0.06)  # to the digits that draws allow
+    told = float(costs["US$/1M tokens, in and out"].removeprefix("$"))
+    assert told == pytest.approx(expected.usd_per_million_tokens, rel=0.06)
+
+
+def test_what_if_8_gpus_four_ways(open_page):
+    app = open_page("what_if", rate="2", compare="8 GPUs: TP 8, 4, 2 or 1")
+    names = [f"{letter}: TP {size} × {8 // size}" for letter, size in zip("ABCD", (8, 4, 2, 1), strict=True)]
+    rows = table(app, "", *names).set_index("")
+    assert [rows[name]["GPUs"] for name in names] == ["8"] * 4
+
+
 def test_what_if_tensor_parallel_or_replicas(open_page):
     app = open_page("what_if", rate="2", compare="Tensor parallel or replicas")
     assert table(app, "", "A: TP 2 × 1", "B: TP 1 × 2") is not None
@@ -211,7 +243,7 @@ def test_what_if_tensor_parallel_or_replicas(open_page):
 
 
 def test_what_if_of_three_and_of_what_does_not_fit(open_page):
-    app = open_page("what_if", rate="2", configurations="3", kv_c_gpu="a10g", model="llama-3.1-70b")
+    app = open_page("what_if", rate="2", kv_configurations="3", kv_c_gpu="a10g", model="llama-3.1-70b")
     assert not app.exception
     assert any("does not fit" in error.value for error in app.error)
     assert all("defect" not in error.value for error in app.error)
@@ -293,26 +325,28 @@ def test_calibration_shows_its_errors(open_page):
     assert not app.exception
 
 
-def test_a_model_that_is_added_can_be_chosen(open_page):
-    import json
-
-    from planner.catalog import model_entry
-
+def test_a_model_that_is_added_travels_in_the_link(open_page):
     app = open_page("catalog")
     content = json.dumps(dict(model_entry("llama-3.2-1b")["config"]) | {"_name_or_path": "me/mine"}).encode()
     app.file_uploader(key="config_file").upload("config.json", content, "application/json")
     settled(app)
     assert not app.exception
-    assert "mine" in app.selectbox(key="model").options
+    assert "part of the link" in app.success[0].value
     app.selectbox(key="model").set_value("mine")
     settled(app)
     app.switch_page("views/memory.py")
     settled(app)
     assert not app.exception
     assert app.selectbox(key="model").value == "mine"
+    # Whoever opens the link has the model, quantised too if it says so.
+    other = open_page("memory", own=app.query_params["own"], model="mine", weights="fp8")
+    assert other.selectbox(key="model").value == "mine"
+    engine = Engine(load_model("llama-3.2-1b", "fp8"), load_gpu("h200_sxm"), max_model_len=32768)
+    expected = capacity.memory_of(engine, 5).max_concurrency
+    assert float(other.metric[0].value) == pytest.approx(expected, rel=5e-3)
 
 
-def test_a_gpu_that_is_added_can_be_chosen(open_page):
+def test_a_gpu_that_is_added_travels_in_the_link(open_page):
     app = open_page("catalog")
     app.text_input(key="own_gpu_id").set_value("my gpu")
     app.number_input(key="own_gpu_usd").set_value(0.5)
@@ -324,6 +358,17 @@ def test_a_gpu_that_is_added_can_be_chosen(open_page):
     app.selectbox(key="gpu").set_value("my_gpu")
     settled(app)
     assert "my\\_gpu" in app.success[0].value
+    other = open_page("memory", own=app.query_params["own"], gpu="my_gpu")
+    assert other.success[0].value == app.success[0].value
+
+
+@pytest.mark.parametrize("text", ["nonsense", "eJx", "", "A" * 50])
+def test_a_damaged_link_is_one_sentence(text, open_page):
+    app = open_page("memory", own=text)
+    assert not app.exception
+    assert [error.value for error in app.error if "damaged" in error.value] == [error.value for error in app.error]
+    assert bool(app.error) == bool(text)
+    assert app.success, "the page is there"
 
 
 def test_prices_survive_a_change_of_page(open_page):

@@ -5,12 +5,13 @@ from itertools import pairwise
 import pytest
 
 from dashboard.figures import speculation as figures
-from dashboard.services import speculation
+from dashboard.services import speculation, uploads
 from dashboard.services.questions import Engine
 from engine.scheduling import StepShape
 from planner.catalog import load_gpu, load_model
 from planner.errors import UserError
 from planner.step_time import Evidence
+from tests.dashboard.conftest import figure, sentences, settled
 from tests.dashboard.test_figures import check
 
 ENGINE = Engine(load_model("llama-3.1-8b"), load_gpu("h200_sxm"), max_model_len=4096)
@@ -86,3 +87,29 @@ def test_figures():
 
 def test_no_gain_anywhere_can_be_drawn():
     check(figures.speedup(speculation.gains(ENGINE, (0.0, 0.0), None, 1024)))
+
+
+LOG = (
+    "INFO [metrics.py:96] SpecDecoding metrics: Mean acceptance length: 2.01, Accepted throughput: 1.0 tokens/s, "
+    "Drafted throughput: 3.0 tokens/s, Accepted: 1015 tokens, Drafted: 3000 tokens, "
+    "Per-position acceptance rate: 0.600, 0.300, 0.120, Avg Draft acceptance rate: 33.8%\n"
+)
+
+
+def test_recorded_rounds_are_read_by_the_planner(open_page):
+    path = uploads.kept(uploads.add_log("server.log", LOG.encode()))
+    rates, told = speculation.recorded(path)
+    assert rates == pytest.approx((0.6, 0.5, 0.4))
+    assert "1,015 of 3,000" in told
+    app = open_page("speculation", acceptance="recorded: a server's log or /metrics")
+    assert "Drop the log" in app.info[0].value
+    app.file_uploader(key="acceptance_log_file").upload("server.log", LOG.encode(), "text/plain")
+    settled(app)
+    assert not app.error
+    assert "60%, 30%, 12%" in sentences(app)
+    drawn = figure(app, "acceptance")["data"][0]["y"]
+    assert drawn == pytest.approx([0.6, 0.3, 0.12])
+    app.file_uploader(key="acceptance_log_file").upload("other.log", b"max_num_seqs=256\n", "text/plain")
+    settled(app)
+    assert not app.exception
+    assert "no acceptance per position" in app.error[0].value

@@ -81,13 +81,15 @@ def test_files_stay_in_their_folder(name, tmp_path):
 
 def test_a_model_by_its_config():
     config = dict(model_entry("llama-3.1-8b")["config"])
-    found = uploads.read_model("config.json", json.dumps(config).encode())
+    found = uploads.model_of(*uploads.read_config("config.json", json.dumps(config).encode()))
     assert found.num_parameters == load_model("llama-3.1-8b").num_parameters
-    named = uploads.read_model("config.json", json.dumps(config | {"_name_or_path": "org/My-Model"}).encode())
-    assert named.name == "my-model"
+    named = json.dumps(config | {"_name_or_path": "org/My-Model"}).encode()
+    assert uploads.read_config("config.json", named)[0] == "my-model"
+    same = json.dumps(config | {"_name_or_path": "meta-llama/Llama-3.1-8B"}).encode()
+    assert uploads.read_config("config.json", same)[0] == "llama-3.1-8b (yours)"
     for content in (b"[1]", b"nonsense", json.dumps({"model_type": "llama"}).encode()):
         with pytest.raises(UserError):
-            uploads.read_model("config.json", content)
+            uploads.model_of(*uploads.read_config("config.json", content))
 
 
 def test_a_profile_is_checked(tmp_path):
