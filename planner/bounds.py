@@ -60,19 +60,34 @@ class Floors:
     def prefill_s(self, num_tokens: int) -> float:
         """Seconds to compute a prompt alone, in chunks of the token budget."""
         if self._prompts_may_be_cached:
-            return self._step_time.predict(StepShape(prefills=[(1, num_tokens - 1)]))
+            return self._least_s(StepShape(prefills=[(1, num_tokens - 1)]))
         seconds, context = 0.0, 0
         while context < num_tokens:
             chunk = min(self._budget, num_tokens - context)
             # Only the last chunk reaches the LM head.
             sampled = int(context + chunk == num_tokens)
-            seconds += self._step_time.predict(StepShape(prefills=[(chunk, context)], num_sampled=sampled))
+            seconds += self._least_s(StepShape(prefills=[(chunk, context)], num_sampled=sampled))
             context += chunk
         return seconds
 
     def token_s(self, context: int) -> float:
         """Seconds per output token of a request decoding alone, if every draft were accepted."""
-        return self._step_time.predict(StepShape(decode_contexts=[context])) / self._tokens_per_step
+        return self._least_s(StepShape(decode_contexts=[context])) / self._tokens_per_step
+
+    def _least_s(self, step: StepShape) -> float:
+        """The least time of a step with this in it: on a device that is cool, where that matters, and beside whatever
+        makes it faster, as a larger step may be by its padding or its kernels."""
+        used = self._step_time
+        steps = [step]
+        if step.prefills:
+            room = self._budget - sum(query for query, _ in step.prefills)
+            more = [1 << i for i in range(max(room, 0).bit_length()) if 1 << i <= room]
+            rows = [count for count in more if count < self._max_num_seqs]
+            steps += [StepShape(step.prefills, [0] * count, num_sampled=step.num_sampled) for count in rows]
+            if self._max_num_seqs > 1:
+                beside = [[*step.prefills, (count, 0)] for count in more]
+                steps += [StepShape(chunks, num_sampled=step.num_sampled) for chunks in beside]
+        return min(used.heated_ticks(each, used.ticks(each), 0.0) for each in steps) / TICKS_PER_SECOND
 
     def late_s(self) -> float:
         """At most so much later than the step's end does a first token arrive, with the next step already running: the
