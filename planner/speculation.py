@@ -137,9 +137,14 @@ class DraftedStepTime(StepTime):
         return self.target.host_ticks(step)
 
     def alone_ticks(self, step: StepShape, ticks: int | None = None) -> int:
-        target = self.target.ticks(step)
-        ticks = target + self._draft_ticks(step) if ticks is None else ticks
-        return ticks + self.target.alone_ticks(step, target) - target
+        ticks = self.ticks(step) if ticks is None else ticks
+        return max(ticks + self.wait_ticks(step, ticks), self.launched_ticks(step))
+
+    def wait_ticks(self, step: StepShape, ticks: int) -> int:
+        return self.target.wait_ticks(step, self.target.ticks(step))
+
+    def launched_ticks(self, step: StepShape) -> int:
+        return self.target.launched_ticks(step)
 
     def evidence_of(self, step: StepShape) -> Evidence:
         return self.target.evidence_of(step)

@@ -262,7 +262,7 @@ class StepTime(ABC):
     def heated_ticks(self, step: StepShape, ticks: int, heat: float) -> int:
         """Ticks of a step that begins on the device at this heat, where there is a `clock`; `ticks` otherwise.
 
-        What `alone_ticks` has beyond `ticks` is the host's, and does not depend on the heat.
+        `wait_ticks` and `launched_ticks` are the host's, and do not depend on the heat.
 
         Args:
             ticks: what `ticks` says of the step.
@@ -293,7 +293,7 @@ class StepTime(ABC):
         With a step in flight that ends at `e`, this one ends at max(e + ticks, decision + alone_ticks). For steps of
         decodes alone it must be host_ticks + ticks, the default: leaps rely on it. A step with prompt chunks is
         launched while the device already computes, and may take less; the host looks for its tokens when its launch
-        is over all the same.
+        is over all the same. It is max(wait_ticks + ticks, launched_ticks).
 
         Args:
             ticks: what `ticks` says of the step, if it is at hand.
@@ -309,6 +309,11 @@ class StepTime(ABC):
             ticks: what `ticks` says of the step.
         """
         return self.alone_ticks(step, ticks) - ticks
+
+    def launched_ticks(self, step: StepShape) -> int:
+        """Ticks from the decision to run a step until its last kernel is launched: it does not end before, whatever
+        its heat; 0 where that is not told."""
+        return 0
 
     def evidence_of(self, step: StepShape) -> Evidence:
         """What the time of one step rests on."""
@@ -359,9 +364,14 @@ class ScaledStepTime(StepTime):
         return self.inner.host_ticks(step)
 
     def alone_ticks(self, step: StepShape, ticks: int | None = None) -> int:
-        inner = self.inner.ticks(step)
-        scaled = max(1, round(inner * self._scale(step))) if ticks is None else ticks
-        return scaled + self.inner.alone_ticks(step, inner) - inner
+        ticks = self.ticks(step) if ticks is None else ticks
+        return max(ticks + self.wait_ticks(step, ticks), self.launched_ticks(step))
+
+    def wait_ticks(self, step: StepShape, ticks: int) -> int:
+        return self.inner.wait_ticks(step, self.inner.ticks(step))
+
+    def launched_ticks(self, step: StepShape) -> int:
+        return self.inner.launched_ticks(step)
 
     def evidence_of(self, step: StepShape) -> Evidence:
         return self.inner.evidence_of(step)

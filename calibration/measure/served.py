@@ -36,7 +36,8 @@ class ServedPlan:
         loads: (requests that run at once, most output tokens of one, seconds): how many and how long they are says how
             often prompts come. The hottest one comes first.
         input_tokens: least and most of a prompt. least_output: tokens. Lengths are drawn log-uniformly.
-        lead_s: of the first load, before what is written down: a device that was idle for long is faster.
+        lead_s: of the first load and of each other one, before what is written down: a device that was idle for long
+            is faster, and a kernel may have to be compiled.
         pause_s: before each load, in which what the device remembers of the one before is lost.
     """
 
@@ -49,11 +50,11 @@ class ServedPlan:
     )
     input_tokens: tuple[int, int] = (24, 1024)
     least_output: int = 8
-    lead_s: float = 2.0
+    lead_s: tuple[float, float] = (2.0, 0.3)
     pause_s: float = 0.3
 
 
-QUICK = ServedPlan(loads=((4, 32, 0.3),), input_tokens=(8, 128), least_output=4, lead_s=0.0, pause_s=0.0)
+QUICK = ServedPlan(loads=((4, 32, 0.3),), input_tokens=(8, 128), least_output=4, lead_s=(0.0, 0.0), pause_s=0.0)
 
 
 class Service:
@@ -79,11 +80,9 @@ class Service:
         each prompt chunk; decodes, how many; keys, which these attend to over all layers; and excess, as many keys as
         the longest of them has more than the others.
         """
-        rows, lead_s = [], self._plan.lead_s
+        rows, (first_s, lead_s) = [], self._plan.lead_s
         for concurrency, most_output, seconds in self._loads():
-            if lead_s:
-                self._serve(concurrency, most_output, lead_s)
-                lead_s = 0.0
+            self._serve(concurrency, most_output, lead_s if rows else first_s)
             time.sleep(self._plan.pause_s)
             records = self._serve(concurrency, most_output, seconds)
             rows.append({"concurrency": concurrency} | self._columns(records))
@@ -92,6 +91,8 @@ class Service:
     def _loads(self) -> list[tuple[int, int, float]]:
         """Those of the plan, with no more requests than the engine has slots and pages for."""
         longest_input, longest = self._longest_input(), self._room.max_model_len
+        if longest < 4 * self._plan.least_output:
+            return []  # for nothing that comes and goes
         found = {}
         for concurrency, most_output, seconds in self._plan.loads:
             output = max(min(most_output, longest - 1 - longest_input), self._plan.least_output)

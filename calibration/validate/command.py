@@ -60,6 +60,8 @@ def run(arguments: list[str], predictor_for: Callable[[ServedRecord], Predictor]
             predictors.update(outside.read(path))
         else:
             records.append(read(path))
+    if options.transfer and predictors:
+        raise UserError(f"--transfer is for records of memwall bench serve; {next(iter(predictors)).name} is none")
     if records and (useless := _given_of_outside(options)):
         raise UserError(f"{useless[0]} is of servers that are not ours; {records[0].name} says itself what served it")
     own = transferred_for if options.transfer else step_time_for

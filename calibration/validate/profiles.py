@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,18 +63,12 @@ def step_time_for(record: ServedRecord, path: Path | None = None) -> Predictor:
     except ModuleNotFoundError as error:
         raise UserError(f"this installation of memwall reads no profiles ({error}); reinstall it") from None
 
-    def facts_of(profile: Any) -> ProfileFacts:
-        told = profile.record
-        engine = {name: getattr(told.engine, name) for name in (*_EQUAL, *_MEASURED_UP_TO, *_OF_MEMORY)}
-        blocks = {str(dtype): table.num_kv_blocks for dtype, table in told.kv.items()}
-        return ProfileFacts(profile.name, told.model.name, told.gpu_name, told.quantization, blocks, engine)
-
     engine = record.engine
     if path is None:
-        profile = _chosen(record, [(each, facts_of(each)) for each in shipped_profiles()])
+        profile = _chosen(record, [(each, _facts_of(each)) for each in shipped_profiles()])
     else:
         profile = load_profile(path)
-    notes = check_same(record, facts_of(profile))
+    notes = check_same(record, _facts_of(profile))
     limits = engine.max_num_seqs, engine.max_num_batched_tokens
     step_time = profile.step_time(engine.kv_cache_dtype, *limits, engine.device_id)
     pieces = [size for size in profile.record.engine.piece_sizes if size <= engine.max_num_batched_tokens]
@@ -83,6 +77,13 @@ def step_time_for(record: ServedRecord, path: Path | None = None) -> Predictor:
             f"{profile.name} is of another {engine.gpu}, as far as is known: intervals count with what two differ in",
         )
     return Predictor(step_time, step_time.description, max(pieces, default=0), notes)
+
+
+def _facts_of(profile: Any) -> ProfileFacts:
+    told = profile.record
+    engine = {name: getattr(told.engine, name) for name in (*_EQUAL, *_MEASURED_UP_TO, *_OF_MEMORY)}
+    blocks = {str(dtype): table.num_kv_blocks for dtype, table in told.kv.items()}
+    return ProfileFacts(profile.name, told.model.name, told.gpu_name, told.quantization, blocks, engine)
 
 
 def transferred_for(record: ServedRecord, path: Path) -> Predictor:
@@ -111,10 +112,14 @@ def transferred_for(record: ServedRecord, path: Path) -> Predictor:
     match = find_profile(model, gpu, kv_cache_dtype, engine.tensor_parallel_size, [profile])
     if reason is not None or match is None:
         raise UserError(f"{profile.name} tells nothing of {_what(engine)}: {reason or 'no table of it can be used'}")
+    if not match.changes:
+        raise UserError(f"{profile.name} was measured on {_what(engine)} itself; leave out --transfer")
+    facts = _facts_of(profile)
+    notes = _check_settings(record, facts, _refusal(record, facts))
     limits = engine.max_num_seqs, engine.max_num_batched_tokens
     step_time = step_time_of(match, model, gpu, kv_cache_dtype, engine.tensor_parallel_size, engine.block_size, *limits)
     pieces = [size for size in profile.record.engine.piece_sizes if size <= engine.max_num_batched_tokens]
-    return Predictor(step_time, step_time.description, max(pieces, default=0))
+    return Predictor(step_time, step_time.description, max(pieces, default=0), tuple(notes))
 
 
 def _chosen(record: ServedRecord, profiles: Sequence[tuple[Any, ProfileFacts]]) -> Any:
@@ -124,7 +129,9 @@ def _chosen(record: ServedRecord, profiles: Sequence[tuple[Any, ProfileFacts]]) 
         UserError: none does; if one is of its model, saying what it differs in.
     """
     reasons = []
-    for profile, facts in profiles:
+    # Of those that do not fit the nearest says why.
+    nearest = sorted(profiles, key=lambda each: each[1].quantization != record.engine.quantization)
+    for profile, facts in nearest:
         try:
             check_same(record, facts)
         except UserError as error:
@@ -151,11 +158,7 @@ def check_same(record: ServedRecord, profile: ProfileFacts) -> tuple[str, ...]:
     """
     engine = record.engine
 
-    def refuse(what: str, of_profile: Any, of_record: Any) -> None:
-        raise UserError(
-            f"{record.name} was served with {what} {of_record}, but {profile.name} was measured with {of_profile}"
-        )
-
+    refuse = _refusal(record, profile)
     for what, one, other in (
         ("model", profile.model, engine.model),
         ("GPU", profile.gpu, engine.gpu or "a CPU"),
@@ -166,18 +169,7 @@ def check_same(record: ServedRecord, profile: ProfileFacts) -> tuple[str, ...]:
     blocks = profile.num_kv_blocks.get(engine.kv_cache_dtype)
     if blocks is None:
         refuse("a KV cache in", ", ".join(profile.num_kv_blocks), engine.kv_cache_dtype)
-    for name in _EQUAL:
-        if profile.engine[name] != getattr(engine, name):
-            refuse(name, profile.engine[name], getattr(engine, name))
-    for name in _MEASURED_UP_TO:
-        if getattr(engine, name) > profile.engine[name]:
-            refuse(name, profile.engine[name], getattr(engine, name))
-    notes = [
-        f"{record.name} was served with {name} {getattr(engine, name)}, {profile.name} was measured with "
-        f"{profile.engine[name]}; the record's counts"
-        for name in _MEASURED_UP_TO
-        if getattr(engine, name) != profile.engine[name]
-    ]
+    notes = _check_settings(record, profile, refuse)
     same_memory = engine.num_gpu_blocks_override is None and all(
         profile.engine[name] == getattr(engine, name) for name in (*_OF_MEMORY, *_MEASURED_UP_TO)
     )
@@ -188,6 +180,32 @@ def check_same(record: ServedRecord, profile: ProfileFacts) -> tuple[str, ...]:
             f"{record.name} had {engine.num_kv_blocks:,} KV blocks, {profile.name} {blocks:,}; the record's count"
         )
     return tuple(notes)
+
+
+def _refusal(record: ServedRecord, profile: ProfileFacts) -> Callable[[str, Any, Any], None]:
+    def refuse(what: str, of_profile: Any, of_record: Any) -> None:
+        raise UserError(
+            f"{record.name} was served with {what} {of_record}, but {profile.name} was measured with {of_profile}"
+        )
+
+    return refuse
+
+
+def _check_settings(record: ServedRecord, profile: ProfileFacts, refuse: Callable[[str, Any, Any], None]) -> list[str]:
+    """What differs without harm of the scheduler's and the engine's settings; the rest is refused."""
+    engine = record.engine
+    for name in _EQUAL:
+        if profile.engine[name] != getattr(engine, name):
+            refuse(name, profile.engine[name], getattr(engine, name))
+    for name in _MEASURED_UP_TO:
+        if getattr(engine, name) > profile.engine[name]:
+            refuse(name, profile.engine[name], getattr(engine, name))
+    return [
+        f"{record.name} was served with {name} {getattr(engine, name)}, {profile.name} was measured with "
+        f"{profile.engine[name]}; the record's counts"
+        for name in _MEASURED_UP_TO
+        if getattr(engine, name) != profile.engine[name]
+    ]
 
 
 def _what(engine: EngineSettings) -> str:

@@ -232,6 +232,10 @@ def read_bench_serve(path: Path) -> ServedRecord:
         raise UserError(f"{path.name} is no complete record of `memwall bench serve`: {error!r}") from None
 
 
+def _text(value: Any) -> str | None:
+    return value if isinstance(value, str) else None
+
+
 def _settings(engine: Mapping[str, Any], environment: Mapping[str, Any]) -> EngineSettings:
     config, memory, model = engine["config"], engine["memory"], engine["model"]
     kv_dtype = engine["dtype"] if config["kv_cache_dtype"] == "auto" else config["kv_cache_dtype"]
@@ -254,7 +258,7 @@ def _settings(engine: Mapping[str, Any], environment: Mapping[str, Any]) -> Engi
         gpu_memory_utilization=config["gpu_memory_utilization"],
         num_gpu_blocks_override=config["num_gpu_blocks_override"],
         model_config=model,
-        device_id=environment.get("device_id"),
+        device_id=_text(environment.get("device_id")),
     )
 
 

@@ -68,7 +68,7 @@ def predict_log(steps: Sequence[LoggedStep], step_time: StepTime, largest_piece:
     wait_ticks = [_wait_ticks(step_time, step.shape, ticks) for step, ticks in zip(steps, steady, strict=True)]
     wait = np.array(wait_ticks) / TICKS_PER_SECOND
     device = np.array(_at_their_heat(steps, steady, wait, step_time)) / TICKS_PER_SECOND
-    device = np.maximum(device, _until_launched_s(steps, steady, wait_ticks, step_time))
+    device = np.maximum(device, _until_launched_s(steps, wait, step_time))
     is_whole = np.array([step.gpu_s is None for step in steps], bool)
     return PredictedLog(
         steps,
@@ -87,18 +87,11 @@ def _wait_ticks(step_time: StepTime, shape: StepShape, ticks: int) -> int:
     return step_time.host_ticks(shape)
 
 
-def _until_launched_s(
-    steps: Sequence[LoggedStep], steady: Sequence[int], wait_ticks: Sequence[int], step_time: StepTime
-) -> np.ndarray:
+def _until_launched_s(steps: Sequence[LoggedStep], wait_s: np.ndarray, step_time: StepTime) -> np.ndarray:
     """From the begin of the recorded steps until the host has launched all of them: they take as long at the least."""
-    found = np.zeros(len(steps))
-    begins = begins_s(steps, np.array(wait_ticks) / TICKS_PER_SECOND)
-    for n, (step, ticks, wait, begin) in enumerate(zip(steps, steady, wait_ticks, begins, strict=True)):
-        if step.shape.prefills:
-            alone = step_time.alone_ticks(step.shape, ticks)
-            if alone > ticks + wait:
-                found[n] = step.start_s + alone / TICKS_PER_SECOND - begin
-    return found
+    launched = np.array([step_time.launched_ticks(step.shape) for step in steps]) / TICKS_PER_SECOND
+    starts = np.array([step.start_s for step in steps])
+    return np.where(launched > 0, starts + launched - np.array(begins_s(steps, wait_s)), 0.0)
 
 
 def _at_their_heat(

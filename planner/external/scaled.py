@@ -126,8 +126,16 @@ class ScaledStepTime(StepTime):
     def alone_ticks(self, step: StepShape, ticks: int | None = None) -> int:
         if not step.prefills:
             return super().alone_ticks(step, ticks)
-        base = self.base.ticks(step)
-        return (self.ticks(step) if ticks is None else ticks) + self.base.alone_ticks(step, base) - base
+        ticks = self.ticks(step) if ticks is None else ticks
+        return max(ticks + self.wait_ticks(step, ticks), self.launched_ticks(step))
+
+    def wait_ticks(self, step: StepShape, ticks: int) -> int:
+        if not step.prefills:
+            return super().wait_ticks(step, ticks)
+        return self.base.wait_ticks(step, self.base.ticks(step))
+
+    def launched_ticks(self, step: StepShape) -> int:
+        return self.base.launched_ticks(step)
 
     def decode_run(self, contexts: list[int], steps: int) -> DecodeRun:
         batch = len(contexts)

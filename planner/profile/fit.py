@@ -31,7 +31,7 @@ _ENOUGH_MIXED = 5
 # (8B on an H200, two KV formats at five loads each), predicted by a fit whose clock was told by the other four loads.
 # It is how far the state of a device differs from one run to the next.
 _COMMON_DECODE, _COMMON_PROMPT = 0.004, 0.009
-# The same between devices of one type: two H200s, of which one drew 89 W when idle and the other 100 W, ran the same
+# The same between devices of one type: two H200s, of which one drew 89 W when idle and the other 99 W, ran the same
 # loads' steps with prompts 3 % apart, as the power limit decides their clock, and steps of decodes 1.4 %.
 _DEVICE_DECODE, _DEVICE_PROMPT = 0.010, 0.021
 # A step between two points is about so far off, as a share of what a point that is left out is: it is half as far from
@@ -51,6 +51,7 @@ class FittedKV:
         shape: the model's. engine: the settings it was measured with.
         tables: the points behind it, less those that tell of the host alone; None once it has been transferred to
             something else.
+        plain: the same before a service was fitted to it, whose errors the points' are; None if none was.
     """
 
     shape: ModelShape
@@ -59,6 +60,7 @@ class FittedKV:
     prompt: PromptFit
     host: HostFit
     tables: KVTables | None = None
+    plain: FittedKV | None = field(default=None, repr=False)
     _errors: dict[str, Any] | None = field(default=None, repr=False)
     _keys: frozenset | None = field(default=None, repr=False)
 
@@ -111,6 +113,8 @@ class FittedKV:
         Raises:
             ValueError: the fit was transferred, so that no points stand behind it.
         """
+        if self.plain is not None:
+            return self.plain.errors()
         if self._errors is None:
             if self.tables is None:
                 raise ValueError("a transferred fit has no points of its own")

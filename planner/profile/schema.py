@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
@@ -35,7 +35,8 @@ _SLACK = 0.5
 # A hot device is slower. Noise may say otherwise, and so may a CPU that could not launch a small step in time on the
 # cool one: by so much at the most. No clock gives way by more than the other.
 _LEAST_HEATED, _MOST_HEATED = 0.2, 3.0
-_MOST_STEPS = 10_000  # of a series, which is fitted whenever the profile is used
+# Of a series, of a service at one load, and of all of either: they are fitted whenever the profile is used.
+_MOST_STEPS, _MOST_STEPS_IN_ALL = 10_000, 20_000
 
 _Seconds = Annotated[float, Field(gt=0, le=MAX_STEP_SECONDS)]
 _Count = Annotated[int, Field(ge=1, le=1 << 40)]
@@ -81,7 +82,7 @@ class ServedRecord(_Section):
     gpu_s: tuple[_Seconds, ...]
     host_s: tuple[Annotated[float, Field(ge=0, le=MAX_STEP_SECONDS)], ...] | None = None
     prefills: tuple[tuple[tuple[_Count, _Context], ...], ...]
-    decodes: tuple[Annotated[int, Field(ge=0, le=1 << 20)], ...]
+    decodes: tuple[Annotated[int, Field(ge=0, le=1 << 14)], ...]
     keys: tuple[_Context, ...]
     excess: tuple[_Context, ...]
 
@@ -108,6 +109,11 @@ class KVRecord(_Section):
     mixed: tuple[PointRecord, ...]
     served: Annotated[tuple[ServedRecord, ...], Field(max_length=64)] = ()
     fit: dict[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def _not_too_long(self) -> KVRecord:
+        _check_length("the short service", [each.gpu_s for each in self.served])
+        return self
 
 
 class LimitsRecord(_Section):
@@ -208,6 +214,16 @@ class ClockRecord(_Section):
     decode_points: tuple[ClockDecodeRecord, ...] = ()
     series: Annotated[tuple[ClockSeriesRecord, ...], Field(max_length=64)] = ()
 
+    @model_validator(mode="after")
+    def _not_too_long(self) -> ClockRecord:
+        _check_length("the series", [each.gpu_s for each in self.series])
+        return self
+
+
+def _check_length(what: str, runs: Sequence[Sequence[float]]) -> None:
+    if (steps := sum(map(len, runs))) > _MOST_STEPS_IN_ALL:
+        raise ValueError(f"{what} has {steps:,} steps; {_MOST_STEPS_IN_ALL:,} are enough")
+
 
 def _check_heat(what: str, cool_s: float, hot_s: float) -> None:
     if hot_s < _LEAST_HEATED * cool_s:
@@ -292,7 +308,10 @@ class Profile:
             shape = ModelShape.from_config(tables.config, tables.quantization, name, tables.engine.block_size)
             found = fit_kv(tables.kv[name], shape, tables.limits, tables.engine, self.launched_ahead)
             runs = [run.model_dump() for run in self.record.kv[name].served]
-            served = self._served[name] = fit_served(runs, found, self._clock) if runs else None
+            try:
+                served = self._served[name] = fit_served(runs, found, self._clock) if runs else None
+            except ValueError as error:
+                raise UserError(f"profile {self.name} cannot be used: {name} KV: {error}") from None
             found = self._fitted[name] = served.applied(found) if served else found
         return found
 

@@ -42,8 +42,14 @@ _ROUNDS, _REWEIGHTED = 6, 4
 _IN_TIME = 0.85
 # As a share of the time between two decisions; with how many requests at once that is seldom mistaken; and how much
 # longer the CPU may take in a service.
-_WELL_BEFORE, _MOST_TELLING, _MOST_HOST = 0.7, 32, 4.0
-_MOST_ADDED = 1.0  # a hot step takes at most twice as long as a cool one
+_WELL_BEFORE, _MOST_TELLING, _MOST_HOST = 0.7, 32, 2.5
+# Of what the CPU took for steps of a kind so many take less: what others had it do beside is not a step's.
+_UNDISTURBED = 0.25
+# What a hot step takes more than a cool one at the most, with prompts and without.
+_MOST_ADDED, _MOST_ADDED_DECODE = 1.0, 0.25
+# A run of fewer steps was disturbed, as by a kernel that had to be compiled; so is a step that takes so many times as
+# long as it should. Where half of them do, or take as much less, the table is nonsense.
+_LEAST_STEPS, _DISTURBED, _NONSENSE = 20, 5.0, 3.0
 
 
 @dataclass(frozen=True)
@@ -51,13 +57,13 @@ class ServedFit:
     """What was fitted.
 
     Attributes:
-        clock: with every size that was seen. key_ratio: what the keys of decodes cost beside prompts, as a multiple of
-            what points measured one by one say.
+        clock: with every size that was seen; None without one.
+        key_ratio: what the keys of decodes cost beside prompts, as a multiple of what points measured one by one say.
         errors: of steps with prompts and of decodes, in sample: {"prompt": {"points":, "in_sample": {...}}, ...}.
         host_costs: what the CPU takes for a step with prompts in a service, by kind.
     """
 
-    clock: ClockModel
+    clock: ClockModel | None
     key_ratio: float
     errors: dict[str, Any]
     host_costs: Mapping[str, HostCost]
@@ -65,7 +71,7 @@ class ServedFit:
     def applied(self, fitted: FittedKV) -> FittedKV:
         """The fit with what mixed steps take."""
         prompt = replace(fitted.prompt, key_s=fitted.prompt.key_s * self.key_ratio)
-        return replace(fitted, prompt=prompt, host=_with_costs(fitted.host, self.host_costs))
+        return replace(fitted, prompt=prompt, host=_with_costs(fitted.host, self.host_costs), plain=fitted)
 
 
 def fit_served(runs: Sequence[Mapping[str, Any]], fitted: FittedKV, clock: ClockModel | None) -> ServedFit | None:
@@ -77,18 +83,45 @@ def fit_served(runs: Sequence[Mapping[str, Any]], fitted: FittedKV, clock: Clock
         clock: of the clock's own tables.
 
     Returns:
-        None if there is no clock, or the runs have hardly any steps with prompts.
+        None if the runs have hardly any steps with prompts.
+
+    Raises:
+        ValueError: the runs have nothing to do with the points.
     """
-    if clock is None:
-        return None
+    runs = [run for run in runs if len(run["start_s"]) >= _LEAST_STEPS]
+    _check(runs, fitted)
     host_costs = _host_costs(runs, fitted)
-    prompts = _Prompts.of(runs, fitted, clock, _with_costs(fitted.host, host_costs))
+    prompts = None if clock is None else _Prompts.of(runs, fitted, clock, _with_costs(fitted.host, host_costs))
     if prompts is None:
         return ServedFit(clock, 1.0, {}, host_costs) if host_costs else None
     clock, key_ratio, errors = prompts.fit()
     decode, decode_errors = _fit_decodes(runs, fitted, clock)
     clock = replace(clock, decode=decode)
     return ServedFit(clock, key_ratio, {"prompt": errors} | decode_errors, host_costs)
+
+
+def _check(runs: Sequence[Mapping[str, Any]], fitted: FittedKV) -> None:
+    """
+    Raises:
+        ValueError: half of the steps take far more or less than steps that were measured one by one.
+    """
+    ratios: dict[str, list[float]] = {"with prompts": [], "of decodes": []}
+    for run in runs:
+        columns = (run[name] for name in ("gpu_s", "prefills", "decodes", "keys", "excess"))
+        for gpu, chunks, rows, keys, excess in zip(*columns, strict=True):
+            if chunks:
+                seconds = fitted.prompt.seconds_of(chunks, rows, keys)
+                # Of a small step the device waits for the CPU, and that may be long.
+                host_s = _MOST_HOST * fitted.host.seconds(StepShape(chunks, [0] * rows))
+                ratios["with prompts"].append(gpu / min(max(seconds, host_s), max(seconds, gpu)))
+            else:
+                ratios["of decodes"].append(gpu / fitted.decode.seconds(rows, keys, excess))
+    for kind, each in ratios.items():
+        off = [ratio for ratio in each if not 1 / _NONSENSE <= ratio <= _NONSENSE]
+        if 2 * len(off) > len(each):
+            raise ValueError(
+                f"in its short service steps {kind} take {np.median(each):.3g} times what its points say in the median"
+            )
 
 
 def _with_costs(host: HostFit, costs: Mapping[str, HostCost]) -> HostFit:
@@ -146,9 +179,11 @@ class _Prompts:
                     continue
                 if (host_s := taken[n]) is None:
                     host_s = host.seconds(StepShape(chunks, [0] * rows))
-                tells.append(run["start_s"][n] + LAUNCHED * host_s < began[n] + _IN_TIME * gpu)
+                seconds = prompt.seconds_of(chunks, rows, run["keys"][n])
+                in_time = run["start_s"][n] + LAUNCHED * host_s < began[n] + _IN_TIME * gpu
+                tells.append(in_time and gpu < _DISTURBED * seconds)
                 sizes.append(padded(rows + sum(query for query, _ in chunks), fitted.engine.piece_sizes))
-                steady.append(prompt.seconds_of(chunks, rows, run["keys"][n]))
+                steady.append(seconds)
                 keys.append(prompt.key_s * run["keys"][n])
                 measured.append(gpu)
                 begins.append(began[n])
@@ -244,7 +279,7 @@ class _Prompts:
 
 def _is_allowed(at: tuple[float, float, float]) -> bool:
     log_tau, e0, e1 = at
-    return 0.005 <= math.exp(log_tau) <= 1.0 and e0 >= 0.0 and e1 <= 1.0 and e1 - e0 >= MIN_GAP - 1e-9
+    return 0.01 <= math.exp(log_tau) <= 0.5 and e0 >= 0.0 and e1 <= 1.0 and e1 - e0 >= MIN_GAP - 1e-9
 
 
 def _nodes(sizes: np.ndarray, tokens: tuple[int, ...]) -> np.ndarray:
@@ -274,8 +309,10 @@ def _fit_decodes(
             if chunks:
                 heat.ran(begin, begin + gpu, hot=True)
                 continue
-            slowed.append(clock.slowed(heat.at(begin) * math.exp(-0.5 * gpu / clock.tau_s)))
-            ratio.append(gpu / fitted.decode.seconds(rows, keys, excess))
+            seconds = fitted.decode.seconds(rows, keys, excess)
+            if gpu < _DISTURBED * seconds:
+                slowed.append(clock.slowed(heat.at(begin) * math.exp(-0.5 * gpu / clock.tau_s)))
+                ratio.append(gpu / seconds)
     if not ratio:
         return clock.decode, {}
     x, y = np.array(slowed), np.array(ratio) - 1.0
@@ -283,7 +320,7 @@ def _fit_decodes(
         return clock.decode, {"decode": _told(-y)}
     added, weight = 0.0, np.ones(len(y))
     for _ in range(_REWEIGHTED):
-        added = max(0.0, float((weight * x * y).sum() / (weight * x * x).sum()))
+        added = min(max(0.0, float((weight * x * y).sum() / (weight * x * x).sum())), _MOST_ADDED_DECODE)
         error = np.abs(y - added * x)
         weight = 1 / np.maximum(error / (_FAR * max(_LEAST_NOISE, float(np.median(error)) / 0.6745)), 1.0)
     return 1.0 + added, {"decode": _told((1.0 + added * x) / (1.0 + y) - 1.0)}
@@ -311,7 +348,7 @@ def _host_costs(runs: Sequence[Mapping[str, Any]], fitted: FittedKV) -> dict[str
     """What the CPU takes for steps with prompts, by kind.
 
     Launches wait for room in the driver's queue where the device is behind, and such steps take it longer than it would
-    need; so do some for reasons of their own. What half of the steps take is told, not their mean.
+    need; so do some for reasons of their own. What the lesser ones take is told, not their mean.
     """
     found: dict[str, list[tuple[StepShape, float]]] = {}
     for run in runs:
@@ -327,7 +364,7 @@ def _host_costs(runs: Sequence[Mapping[str, Any]], fitted: FittedKV) -> dict[str
         if usual is None or len(steps) < _FEW:
             continue
         # What it takes per request and chunk is better told by steps that were measured one by one.
-        step_s = usual.step_s + float(np.median([taken - usual.seconds(step) for step, taken in steps]))
+        step_s = usual.step_s + float(np.quantile([taken - usual.seconds(step) for step, taken in steps], _UNDISTURBED))
         least, most = usual.step_s / _MOST_HOST, usual.step_s * _MOST_HOST
         costs[kind] = replace(usual, step_s=min(max(step_s, least), most))
     return costs

@@ -119,13 +119,15 @@ class ProfileStepTime(StepTime):
         if not step.prefills:
             return super().alone_ticks(step, ticks)
         ticks = self.ticks(step) if ticks is None else ticks
-        # A step of many launches does not end before the last of them.
-        return max(ticks + self.wait_ticks(step, ticks), round(LAUNCHED * self.host_ticks(step)))
+        return max(ticks + self.wait_ticks(step, ticks), self.launched_ticks(step))
 
     def wait_ticks(self, step: StepShape, ticks: int) -> int:
         if not step.prefills:
             return super().wait_ticks(step, ticks)
         return round(self.fitted.host.added_latency_s(step) * TICKS_PER_SECOND)
+
+    def launched_ticks(self, step: StepShape) -> int:
+        return round(LAUNCHED * self.host_ticks(step)) if step.prefills else 0
 
     def evidence_of(self, step: StepShape) -> Evidence:
         """As `FittedKV.evidence`, but no decode step counts as MEASURED: that one of many hits a point is chance."""

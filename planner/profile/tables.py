@@ -13,6 +13,8 @@ VERSION = 1
 KIND = "memwall-profile"
 # The CPU's share of a period from which on it decides the period.
 _HOST_BOUND = 0.95
+# And from which on a stream of such steps may have waited for it.
+_LATE = 0.8
 # So many mixed points that were not host-bound do without the others.
 _ENOUGH_MIXED = 5
 
@@ -118,7 +120,8 @@ def _ahead(point: Point, launched_ahead: Mapping[int, float]) -> Point:
     """A prompt without context as it would be if the CPU had not been late, where that is known to be less."""
     (tokens, context), *_ = point.prefills
     sizes = sorted(launched_ahead)
-    if context or not point.is_host_bound or not sizes[0] <= tokens <= sizes[-1]:
+    is_late = point.host_s is not None and point.host_s >= _LATE * point.step_s
+    if context or not is_late or not sizes[0] <= tokens <= sizes[-1]:
         return point
     high = next(size for size in sizes if size >= tokens)
     low = max((size for size in sizes if size <= tokens), default=high)

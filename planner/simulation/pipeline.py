@@ -36,9 +36,10 @@ class PipelinedReplica(Replica):
 
     A step that is decided at D, behind one that ends on the device at e, ends at
 
-        max(e + ticks, D + alone_ticks)
+        max(e + ticks, D + wait_ticks + ticks, D + launched_ticks) = max(e + ticks, D + alone_ticks)
 
-    where alone_ticks is what it takes with nothing in flight. A step's tokens are there when it has ended on the device
+    where alone_ticks is what it takes with nothing in flight: the device can begin after wait_ticks, and the last of a
+    step's kernels is launched after launched_ticks. A step's tokens are there when it has ended on the device
     and the host, which may still be launching the next one, looks at them.
 
     Of a step of decodes alone_ticks is the host's time for its launch and then ticks, so that it begins on the device
@@ -89,12 +90,12 @@ class PipelinedReplica(Replica):
             host = self.step_time.host_ticks(step.shape)
             launched = env.now + host
             ticks = self.step_time.ticks(step.shape)
-            begin = env.now + self.step_time.alone_ticks(step.shape, ticks) - ticks
+            begin = env.now + self.step_time.wait_ticks(step.shape, ticks)
             if flights:
                 begin = max(begin, flights[-1].end)
             ticks = self._run_at_heat(step.shape, ticks, begin)
             self._note_step(step, ticks)
-            flights.append(_Flight(step, begin + ticks))
+            flights.append(_Flight(step, max(begin + ticks, env.now + self.step_time.launched_ticks(step.shape))))
             if host and len(flights) < _DEPTH:
                 Timer(env, host, STEP_START, self._start)
                 return

@@ -158,11 +158,11 @@ class Replica:
             self._idle = True
         else:
             ticks, host = self.step_time.ticks(step.shape), self.step_time.host_ticks(step.shape)
-            wait = self.step_time.alone_ticks(step.shape, ticks) - ticks
+            wait = self.step_time.wait_ticks(step.shape, ticks)
             ticks = self._run_at_heat(step.shape, ticks, self.env.now + wait)
             self._note_step(step, ticks)
             # The host looks for the tokens when its launch is over.
-            self._wait(max(host, wait + ticks))
+            self._wait(max(host, wait + ticks, self.step_time.launched_ticks(step.shape)))
 
     def _run_at_heat(self, shape: StepShape, ticks: int, begin: int) -> int:
         """What a step takes that begins on the device then, at the heat that it has; it is heated by that."""

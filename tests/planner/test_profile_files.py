@@ -497,11 +497,17 @@ def test_a_short_service_is_read(tmp_path, content):
         (lambda: run["gpu_s"].pop(), "not of one length"),
         (lambda: run["start_s"].__setitem__(9, 0.0), "before the one before it"),
         (lambda: (run["prefills"].__setitem__(2, []), run["decodes"].__setitem__(2, 0)), "neither prompt chunks nor"),
+        (lambda: run.update(decodes=[1 << 20] * steps), "decodes"),
+        (lambda: run.update({name: each * 150 for name, each in run.items() if name != "concurrency"}), "10,?000"),
+        (lambda: run.update(gpu_s=[6.0] * steps), "times what its points say in the median"),
+        (lambda: run.update(gpu_s=[1e-6] * steps), "times what its points say in the median"),
     ):
         saved = json.dumps(content)
         change()
-        with pytest.raises(UserError, match=words):
-            load_profile(write(tmp_path, content, "c.json"))
+        with pytest.raises(UserError, match=words) as refused:
+            load_profile(write(tmp_path, content, "c.json")).step_time("bfloat16")
+        assert "\n" not in str(refused.value)
+        run.clear()
         run.update(json.loads(saved)["kv"]["bfloat16"]["served"][0])
 
 

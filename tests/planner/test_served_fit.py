@@ -120,7 +120,7 @@ def test_a_cpu_that_is_always_late_tells_its_own_time():
     tables = ProfileTables.from_json(content)
     shape = ModelShape.from_config(tables.config, tables.quantization, "bfloat16", tables.engine.block_size)
     fitted = fit_kv(tables.kv["bfloat16"], shape, tables.limits, tables.engine)
-    slow = 3e-3
+    slow = 2e-3
     run = {"concurrency": 8, "start_s": [], "gpu_s": [], "prefills": [], "decodes": [], "keys": [], "excess": []}
     now = 0.0
     for index in range(400):
