@@ -192,6 +192,26 @@ def test_steady_times_know_no_heat(models):
         assert clocked.alone_ticks(step) == plain.alone_ticks(step)
 
 
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("heated", [0.5, 1.0, 1.5])
+def test_heat_does_not_move_the_last_launch(models, depth, heated):
+    """A prompt alone is there when its last kernel was launched, or when the device is done, whichever is later."""
+    plain = models[1]
+    costs = {kind: replace(cost, step_s=cost.step_s + 5e-3) for kind, cost in plain.fitted.host.costs.items()}
+    fitted = replace(plain.fitted, host=replace(plain.fitted.host, costs=costs))
+    clock = ClockModel(0.08, 0.4, 1.0, (64, 512), (heated,) * 2, (heated,) * 2)
+    model = ProfileStepTime(fitted, uncertainty=plain.uncertainty, clock=clock)
+    for tokens in (40, 300, 900):
+        step = StepShape(prefills=[(tokens, 0)])
+        steady = model.ticks(step)
+        ends = max(0.93 * model.host_ticks(step), model.wait_ticks(step, steady) + heated * steady)
+        one = Workload("one", np.zeros(1), np.array([tokens]), np.array([1]))
+        found = simulate(one, system(model, 300, depth), SimulationOptions())
+        # The host looks for the tokens when its launch is over.
+        seen = max(ends, model.host_ticks(step))
+        assert found.ttft_ms.mean * 1e-3 * TICKS_PER_SECOND == pytest.approx(seen, rel=1e-6)
+
+
 def test_a_prompt_behind_others_by_hand(models):
     """Two prompts, one at a time: the first is cool; the second comes as much later as the decodes last."""
     model = models[5]
