@@ -162,7 +162,7 @@ def test_a_server_that_is_our_simulator_is_predicted_exactly():
         assert load.metrics[metric].error == pytest.approx(0.0, abs=2e-3), metric
     assert load.points["e2el"].median_error < 2e-3
     # Another model is not what answered: it is seen at once.
-    other = benchmarks.compare(no_progress, Benchmark(path, None, load_model("llama-3.2-1b"), GPU, flags=flags))
+    other = benchmarks.compare(no_progress, Benchmark(path, None, load_model("llama-3.2-3b"), GPU, flags=flags))
     assert other.loads[0].metrics["tpot_ms.mean"].error < -0.3
     assert other.loads[0].evidence != load.evidence
 
