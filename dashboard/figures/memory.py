@@ -8,7 +8,7 @@ from dashboard.figures import theme
 from dashboard.figures.plan import kv_name
 from dashboard.figures.theme import Chart
 from dashboard.services.capacity import Line, Roofline
-from dashboard.services.results import shown
+from dashboard.services.results import shown, shown_capacity
 from planner.memory import GIB, MemoryReport, RankMemory
 from planner.step_time import Evidence
 
@@ -79,7 +79,7 @@ def concurrency(lines: Sequence[Line], asked: int, length: int) -> Chart:
     )
     _logarithmic(chart)
     at = _at(lines, length)
-    told = "; ".join(f"{kv_name(name)} {shown(value)}" for name, value in at)
+    told = "; ".join(f"{kv_name(name)} {shown_capacity(value)}" for name, value in at)
     return Chart(chart, f"Sequences of {length:,} tokens that fit: {told or 'none'}.", _table(lines, "sequences"))
 
 

@@ -52,6 +52,14 @@ def shown(value: float | None, interval: Interval | None = None, digits: int = 3
     return f"{round(value, -place):,.{max(0, -place)}f}"
 
 
+def shown_capacity(value: float | None) -> str:
+    """How many fit, rounded down: 27.96 sequences are not 28."""
+    if value is None or not math.isfinite(value) or value <= 0:
+        return shown(value)
+    place = math.floor(math.log10(value)) - 2
+    return shown(math.floor(value / 10.0**place + 1e-9) * 10.0**place)
+
+
 def shown_range(interval: Interval | None) -> str:
     """Both ends, to the digits that tell them apart."""
     if interval is None:

@@ -87,7 +87,7 @@ def _verdict(report: MemoryReport) -> None:
     asked = f"{report.concurrency:,} sequence{'s' * (report.concurrency > 1)} of {report.max_model_len:,} tokens"
     where = f"{report.tensor_parallel_size} × {report.system}, {kv_name(report.kv_cache_dtype)} KV"
     if report.fits:
-        held = results.shown(report.max_concurrency)
+        held = results.shown_capacity(report.max_concurrency)
         st.success(
             f"**✓ It fits.** {escaped(f'{asked} on {where}: the KV pool holds {held}.')}", icon=":material/check:"
         )
@@ -103,7 +103,7 @@ def _verdict(report: MemoryReport) -> None:
                 "change": remedy.change,
                 "then it": "✓ fits" if remedy.fits else "✗ does not fit",
                 "longest context, tokens": f"{remedy.max_model_len_that_fits:,}",
-                "sequences": results.shown(remedy.max_concurrency),
+                "sequences": results.shown_capacity(remedy.max_concurrency),
             }
             for remedy in report.remedies
         ],
@@ -116,7 +116,7 @@ def _numbers(report: MemoryReport) -> None:
     fields = type(report).model_fields
     columns[0].metric(
         "Sequences that fit",
-        results.shown(report.max_concurrency),
+        results.shown_capacity(report.max_concurrency),
         border=True,
         help=fields["max_concurrency"].description,
     )
@@ -166,7 +166,8 @@ def _gpus(engine: Engine, users: int) -> None:
         st.write(
             escaped(
                 f"Cheapest that holds it: {best.tensor_parallel_size} × {best.gpu.name} with "
-                f"{kv_name(best.kv_cache_dtype)} KV, room for {results.shown(best.report.max_concurrency)} sequences, "
+                f"{kv_name(best.kv_cache_dtype)} KV, room for "
+                f"{results.shown_capacity(best.report.max_concurrency)} sequences, "
                 f"{results.usd(best.usd_per_hour)} per hour. This is memory only: whether it is fast "
                 f"enough, Plan and What if say."
             )
@@ -184,7 +185,7 @@ def _fit_row(fit: Fit) -> dict[str, object]:
         "GPUs": f"{fit.tensor_parallel_size} × {fit.gpu.id}",
         "KV": kv_name(fit.kv_cache_dtype),
         "": "✓ fits" if fit.report.fits else "✗ does not fit",
-        "sequences": results.shown(fit.report.max_concurrency),
+        "sequences": results.shown_capacity(fit.report.max_concurrency),
         "US$/h": results.usd(fit.usd_per_hour),
         "longest context, tokens": f"{fit.report.max_model_len_that_fits:,}",
     }

@@ -223,7 +223,7 @@ def _difference(answers: Sequence[TrialAnswer], names: Sequence[str], costs: Seq
     if first.result is None or second.result is None:
         return
     length = first.memory.max_model_len
-    fitting = [results.shown(report.memory.max_concurrency) for report in (first, second)]
+    fitting = [results.shown_capacity(report.memory.max_concurrency) for report in (first, second)]
     parts = [f"sequences of {length:,} tokens that a replica holds {fitting[0]} → {fitting[1]}"]
     for metric, label in (("ttft_ms", "TTFT p99"), ("tpot_ms", "TPOT p99")):
         one, two = getattr(first.result, metric), getattr(second.result, metric)
@@ -287,7 +287,7 @@ def _rows(answers: Sequence[TrialAnswer], names: Sequence[str], costs: Sequence[
     for field, label in _COSTS.items():
         told = (cost.told(field) for cost in costs)
         rows.append({"": label} | dict(zip(names, told, strict=True)))
-    add("sequences that fit a replica", lambda answer: results.shown(answer.report.memory.max_concurrency))
+    add("sequences that fit a replica", lambda answer: results.shown_capacity(answer.report.memory.max_concurrency))
     add("step times", lambda answer: _tag(answer))
     return rows
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dashboard.services.results import _pair, shown, shown_range, usd, verdict
+from dashboard.services.results import _pair, shown, shown_capacity, shown_range, usd, verdict
 
 
 @pytest.mark.parametrize(
@@ -52,3 +52,11 @@ def test_intervals_come_in_several_forms():
     assert _pair((3, 4)) == (3.0, 4.0)
     assert _pair(None) is None
     assert _pair("12") is None
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(27.96, "27.9"), (28.0, "28.0"), (0.999, "0.999"), (1009.9, "1,000"), (3.005, "3.00"), (0.0, "0")],
+)
+def test_what_fits_is_rounded_down(value, text):
+    assert shown_capacity(value) == text
