@@ -13,6 +13,7 @@ from pydantic import Field
 
 from planner.advice import load_warnings
 from planner.basis import StepTimes
+from planner.cost import cost_of
 from planner.deployment import Deployment
 from planner.errors import UserError
 from planner.intervals import Confidence, confidence, why_no_interval
@@ -196,23 +197,19 @@ def build_plan(question: Question, found: tuple[Deployment, SimulationResult], m
     """The record of a passing deployment, not yet ranked."""
     deployment, result = found
     price = question.prices.price(deployment.gpu)
-    per_hour = price.usd_per_gpu_hour * deployment.num_gpus if price else None
-
-    def per_million(tokens_per_s: float) -> float | None:
-        return per_hour / (tokens_per_s * 3600) * 1e6 if per_hour is not None and tokens_per_s > 0 else None
-
+    cost = cost_of(deployment, result, question.prices)
     terms = _terms(question, result)
     routed = replace(deployment, router=deployment.router_for(question.workload))
     record = Plan(
         rank=1,
         deployment=DeploymentRecord.from_deployment(routed, question.quantization),
         num_gpus=deployment.num_gpus,
-        usd_per_hour=per_hour,
+        usd_per_hour=cost.usd_per_hour,
         usd_per_gpu_hour=price.usd_per_gpu_hour if price else None,
         price_source=price.source if price else None,
         price_date=price.date if price else None,
-        usd_per_million_output_tokens=per_million(result.output_throughput_tokens_per_s),
-        usd_per_million_tokens=per_million(result.total_throughput_tokens_per_s),
+        usd_per_million_output_tokens=cost.usd_per_million_output_tokens,
+        usd_per_million_tokens=cost.usd_per_million_tokens,
         output_tokens_per_s_per_gpu=result.output_throughput_tokens_per_s / deployment.num_gpus,
         tokens_per_s_per_user=1e3 / result.tpot_ms.mean if result.tpot_ms else 0.0,
         terms=terms,

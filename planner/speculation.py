@@ -136,12 +136,8 @@ class DraftedStepTime(StepTime):
     def host_ticks(self, step: StepShape) -> int:
         return self.target.host_ticks(step)
 
-    def alone_ticks(self, step: StepShape, ticks: int | None = None) -> int:
-        ticks = self.ticks(step) if ticks is None else ticks
-        return max(ticks + self.wait_ticks(step, ticks), self.launched_ticks(step))
-
-    def wait_ticks(self, step: StepShape, ticks: int) -> int:
-        return self.target.wait_ticks(step, self.target.ticks(step))
+    def wait_ticks(self, step: StepShape) -> int:
+        return self.target.wait_ticks(step)
 
     def launched_ticks(self, step: StepShape) -> int:
         return self.target.launched_ticks(step)

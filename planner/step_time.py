@@ -287,28 +287,21 @@ class StepTime(ABC):
         """
         return 0
 
-    def alone_ticks(self, step: StepShape, ticks: int | None = None) -> int:
-        """Ticks from the decision to run a step to its tokens, if nothing is in flight; `ticks` at least.
+    def alone_ticks(self, step: StepShape) -> int:
+        """Ticks from the decision to run a step to its tokens, if nothing is in flight.
 
-        With a step in flight that ends at `e`, this one ends at max(e + ticks, decision + alone_ticks). For steps of
-        decodes alone it must be host_ticks + ticks, the default: leaps rely on it. A step with prompt chunks is
-        launched while the device already computes, and may take less; the host looks for its tokens when its launch
-        is over all the same. It is max(wait_ticks + ticks, launched_ticks).
-
-        Args:
-            ticks: what `ticks` says of the step, if it is at hand.
+        With a step in flight that ends at `e`, this one ends at max(e + ticks, decision + alone_ticks). A step with
+        prompt chunks is launched while the device already computes, and may take less than host_ticks + ticks; the host
+        looks for its tokens when its launch is over all the same.
         """
-        return self.host_ticks(step) + (self.ticks(step) if ticks is None else ticks)
+        return max(self.wait_ticks(step) + self.ticks(step), self.launched_ticks(step))
 
-    def wait_ticks(self, step: StepShape, ticks: int) -> int:
+    def wait_ticks(self, step: StepShape) -> int:
         """Ticks from the decision to run a step until the device can begin, if nothing is in flight.
 
-        What `alone_ticks` has beyond `ticks`, unless the device waits for launches within the step as well.
-
-        Args:
-            ticks: what `ticks` says of the step.
+        For steps of decodes alone it must be host_ticks, the default: leaps rely on it.
         """
-        return self.alone_ticks(step, ticks) - ticks
+        return self.host_ticks(step)
 
     def launched_ticks(self, step: StepShape) -> int:
         """Ticks from the decision to run a step until its last kernel is launched: it does not end before, whatever
@@ -363,12 +356,8 @@ class ScaledStepTime(StepTime):
     def host_ticks(self, step: StepShape) -> int:
         return self.inner.host_ticks(step)
 
-    def alone_ticks(self, step: StepShape, ticks: int | None = None) -> int:
-        ticks = self.ticks(step) if ticks is None else ticks
-        return max(ticks + self.wait_ticks(step, ticks), self.launched_ticks(step))
-
-    def wait_ticks(self, step: StepShape, ticks: int) -> int:
-        return self.inner.wait_ticks(step, self.inner.ticks(step))
+    def wait_ticks(self, step: StepShape) -> int:
+        return self.inner.wait_ticks(step)
 
     def launched_ticks(self, step: StepShape) -> int:
         return self.inner.launched_ticks(step)

@@ -209,7 +209,7 @@ class Clock:
         stream.add(self._decodes)
         found = stream.run(self._runner)
         records = found["prompt"]
-        seconds = [_taken(record) for record in records]
+        seconds = [taken_s(record) for record in records]
         # Tokens may be seen a little after their step has ended.
         ended = (record.end_s - taken for record, taken in zip(records, seconds, strict=True))
         begin_s = list(accumulate(ended, max))
@@ -258,9 +258,10 @@ def _heating(prompts: dict[int, Point]) -> Point:
     return prompts[max((tokens for tokens in prompts if tokens <= _HOT_TOKENS), default=min(prompts))]
 
 
-def _taken(record: StepRecord) -> float:
+def taken_s(record: StepRecord) -> float:
+    """A step's time on the GPU; on a CPU, which has none, from its start to its tokens."""
     return record.end_s - record.start_s if record.gpu_s is None else record.gpu_s
 
 
 def _median(records: list[StepRecord]) -> float:
-    return statistics.median(map(_taken, records))
+    return statistics.median(map(taken_s, records))

@@ -17,9 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from calibration.measure.clock import taken_s
 from calibration.measure.grid import Room
 from engine.bench.record import rounded
 from engine.bench.replay import make_sequence
+from planner.profile.decode import excess_of
+from planner.profile.shape import decode_keys
 
 if TYPE_CHECKING:
     from engine.core import EngineCore, StepRecord
@@ -69,7 +72,7 @@ class Service:
         self._draw = random.Random(f"{seed} served")
         generator = np.random.default_rng(seed)
         self._tokens = generator.integers(0, core.model_config.vocab_size, 1 << 16).tolist()
-        self._layers = Counter(core.model_config.layer_windows)
+        self._layers = tuple(Counter(core.model_config.layer_windows).items())
         self._num_requests = 0
 
     def measure(self) -> list[dict[str, Any]]:
@@ -159,27 +162,13 @@ class Service:
 
     def _columns(self, records: list[StepRecord]) -> dict[str, list[Any]]:
         first_s = records[0].start_s if records else 0.0
+        decodes = [record.shape.decode_contexts for record in records]
         return {
             "start_s": [round(record.start_s - first_s, 6) for record in records],
-            "gpu_s": [rounded(_taken(record)) for record in records],
+            "gpu_s": [rounded(taken_s(record)) for record in records],
             "host_s": [rounded(record.host_s, 3) for record in records],
             "prefills": [[list(chunk) for chunk in record.shape.prefills] for record in records],
-            "decodes": [len(record.shape.decode_contexts) for record in records],
-            "keys": [self._keys(record.shape.decode_contexts) for record in records],
-            "excess": [_excess(record.shape.decode_contexts) for record in records],
+            "decodes": [len(contexts) for contexts in decodes],
+            "keys": [decode_keys(self._layers, contexts) for contexts in decodes],
+            "excess": [excess_of(contexts) if contexts else 0 for contexts in decodes],
         }
-
-    def _keys(self, contexts: list[int]) -> int:
-        total = 0
-        for window, count in self._layers.items():
-            lengths = (context + 1 for context in contexts)
-            total += count * sum(lengths if window is None else (min(length, window) for length in lengths))
-        return total
-
-
-def _excess(contexts: list[int]) -> int:
-    return len(contexts) * max(contexts) - sum(contexts) if contexts else 0
-
-
-def _taken(record: StepRecord) -> float:
-    return record.end_s - record.start_s if record.gpu_s is None else record.gpu_s

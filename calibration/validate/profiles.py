@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,12 +71,16 @@ def step_time_for(record: ServedRecord, path: Path | None = None) -> Predictor:
     notes = check_same(record, _facts_of(profile))
     limits = engine.max_num_seqs, engine.max_num_batched_tokens
     step_time = profile.step_time(engine.kv_cache_dtype, *limits, engine.device_id)
-    pieces = [size for size in profile.record.engine.piece_sizes if size <= engine.max_num_batched_tokens]
     if engine.gpu is not None and not profile.is_of(engine.device_id):
         notes += (
             f"{profile.name} is of another {engine.gpu}, as far as is known: intervals count with what two differ in",
         )
-    return Predictor(step_time, step_time.description, max(pieces, default=0), notes)
+    return _predictor(step_time, profile, engine, notes)
+
+
+def _predictor(step_time: StepTime, profile: Any, engine: EngineSettings, notes: Iterable[str]) -> Predictor:
+    pieces = [size for size in profile.record.engine.piece_sizes if size <= engine.max_num_batched_tokens]
+    return Predictor(step_time, step_time.description, max(pieces, default=0), tuple(notes))
 
 
 def _facts_of(profile: Any) -> ProfileFacts:
@@ -118,8 +122,7 @@ def transferred_for(record: ServedRecord, path: Path) -> Predictor:
     notes = _check_settings(record, facts, _refusal(record, facts))
     limits = engine.max_num_seqs, engine.max_num_batched_tokens
     step_time = step_time_of(match, model, gpu, kv_cache_dtype, engine.tensor_parallel_size, engine.block_size, *limits)
-    pieces = [size for size in profile.record.engine.piece_sizes if size <= engine.max_num_batched_tokens]
-    return Predictor(step_time, step_time.description, max(pieces, default=0), tuple(notes))
+    return _predictor(step_time, profile, engine, notes)
 
 
 def _chosen(record: ServedRecord, profiles: Sequence[tuple[Any, ProfileFacts]]) -> Any:

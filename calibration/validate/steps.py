@@ -15,8 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from engine.bench.step_log import LoggedStep
-from engine.scheduling import StepShape
-from planner.profile.clock import Heat
+from planner.profile.clock import Heat, begins_on_device
 from planner.step_time import TICKS_PER_SECOND, StepTime
 
 DECODE, DECODE_EAGER = "decode, in a graph", "decode, eager"
@@ -65,8 +64,7 @@ def predict_log(steps: Sequence[LoggedStep], step_time: StepTime, largest_piece:
     """Every step of a log, predicted."""
     steady = [step_time.ticks(step.shape) for step in steps]
     host = np.array([step_time.host_ticks(step.shape) for step in steps]) / TICKS_PER_SECOND
-    wait_ticks = [_wait_ticks(step_time, step.shape, ticks) for step, ticks in zip(steps, steady, strict=True)]
-    wait = np.array(wait_ticks) / TICKS_PER_SECOND
+    wait = np.array([step_time.wait_ticks(step.shape) for step in steps]) / TICKS_PER_SECOND
     device = np.array(_at_their_heat(steps, steady, wait, step_time)) / TICKS_PER_SECOND
     device = np.maximum(device, _until_launched_s(steps, wait, step_time))
     is_whole = np.array([step.gpu_s is None for step in steps], bool)
@@ -78,13 +76,6 @@ def predict_log(steps: Sequence[LoggedStep], step_time: StepTime, largest_piece:
         np.where(is_whole, 0.0, host),
         np.where(is_whole, 0.0, wait),
     )
-
-
-def _wait_ticks(step_time: StepTime, shape: StepShape, ticks: int) -> int:
-    """From the decision to run a step until the device can begin, with nothing in flight."""
-    if shape.prefills:
-        return step_time.wait_ticks(shape, ticks)
-    return step_time.host_ticks(shape)
 
 
 def _until_launched_s(steps: Sequence[LoggedStep], wait_s: np.ndarray, step_time: StepTime) -> np.ndarray:
@@ -115,11 +106,8 @@ def begins_s(steps: Sequence[LoggedStep], wait_s: np.ndarray) -> list[float]:
     Args:
         wait_s: float64 [n], from a decision until the device can begin.
     """
-    begins, end = [], 0.0
-    for step, wait in zip(steps, wait_s.tolist(), strict=True):
-        begins.append(max(end, step.start_s + wait))
-        end = begins[-1] + device_s(step)
-    return begins
+    earliest = (step.start_s + wait for step, wait in zip(steps, wait_s.tolist(), strict=True))
+    return begins_on_device(earliest, map(device_s, steps))
 
 
 @dataclass(frozen=True)

@@ -96,7 +96,8 @@ class Job:
         elif kind == "refused":
             self.finish(State.FAILED, error=content)
         else:
-            print(content, file=sys.stderr)
+            with contextlib.suppress(OSError, ValueError):  # a log that was closed is no reason to lose the job
+                print(content, file=sys.stderr)
             self.finish(State.FAILED, error=DEFECT, is_lasting=False)
 
     def finish(self, state: State, result: Any = None, error: str | None = None, is_lasting: bool = True) -> None:
@@ -223,13 +224,17 @@ class Jobs:
         clock = threading.Timer(MAX_SECONDS, _too_long, (job,))
         clock.daemon = True
         clock.start()
-        is_fit = worker.ask(job.function, job.arguments, job.note)
-        clock.cancel()
-        if is_fit and job.is_finished and job.state is not State.CANCELLED:
-            self._pool.put(worker)
-            return
-        job.finish(State.FAILED, error="the computation ended early, perhaps for want of memory", is_lasting=False)
-        self._pool.replace(worker)
+        is_fit = False
+        try:
+            is_fit = worker.ask(job.function, job.arguments, job.note)
+        finally:
+            clock.cancel()
+            if is_fit and job.is_finished and job.state is not State.CANCELLED:
+                self._pool.put(worker)
+            else:
+                error = "the computation ended early, perhaps for want of memory"
+                job.finish(State.FAILED, error=error, is_lasting=False)
+                self._pool.replace(worker)
 
 
 DEFECT = "this is a defect of memwall, not of your input; the server's log has the details"

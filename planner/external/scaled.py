@@ -123,16 +123,8 @@ class ScaledStepTime(StepTime):
     def host_ticks(self, step: StepShape) -> int:
         return self.base.host_ticks(step)
 
-    def alone_ticks(self, step: StepShape, ticks: int | None = None) -> int:
-        if not step.prefills:
-            return super().alone_ticks(step, ticks)
-        ticks = self.ticks(step) if ticks is None else ticks
-        return max(ticks + self.wait_ticks(step, ticks), self.launched_ticks(step))
-
-    def wait_ticks(self, step: StepShape, ticks: int) -> int:
-        if not step.prefills:
-            return super().wait_ticks(step, ticks)
-        return self.base.wait_ticks(step, self.base.ticks(step))
+    def wait_ticks(self, step: StepShape) -> int:
+        return self.base.wait_ticks(step)
 
     def launched_ticks(self, step: StepShape) -> int:
         return self.base.launched_ticks(step)

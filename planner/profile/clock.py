@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -130,6 +130,28 @@ class Heat:
             self._at = end
 
 
+def heat_within(begin_s: np.ndarray, seconds: np.ndarray, tau_s: float) -> np.ndarray:
+    """The heat in the middle of prompt steps on a device that was cool before the first, float64 [n].
+
+    Args:
+        begin_s, seconds: float64 [n], when each begins and how long it takes, ascending.
+    """
+    heat, found = Heat(tau_s), np.empty(len(seconds))
+    for i, (begin, taken) in enumerate(zip(begin_s.tolist(), seconds.tolist(), strict=True)):
+        found[i] = 1.0 - (1.0 - heat.at(begin)) * math.exp(-0.5 * taken / tau_s)
+        heat.ran(begin, begin + taken, hot=True)
+    return found
+
+
+def begins_on_device(earliest: Iterable[float], seconds: Iterable[float]) -> list[float]:
+    """When steps begin that run one behind the other: when the one before has ended, or as soon as they can."""
+    begins, end = [], -math.inf
+    for first, taken in zip(earliest, seconds, strict=True):
+        begins.append(max(first, end))
+        end = begins[-1] + taken
+    return begins
+
+
 # ---- fit -------------------------------------------------------------------------------------------------------------
 
 
@@ -235,11 +257,7 @@ class _Series:
 
     def heat(self, tau_s: float) -> np.ndarray:
         """In the middle of each step, by the times that were measured."""
-        heat, found = Heat(tau_s), np.empty(len(self.gpu_s))
-        for i, (begin, gpu) in enumerate(zip(self.begin_s.tolist(), self.gpu_s.tolist(), strict=True)):
-            found[i] = 1.0 - (1.0 - heat.at(begin)) * math.exp(-0.5 * gpu / tau_s)
-            heat.ran(begin, begin + gpu, hot=True)
-        return found
+        return heat_within(self.begin_s, self.gpu_s, tau_s)
 
 
 def _errors(series: Sequence[_Series], heats: Sequence[np.ndarray], e0: float, e1: float) -> np.ndarray:

@@ -22,7 +22,16 @@ from typing import Any
 import numpy as np
 
 from engine.scheduling import StepShape
-from planner.profile.clock import MIN_GAP, USUAL_E0, USUAL_E1, USUAL_TAU_S, ClockModel, Heat
+from planner.profile.clock import (
+    MIN_GAP,
+    USUAL_E0,
+    USUAL_E1,
+    USUAL_TAU_S,
+    ClockModel,
+    Heat,
+    begins_on_device,
+    heat_within,
+)
 from planner.profile.fit import FittedKV
 from planner.profile.host import LAUNCHED, HostCost, HostFit
 from planner.profile.regression import summary
@@ -265,16 +274,9 @@ class _Prompts:
 
     def _heat(self, tau_s: float) -> np.ndarray:
         """In the middle of each step, by the times that were measured."""
-        found = np.empty(len(self.begin_s))
-        heat = Heat(tau_s)
-        for i, (begin, gpu, first) in enumerate(
-            zip(self.begin_s.tolist(), self.measured_s.tolist(), self.first.tolist(), strict=True)
-        ):
-            if first:
-                heat = Heat(tau_s)
-            found[i] = 1.0 - (1.0 - heat.at(begin)) * math.exp(-0.5 * gpu / tau_s)
-            heat.ran(begin, begin + gpu, hot=True)
-        return found
+        starts = np.flatnonzero(self.first)[1:]
+        runs = zip(np.split(self.begin_s, starts), np.split(self.measured_s, starts), strict=True)
+        return np.concatenate([heat_within(begin_s, measured_s, tau_s) for begin_s, measured_s in runs])
 
 
 def _is_allowed(at: tuple[float, float, float]) -> bool:
@@ -289,11 +291,7 @@ def _nodes(sizes: np.ndarray, tokens: tuple[int, ...]) -> np.ndarray:
 
 def _begins(run: Mapping[str, Any]) -> list[float]:
     """When each step began on the device: when it was decided upon, or the one before had ended."""
-    begins, end = [], -math.inf
-    for start, gpu in zip(run["start_s"], run["gpu_s"], strict=True):
-        begins.append(max(start, end))
-        end = begins[-1] + gpu
-    return begins
+    return begins_on_device(run["start_s"], run["gpu_s"])
 
 
 def _fit_decodes(

@@ -119,18 +119,27 @@ class ModelShape:
         return sum(count for _, count in self.layers)
 
     def decode_keys(self, contexts: Sequence[int]) -> int:
-        """Keys that decodes with these cached contexts attend to, over all layers: each its context and itself."""
-        keys = 0
-        for window, count in self.layers:
-            if window is None:
-                keys += count * (sum(contexts) + len(contexts))
-            else:
-                keys += count * sum([context + 1 if context + 1 < window else window for context in contexts])
-        return keys
+        """As the function of this name, of the model's layers."""
+        return decode_keys(self.layers, contexts)
 
     def prompt_pairs(self, query: int, context: int) -> int:
         """(query, key) pairs of a prompt chunk, over all layers."""
         return sum(count * attended_pairs(query, context, window) for window, count in self.layers)
+
+
+def decode_keys(layers: Sequence[tuple[int | None, int]], contexts: Sequence[int]) -> int:
+    """Keys that decodes with these cached contexts attend to, over all layers: each its context and itself.
+
+    Args:
+        layers: (window in tokens or None, number of such layers).
+    """
+    keys = 0
+    for window, count in layers:
+        if window is None:
+            keys += count * (sum(contexts) + len(contexts))
+        else:
+            keys += count * sum([context + 1 if context + 1 < window else window for context in contexts])
+    return keys
 
 
 def attended_pairs(query: int, context: int, window: int | None) -> int:

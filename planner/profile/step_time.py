@@ -115,15 +115,9 @@ class ProfileStepTime(StepTime):
             self._host_ticks[batch] = ticks = round(self.fitted.host_s(step) * TICKS_PER_SECOND)
         return ticks
 
-    def alone_ticks(self, step: StepShape, ticks: int | None = None) -> int:
+    def wait_ticks(self, step: StepShape) -> int:
         if not step.prefills:
-            return super().alone_ticks(step, ticks)
-        ticks = self.ticks(step) if ticks is None else ticks
-        return max(ticks + self.wait_ticks(step, ticks), self.launched_ticks(step))
-
-    def wait_ticks(self, step: StepShape, ticks: int) -> int:
-        if not step.prefills:
-            return super().wait_ticks(step, ticks)
+            return self.host_ticks(step)
         return round(self.fitted.host.added_latency_s(step) * TICKS_PER_SECOND)
 
     def launched_ticks(self, step: StepShape) -> int:

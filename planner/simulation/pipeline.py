@@ -90,7 +90,7 @@ class PipelinedReplica(Replica):
             host = self.step_time.host_ticks(step.shape)
             launched = env.now + host
             ticks = self.step_time.ticks(step.shape)
-            begin = env.now + self.step_time.wait_ticks(step.shape, ticks)
+            begin = env.now + self.step_time.wait_ticks(step.shape)
             if flights:
                 begin = max(begin, flights[-1].end)
             ticks = self._run_at_heat(step.shape, ticks, begin)

@@ -158,7 +158,7 @@ class Replica:
             self._idle = True
         else:
             ticks, host = self.step_time.ticks(step.shape), self.step_time.host_ticks(step.shape)
-            wait = self.step_time.wait_ticks(step.shape, ticks)
+            wait = self.step_time.wait_ticks(step.shape)
             ticks = self._run_at_heat(step.shape, ticks, self.env.now + wait)
             self._note_step(step, ticks)
             # The host looks for the tokens when its launch is over.

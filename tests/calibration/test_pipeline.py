@@ -218,11 +218,11 @@ class Drawn(StepTime):
         base, request, prefill = self.host
         return (base + request * step.num_requests + (prefill if step.prefills else 0)) * US
 
-    def alone_ticks(self, step: StepShape, ticks: int | None = None) -> int:
+    def wait_ticks(self, step: StepShape) -> int:
         """Beside the host's launch, where there are prompts and `latency` says so."""
         if self.latency is None or not step.prefills:
-            return super().alone_ticks(step, ticks)
-        return self.ticks(step) + self.latency * US
+            return super().wait_ticks(step)
+        return self.latency * US
 
     def __repr__(self) -> str:
         return f"Drawn(*{self.costs}, {self.wobble}, {self.host}, {self.latency})"

@@ -1,12 +1,14 @@
 """Work in other processes: computed once, cancelled at once, and never a traceback for an answer."""
 
 import os
+import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
-from dashboard.services.jobs import DEFECT, Jobs, State
+from dashboard.services.jobs import DEFECT, Job, Jobs, State
 from dashboard.services.worker import answer
 from planner.errors import UserError
 
@@ -86,6 +88,31 @@ def test_bad_input_is_a_sentence_and_a_defect_says_no_more_than_that(jobs, capfd
     # Asking again might help against a defect, not against bad input.
     assert jobs.ask("ann", "a", "k3", refuse) is refused
     until(lambda: jobs.ask("ann", "b", "k4", fail) is not failed)
+
+
+def test_a_defect_nobody_can_be_told_of_keeps_no_core(jobs, monkeypatch, tmp_path):
+    log = (tmp_path / "log").open("w")
+    log.close()
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", log)
+        failed = jobs.ask("ann", "closed", "k14", fail)
+        assert failed.wait(60)
+    assert (failed.state, failed.error) == (State.FAILED, DEFECT)
+    until(lambda: jobs.free_cores() == 2)
+
+
+def test_whatever_goes_wrong_in_telling_a_job_ends(jobs, monkeypatch):
+    def broken(self, kind, content):
+        raise RuntimeError("cannot be noted")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Job, "note", broken)
+        patch.setattr(threading, "excepthook", lambda told: None)
+        failed = jobs.ask("ann", "untold", "k15", add, 1, 1)
+        assert failed.wait(60)
+        until(lambda: not any(thread.name == "job k15" for thread in threading.enumerate()))
+    assert failed.state is State.FAILED
+    assert jobs.ask("ann", "next", "k16", add, 1, 1).wait(60)
 
 
 def test_a_cancelled_job_ends_at_once_and_its_worker_is_replaced(jobs, tmp_path):

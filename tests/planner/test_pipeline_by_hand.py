@@ -26,10 +26,10 @@ class Prompts(StepTime):
     def host_ticks(self, step: StepShape) -> int:
         return (self.host if step.prefills else 1) * MS
 
-    def alone_ticks(self, step: StepShape, ticks: int | None = None) -> int:
+    def wait_ticks(self, step: StepShape) -> int:
         if self.alone is None or not step.prefills:
-            return super().alone_ticks(step, ticks)
-        return self.alone * MS
+            return super().wait_ticks(step)
+        return self.alone * MS - self.ticks(step)
 
 
 def run(step_time: StepTime, depth: int, outputs: int = 3, arrivals=(0.0,)):

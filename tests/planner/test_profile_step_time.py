@@ -101,12 +101,12 @@ def test_a_step_does_not_end_before_its_last_launch(models):
     step = StepShape(prefills=[(100, 0)], decode_contexts=[300] * 4)
     ticks = plain.ticks(step)
     assert slow.ticks(step) == ticks
-    assert slow.wait_ticks(step, ticks) == plain.wait_ticks(step, ticks) == plain.alone_ticks(step) - ticks
+    assert slow.wait_ticks(step) == plain.wait_ticks(step) == plain.alone_ticks(step) - ticks
     assert slow.alone_ticks(step) == pytest.approx(0.93 * slow.host_ticks(step))
     assert slow.alone_ticks(step) > 18e-3 * TICKS_PER_SECOND
     decode = StepShape(decode_contexts=[300] * 4)
     assert slow.alone_ticks(decode) == slow.host_ticks(decode) + slow.ticks(decode)
-    assert slow.wait_ticks(decode, slow.ticks(decode)) == slow.host_ticks(decode)
+    assert slow.wait_ticks(decode) == slow.host_ticks(decode)
 
 
 def test_the_host_of_a_decode_step_does_not_depend_on_contexts(models):
@@ -204,7 +204,7 @@ def test_heat_does_not_move_the_last_launch(models, depth, heated):
     for tokens in (40, 300, 900):
         step = StepShape(prefills=[(tokens, 0)])
         steady = model.ticks(step)
-        ends = max(0.93 * model.host_ticks(step), model.wait_ticks(step, steady) + heated * steady)
+        ends = max(0.93 * model.host_ticks(step), model.wait_ticks(step) + heated * steady)
         one = Workload("one", np.zeros(1), np.array([tokens]), np.array([1]))
         found = simulate(one, system(model, 300, depth), SimulationOptions())
         # The host looks for the tokens when its launch is over.
