@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from math import isqrt
@@ -216,11 +216,27 @@ def floored(run: DecodeRun, floor: int) -> DecodeRun:
         return run
     if longest <= floor:
         return AffineRun(floor, 0, run.steps)
-    steps = min(run.steps, _LISTED_STEPS)
-    durations: list[int] = []
-    for first, increment, count in run.segments(steps):
-        durations += [max(floor, first + increment * j) for j in range(count)]
-    return TableRun(durations)
+    return TableRun([max(floor, ticks) for ticks in listed(run)])
+
+
+def listed(run: DecodeRun) -> Iterator[int]:
+    """The durations of its first steps one by one, in ticks: of so many that it pays, and not of more."""
+    for first, increment, count in run.segments(min(run.steps, _LISTED_STEPS)):
+        for number in range(count):
+            yield first + increment * number
+
+
+def led_by(first: Sequence[int], run: DecodeRun) -> DecodeRun:
+    """The run with other durations of its first steps, in ticks; at most as many as it has."""
+    if not first:
+        return run
+    segments, skipped = [(ticks, 0, 1) for ticks in first], len(first)
+    for ticks, increment, count in run.segments(run.steps):
+        skip = min(skipped, count)
+        skipped -= skip
+        if count > skip:
+            segments.append((ticks + increment * skip, increment, count - skip))
+    return PiecewiseRun(segments)
 
 
 class StepTime(ABC):
@@ -262,7 +278,8 @@ class StepTime(ABC):
     def heated_ticks(self, step: StepShape, ticks: int, heat: float) -> int:
         """Ticks of a step that begins on the device at this heat, where there is a `clock`; `ticks` otherwise.
 
-        `wait_ticks` and `launched_ticks` are the host's, and do not depend on the heat.
+        Of a step of decodes alone nothing but `ticks` and the heat matters: leaps rely on it. `wait_ticks` and
+        `launched_ticks` are the host's, and do not depend on the heat.
 
         Args:
             ticks: what `ticks` says of the step.

@@ -51,7 +51,7 @@ class PipelinedReplica(Replica):
 
         D(k + 2) = max(end of k, D(k + 1) + h) = D(k + 1) + max(d(k), h)
 
-    whichever of host and device is slower. Where the device is so hot that decodes feel it, there are no leaps.
+    whichever of host and device is slower.
     """
 
     _keeps_last_token = True
@@ -82,7 +82,7 @@ class PipelinedReplica(Replica):
             self._end_given_up()
         launched = env.now
         while len(flights) < _DEPTH:
-            if self.leap and flights and not self._is_felt(flights[-1].end) and self._leap():
+            if self.leap and flights and self._leap():
                 return
             step = self._schedule()
             if step is None:
@@ -150,6 +150,12 @@ class PipelinedReplica(Replica):
         self._began = max(self._flights[0].end, self.env.now + host)
         self._wake(self._turn_after(self._run_steps))
         return True
+
+    def _leap_begin(self, host: int) -> int:
+        return max(self._flights[-1].end, self.env.now + host)
+
+    def _begin_after(self, begin: int, ticks: int, host: int) -> int:
+        return begin + max(ticks, host)
 
     def _turn_after(self, steps: int) -> int:
         """When the turn comes that follows this many of the leap's steps."""

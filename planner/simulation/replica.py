@@ -13,7 +13,7 @@ import simpy
 from engine.scheduling import Request, RequestStatus, Scheduler, Step, StepShape
 from planner.profile.clock import Heat
 from planner.simulation.log import MAX_GAP, ReplicaLog
-from planner.step_time import TICKS_PER_SECOND, DecodeRun, Evidence, StepTime, delayed
+from planner.step_time import TICKS_PER_SECOND, DecodeRun, Evidence, StepTime, TableRun, delayed, led_by, listed
 
 # Order of events at one instant: a step's end is seen by what arrives at that very instant, and the next step starts
 # only after everything has arrived.
@@ -145,7 +145,7 @@ class Replica:
     def _start(self, _event: simpy.Event | None = None) -> None:
         self._starting = False
         scheduler = self.scheduler
-        if self.leap and not self._is_felt(self.env.now):
+        if self.leap:
             steps = scheduler.steady_steps()
             if steps > 1:
                 run, self._run_host = self._decode_run(steps)
@@ -173,21 +173,42 @@ class Replica:
         heat.ran(begin, begin + ticks, hot=bool(shape.prefills))
         return ticks
 
-    def _is_felt(self, begin: int) -> bool:
-        """Whether a step of decodes that begins then takes longer for the device's heat, and the next less again.
-
-        The device cools down while it decodes, so a leap that does not feel its first step's heat feels none.
-        """
-        return self._heat is not None and self.step_time.clock.is_felt_by_decodes(self._heat.at(begin))
-
     def _decode_run(self, steps: int) -> tuple[DecodeRun, int]:
         """The next `steps` steps of the running requests on the device, or fewer, and the host's time for each."""
         contexts = [request.num_computed_tokens for request in self.scheduler.running]
-        host = self.step_time.host_ticks(StepShape(decode_contexts=contexts))
+        shape = StepShape(decode_contexts=contexts)
+        host = self.step_time.host_ticks(shape)
         run = self.step_time.decode_run(contexts, steps)
+        if self._heat is not None:
+            run = self._at_its_heat(run, shape, host)
         if self._notes_evidence:
             self._run_inside = self.step_time.steps_inside(contexts, run.steps)
         return run, host
+
+    def _at_its_heat(self, run: DecodeRun, shape: StepShape, host: int) -> DecodeRun:
+        """The steps of a leap that begins now, as long as they take on a device that is still hot from prompt steps.
+
+        It cools down while it decodes, so that no step feels the heat behind one that does not.
+        """
+        is_felt = self.step_time.clock.is_felt_by_decodes
+        begin = self._leap_begin(host)
+        heat = self._heat.at(begin)
+        hot: list[int] = []
+        for ticks in listed(run):
+            if not is_felt(heat):
+                return led_by(hot, run)
+            hot.append(self.step_time.heated_ticks(shape, ticks, heat))
+            begin = self._begin_after(begin, hot[-1], host)
+            heat = self._heat.at(begin)
+        return TableRun(hot)
+
+    def _leap_begin(self, host: int) -> int:
+        """When the first step of a leap that is decided upon now begins on the device."""
+        return self.env.now + host
+
+    def _begin_after(self, begin: int, ticks: int, host: int) -> int:
+        """When the next step of a leap begins on the device, after one that began then and takes so long."""
+        return begin + ticks + host
 
     def _note_step(self, step: Step, ticks: int) -> None:
         """Note what the time of a step that begins now rests on."""

@@ -45,7 +45,7 @@ batches = st.lists(st.integers(0, 3000), min_size=1, max_size=40)
 
 
 @given(which, batches, st.integers(1, 3000))
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=40)
 def test_a_run_is_its_single_steps_to_the_tick(models, index, contexts, steps):
     model = models[index]
     run = model.decode_run(contexts, steps)
@@ -164,7 +164,7 @@ def test_leaping_and_stepping_are_the_same(models, depth, num_blocks, patient):
 
 
 @given(st.integers(0, 10**6), st.floats(0.5, 60), st.sampled_from([1, 2]), st.floats(0.001, 2.0), st.floats(0, 0.8))
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=40)
 def test_leaping_and_stepping_are_the_same_on_a_hot_device(models, seed, rate, depth, tau, e0):
     clock = replace(CLOCK, tau_s=tau, e0=e0, e1=e0 + 0.15)
     model = ProfileStepTime(models[5].fitted, uncertainty=models[5].uncertainty, clock=clock)

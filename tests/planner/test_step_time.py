@@ -25,6 +25,8 @@ from planner.step_time import (
     TableRun,
     delayed,
     floored,
+    led_by,
+    listed,
     to_ticks,
 )
 
@@ -98,6 +100,14 @@ def test_delayed_and_floored_runs(run, ticks):
         assert at_least.steps == run.steps
     else:
         assert 1 <= at_least.steps <= run.steps
+
+
+@given(st.one_of(AFFINE_RUNS, TABLE_RUNS), st.lists(st.integers(1, 60), max_size=90))
+def test_a_run_led_by_other_steps(run, first):
+    durations = [run.cumulative(j + 1) - run.cumulative(j) for j in range(run.steps)]
+    first = first[: run.steps]
+    assert list(listed(run)) == durations[:64]
+    assert_run_is(led_by(first, run), first + durations[len(first) :])
 
 
 @given(st.integers(1, 10**13), st.integers(0, 10**10), st.integers(1, 10**6), st.integers(0, 10**25))
