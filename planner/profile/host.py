@@ -8,14 +8,14 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from statistics import median
 from typing import Any
 
 import numpy as np
 
 from engine.scheduling import StepShape
-from planner.profile.regression import choose, table_errors
+from planner.profile.regression import choose, grow, table_errors
 from planner.profile.tables import EngineSettings, KVTables, Point, padded, point_shape
 
 # When the last kernel of a step is launched, as a share of what the CPU does for it; the rest is to look at its tokens.
@@ -25,18 +25,38 @@ KINDS = ("decode", "pieces", "eager")
 
 @dataclass(frozen=True)
 class HostCost:
-    """Seconds of CPU time: per step, per decoding request, per prompt chunk, per admitted request."""
+    """Seconds of CPU time for a step.
+
+    Attributes:
+        step_s: whatever it has.
+        mixed_s: where requests decode beside prompt chunks: another kernel or two per layer.
+        context_s: where a prompt chunk has a context: its pages may have to be copied in every layer.
+        row_s, chunk_s, admitted_s, token_s: per decoding request, prompt chunk, admitted request and token.
+    """
 
     step_s: float
+    mixed_s: float = 0.0
+    context_s: float = 0.0
     row_s: float = 0.0
     chunk_s: float = 0.0
     admitted_s: float = 0.0
+    token_s: float = 0.0
+
+    def scaled(self, factor: float) -> HostCost:
+        """On a CPU that takes so many times as long for everything."""
+        return HostCost(*(factor * seconds for seconds in astuple(self)))
 
     def seconds(self, step: StepShape) -> float:
-        rows, chunks = len(step.decode_contexts) + len(step.verifies), len(step.prefills)
-        seconds = self.step_s + self.row_s * rows + self.chunk_s * chunks
-        if self.admitted_s:
-            seconds += self.admitted_s * sum([context == 0 for _, context in step.prefills])
+        """Of a step of the kind that this is of."""
+        rows, prefills = len(step.decode_contexts) + len(step.verifies), step.prefills
+        seconds = self.step_s + self.row_s * rows
+        if prefills:
+            num_new = sum([context == 0 for _, context in prefills])
+            seconds += self.chunk_s * len(prefills) + self.admitted_s * num_new + self.token_s * step.num_tokens
+            if rows:
+                seconds += self.mixed_s
+            if num_new < len(prefills):
+                seconds += self.context_s
         return seconds
 
 
@@ -110,18 +130,22 @@ def fit_host(tables: KVTables, engine: EngineSettings) -> HostFit:
 
 def _cost(points: Sequence[Point]) -> tuple[HostCost, dict[str, Any]]:
     seconds = np.array([point.host_s for point in points])
+    has_prompts = np.array([bool(point.prefills) for point in points])
     columns = {
-        "row": np.array([point.batch for point in points], float),
-        "chunk": np.array([len(point.prefills) for point in points], float),
-        "admitted": np.array([sum(context == 0 for _, context in point.prefills) for point in points], float),
+        "mixed_s": has_prompts & np.array([point.batch > 0 for point in points]),
+        "context_s": np.array([any(context for _, context in point.prefills) for point in points]),
+        "row_s": np.array([point.batch for point in points]),
+        "chunk_s": np.array([len(point.prefills) for point in points]),
+        "admitted_s": np.array([sum(context == 0 for _, context in point.prefills) for point in points]),
+        "token_s": has_prompts * np.array([point.num_tokens for point in points]),
     }
     # A column that is the same everywhere is the step itself.
-    varied = {name: column for name, column in columns.items() if np.ptp(column) > 0}
-    weight = 1 / np.maximum(seconds, 1e-6)
-    chosen = choose({"step": np.ones(len(points))}, varied, seconds, weight)
-    cost = HostCost(*(chosen.values.get(name, 0.0) for name in ("step", "row", "chunk", "admitted")))
+    varied = {name: column.astype(float) for name, column in columns.items() if np.ptp(column.astype(float)) > 0}
+    chosen = grow({"step_s": np.ones(len(points))}, varied, seconds, 1 / np.maximum(seconds, 1e-6))
+    cost = HostCost(**{name: chosen.values.get(name, 0.0) for name in ("step_s", *columns)})
     inside = [cost.seconds(point_shape(point)) / max(point.host_s, 1e-6) - 1 for point in points]
-    return cost, table_errors(inside, [], chosen.dropped) | {"leave_one_out_mean": chosen.score}
+    dropped = [name.removesuffix("_s") for name in chosen.dropped]
+    return cost, table_errors(inside, [], dropped) | {"leave_one_out_mean": chosen.score}
 
 
 def _latencies(prefill: Sequence[Point], engine: EngineSettings) -> tuple[tuple[int, ...], tuple[float, ...]]:

@@ -96,6 +96,29 @@ def choose(
     return Chosen(values, tuple(name for name in optional if name not in kept), score)
 
 
+def grow(
+    always: Mapping[str, np.ndarray], optional: Mapping[str, np.ndarray], target: np.ndarray, weight: np.ndarray
+) -> Chosen:
+    """As `choose`, for many optional columns: one after another, each time the one that helps most.
+
+    Outliers bend neither the choice nor the fit much: errors count as they are, but the fit minimises absolute ones.
+    """
+    columns, left = dict(always), dict(optional)
+    score = np.inf if not len(target) else float(np.abs(left_out(list(columns.values()), target, weight)).mean())
+    while left and len(columns) + 1 < len(target):
+        trials = {
+            name: float(np.abs(left_out([*columns.values(), column], target, weight)).mean())
+            for name, column in left.items()
+        }
+        name = min(trials, key=trials.__getitem__)
+        if not trials[name] < score * (1 - _MUST_WIN):
+            break
+        columns[name], score = left.pop(name), trials[name]
+    solved = solve(list(columns.values()), target, weight, robust=True) if len(target) else np.zeros(len(columns))
+    values = dict.fromkeys([*always, *optional], 0.0) | dict(zip(columns, map(float, solved), strict=True))
+    return Chosen(values, tuple(name for name in optional if not values[name] > 0), score)
+
+
 def summary(errors: Sequence[float]) -> dict[str, float] | None:
     """Median, 90th percentile and maximum of absolute relative errors; None for none."""
     if not len(errors):

@@ -325,14 +325,16 @@ def _fit_decodes(
 
 
 def _host_s(run: Mapping[str, Any]) -> list[float | None]:
-    """What the CPU took for each step, as far as a run tells.
+    """What the CPU took for each step, as far as a run tells."""
+    return list(run["host_s"]) if run.get("host_s") else _turns_s(run)
 
-    Where it was not written down: the CPU decides upon a step when it has launched the one before and seen the tokens
-    of the one before that. Where the device was done with that one well before, what lies between two decisions is the
-    CPU's time.
+
+def _turns_s(run: Mapping[str, Any]) -> list[float | None]:
+    """What the CPU took from one decision to the next, where it did not wait for the device in between.
+
+    It decides upon a step when it has launched the one before and seen the tokens of the one before that. Where the
+    device was done with that one well before, all of the time is the CPU's.
     """
-    if run.get("host_s"):
-        return list(run["host_s"])
     starts, begins = run["start_s"], _begins(run)
     found: list[float | None] = [None] * len(starts)
     for n in range(2, len(starts) - 1):
@@ -345,26 +347,35 @@ def _host_s(run: Mapping[str, Any]) -> list[float | None]:
 def _host_costs(runs: Sequence[Mapping[str, Any]], fitted: FittedKV) -> dict[str, HostCost]:
     """What the CPU takes for steps with prompts, by kind.
 
-    Launches wait for room in the driver's queue where the device is behind, and such steps take it longer than it would
-    need; so do some for reasons of their own. What the lesser ones take is told, not their mean.
+    The time of whole turns tells, as it has all in it that is done beside. Where the device is always behind, there is
+    what was written down of each step: then launches wait for room in the driver's queue, and such steps take longer
+    than they need. So it is the lesser ones that are told, not their middle.
     """
-    found: dict[str, list[tuple[StepShape, float]]] = {}
+    turns: dict[str, list[tuple[StepShape, float]]] = {}
+    written: dict[str, list[tuple[StepShape, float]]] = {}
     for run in runs:
-        if not run.get("host_s") and run["concurrency"] > _MOST_TELLING:
-            continue
-        for chunks, rows, taken in zip(run["prefills"], run["decodes"], _host_s(run), strict=True):
-            if chunks and taken is not None:
-                step = StepShape(chunks, [0] * rows)
-                found.setdefault(fitted.host.kind(step), []).append((step, taken))
+        kept = run.get("host_s") or [None] * len(run["start_s"])
+        few = run["concurrency"] <= _MOST_TELLING
+        for chunks, rows, turn, own in zip(run["prefills"], run["decodes"], _turns_s(run), kept, strict=True):
+            if not chunks:
+                continue
+            step = StepShape(chunks, [0] * rows)
+            kind = fitted.host.kind(step)
+            if turn is not None and (few or own is not None):
+                turns.setdefault(kind, []).append((step, turn))
+            if own is not None:
+                written.setdefault(kind, []).append((step, own))
     costs = {}
-    for kind, steps in found.items():
+    for kind in {*turns, *written}:
+        steps, share = turns.get(kind, []), 0.5
+        if len(steps) < _FEW:
+            steps, share = written.get(kind, []), _UNDISTURBED
         usual = fitted.host.costs.get(kind)
         if usual is None or len(steps) < _FEW:
             continue
         # What it takes per request and chunk is better told by steps that were measured one by one.
-        step_s = usual.step_s + float(np.quantile([taken - usual.seconds(step) for step, taken in steps], _UNDISTURBED))
-        least, most = usual.step_s / _MOST_HOST, usual.step_s * _MOST_HOST
-        costs[kind] = replace(usual, step_s=min(max(step_s, least), most))
+        factor = float(np.quantile([taken / usual.seconds(step) for step, taken in steps], share))
+        costs[kind] = usual.scaled(min(max(factor, 1 / _MOST_HOST), _MOST_HOST))
     return costs
 
 

@@ -11,8 +11,8 @@ from engine.scheduling import StepShape
 
 VERSION = 1
 KIND = "memwall-profile"
-# The CPU's share of a period from which on it decides the period.
-_HOST_BOUND = 0.95
+# The CPU's share of a period from which on it decides the period, and the GPU's up to which it does not.
+_HOST_BOUND, _GPU_BOUND = 0.95, 0.95
 # And from which on a stream of such steps may have waited for it.
 _LATE = 0.8
 # So many mixed points that were not host-bound do without the others.
@@ -57,9 +57,11 @@ class Point:
 
     @property
     def is_host_bound(self) -> bool:
-        """Whether such steps one after another came as fast as the CPU launched them, not as the GPU ran them."""
-        is_known = self.gpu_s is not None and self.host_s is not None
-        return bool(self.prefills) and is_known and self.host_s >= _HOST_BOUND * self.step_s
+        """Whether such steps one after another came as fast as the CPU launched them, not as the GPU ran them: the CPU
+        was busy all the time, or the GPU idle in between."""
+        if not self.prefills or self.gpu_s is None or self.host_s is None:
+            return False
+        return self.host_s >= _HOST_BOUND * self.step_s or self.gpu_s <= _GPU_BOUND * self.step_s
 
     def to_json(self) -> dict[str, Any]:
         """As the profile has it; older ones have no mean."""

@@ -168,7 +168,9 @@ def _host(fit: HostFit, scaling: Scaling) -> HostFit:
     # A decode step replays one graph; the others launch something for every layer.
     for kind in ("pieces", "eager"):
         if kind in costs:
-            costs[kind] = replace(costs[kind], step_s=costs[kind].step_s * scaling.layers)
+            cost = costs[kind]
+            of_layers = {name: getattr(cost, name) * scaling.layers for name in ("step_s", "mixed_s", "context_s")}
+            costs[kind] = replace(cost, **of_layers)
     return replace(fit, costs=costs, latency_s=tuple(s * scaling.layers for s in fit.latency_s), errors={})
 
 
