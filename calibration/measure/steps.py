@@ -51,6 +51,7 @@ class Effort:
         slow_s: a step that takes as long is run `least_slow` times and once alone: long steps differ little.
         spread: of the periods, between their quantiles of 10 and 90 % over the median: where it is more, something else
             went on beside them. retries: how often all is then measured again; what spread least is kept.
+        ahead: steps that are launched while the GPU is busy with others.
     """
 
     settling: int = 2
@@ -62,6 +63,7 @@ class Effort:
     least_slow: int = 3
     spread: float = 0.1
     retries: int = 2
+    ahead: int = 8
 
 
 @dataclass(frozen=True)
@@ -194,6 +196,19 @@ class StepRunner:
             if _spread(found[-1]) <= self._effort.spread:
                 break
         return min(found, key=_spread)
+
+    def ahead_s(self, point: Point, before: Point) -> float | None:
+        """The median time on the GPU of steps that the CPU had launched before the GPU came to them; None without one.
+
+        Args:
+            before: goes before each of them, and takes the GPU longer than the CPU takes to launch a step of `point`.
+
+        Raises:
+            As `run`.
+        """
+        records = self.run([before, point] * self._effort.ahead + [before])[1::2]
+        seconds = [record.gpu_s for record in records if record.gpu_s is not None]
+        return rounded(statistics.median(seconds)) if seconds else None
 
     def run(self, points: Many[Point]) -> list[StepRecord]:
         """Steps of these shapes in this order, one behind the other, with as many in flight as the engine has.

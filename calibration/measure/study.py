@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from calibration.measure import clock, facts, served
+from calibration.measure.ahead import Ahead
 from calibration.measure.clock import SECTIONS, Clock, ClockPlan
 from calibration.measure.fit import fit_errors
 from calibration.measure.grid import TABLES, Point, Room, points
@@ -232,6 +233,7 @@ class _Study:
         missing = self._missing(name)
         total = len(self._wanted(room))
         runner = StepRunner(core, seed=self._config.seed, effort=self._job.effort)
+        ahead = Ahead(runner, room, lambda point: self.part.point(name, point))
         count = sum(not point.priority for point in missing)
         for index, point in enumerate(missing):
             if index == count and not self._measure_streams(runner, core, name, room, deadline):
@@ -243,6 +245,7 @@ class _Study:
                 self._refuse(name, missing[index:])
             try:
                 measured = runner.measure(point)
+                measured["ahead_s"] = ahead.seconds(point, measured)
             except UserError:
                 raise
             except Exception as error:  # of a kernel, most likely; the engine cannot go on

@@ -152,15 +152,21 @@ def _latencies(prefill: Sequence[Point], engine: EngineSettings) -> tuple[tuple[
     added: dict[int, list[float]] = defaultdict(list)
     for point in prefill:
         if point.alone_s is not None:
-            added[padded(point.num_tokens, engine.piece_sizes)].append(max(0.0, point.alone_s - point.step_s))
+            added[padded(point.num_tokens, engine.piece_sizes)].append(max(0.0, _until_begun_s(point)))
     sizes = tuple(sorted(added))
     return sizes, tuple(median(added[size]) for size in sizes)
+
+
+def _until_begun_s(point: Point) -> float:
+    """From schedule to the begin on the GPU with nothing in flight. There a step takes what it takes among its like;
+    where that waits for the CPU, so does this, and periods have more in them than either."""
+    return point.alone_s - (point.gpu_s if point.is_host_bound else point.step_s)
 
 
 def _row_latency(fit: HostFit, mixed: Sequence[Point]) -> float:
     known = [point for point in mixed if point.alone_s is not None and point.prefills]
     if len(known) < 3 or not fit.sizes:
         return 0.0
-    beyond = np.array([p.alone_s - p.step_s - fit.added_latency_s(point_shape(p)) for p in known])
+    beyond = np.array([_until_begun_s(point) - fit.added_latency_s(point_shape(point)) for point in known])
     rows = np.array([point.batch for point in known], float)
     return choose({}, {"row": rows}, beyond, 1 / np.array([point.alone_s for point in known])).values["row"]

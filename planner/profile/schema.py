@@ -61,6 +61,7 @@ class PointRecord(_Section):
     samples: _Count
     mean_s: _Seconds | None = None
     gpu_s: _Seconds | None = None
+    ahead_s: _Seconds | None = None
     alone_s: _Seconds | None = None
     host_s: Annotated[float, Field(ge=0, le=MAX_STEP_SECONDS)] | None = None
     graph_size: _Count | None = None

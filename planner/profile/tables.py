@@ -29,6 +29,7 @@ class Point:
         step_s: median period of such steps one after another, with as many in flight as the engine has.
         low_s, high_s: 10 % and 90 % quantile of the single periods; samples: how many there were; mean_s: their mean.
         gpu_s: median time on the GPU; None without one.
+        ahead_s: the same of such steps that the CPU had launched before the GPU came to them; None if gpu_s is that.
         alone_s: median time from schedule to tokens on the host with nothing in flight; None if unknown.
         host_s: median CPU time of schedule, launch and update; None if unknown.
         graph_size: of the CUDA graph that was replayed.
@@ -42,6 +43,7 @@ class Point:
     samples: int = 1
     mean_s: float | None = None
     gpu_s: float | None = None
+    ahead_s: float | None = None
     alone_s: float | None = None
     host_s: float | None = None
     graph_size: int | None = None
@@ -64,11 +66,9 @@ class Point:
         return self.host_s >= _HOST_BOUND * self.step_s or self.gpu_s <= _GPU_BOUND * self.step_s
 
     def to_json(self) -> dict[str, Any]:
-        """As the profile has it; older ones have no mean."""
+        """As the profile has it."""
         row = asdict(self) | {"prefills": [list(p) for p in self.prefills], "decodes": [list(d) for d in self.decodes]}
-        if self.mean_s is None:
-            del row["mean_s"]
-        return row
+        return {name: value for name, value in row.items() if value is not None or name not in ("mean_s", "ahead_s")}
 
     @classmethod
     def from_json(cls, row: Mapping[str, Any]) -> Point:
@@ -100,7 +100,8 @@ class KVTables:
         return cls(**tables, num_kv_blocks=record["num_kv_blocks"], kv_cache_bytes=record["kv_cache_bytes"])
 
     def on_device(self, launched_ahead: Mapping[int, float] | None = None) -> KVTables:
-        """Without the points with prompts that tell how fast the CPU was, not the GPU, where enough others do.
+        """With what steps with prompts take the GPU where they tell how fast the CPU was: as measured when it had been
+        launched in time, or, where that is not known, without such points as far as enough others are left.
 
         A stream of short prompts waits for its launches; in a served load they are launched while the device decodes.
         What the CPU had to do beside decides how long they seem to take: 7 ms or 13 for the same 144 tokens. Of the
@@ -110,30 +111,39 @@ class KVTables:
             launched_ahead: seconds that prompts of so many tokens took which the CPU had launched in time, behind
                 others: taken for those of a stream that had to wait.
         """
-        if launched_ahead:
-            return replace(self, prefill=tuple(_ahead(point, launched_ahead) for point in self.prefill)).on_device()
-        others = Counter(point.prefills[0][0] for point in self.prefill if not point.is_host_bound)
-        prefill = [point for point in self.prefill if not point.is_host_bound or others[point.prefills[0][0]] < 2]
-        mixed = tuple(point for point in self.mixed if not point.is_host_bound)
-        return replace(self, prefill=tuple(prefill), mixed=mixed if len(mixed) >= _ENOUGH_MIXED else self.mixed)
+        prefill = [_prompt_ahead(_ahead(point), launched_ahead or {}) for point in self.prefill]
+        others = Counter(point.prefills[0][0] for point in prefill if not point.is_host_bound)
+        prefill = [point for point in prefill if not point.is_host_bound or others[point.prefills[0][0]] < 2]
+        all_mixed = tuple(map(_ahead, self.mixed))
+        mixed = tuple(point for point in all_mixed if not point.is_host_bound)
+        return replace(self, prefill=tuple(prefill), mixed=mixed if len(mixed) >= _ENOUGH_MIXED else all_mixed)
 
 
-def _ahead(point: Point, launched_ahead: Mapping[int, float]) -> Point:
-    """A prompt without context as it would be if the CPU had not been late, where that is known to be less."""
+def _ahead(point: Point) -> Point:
+    """As it is if the CPU is not late, where that was measured."""
+    return point if point.ahead_s is None else _as_fast(point, point.ahead_s)
+
+
+def _prompt_ahead(point: Point, launched_ahead: Mapping[int, float]) -> Point:
+    """The same of a prompt without context, from others."""
     (tokens, context), *_ = point.prefills
     sizes = sorted(launched_ahead)
     is_late = point.host_s is not None and point.host_s >= _LATE * point.step_s
-    if context or not is_late or not sizes[0] <= tokens <= sizes[-1]:
+    if context or not is_late or not sizes or not sizes[0] <= tokens <= sizes[-1]:
         return point
     high = next(size for size in sizes if size >= tokens)
     low = max((size for size in sizes if size <= tokens), default=high)
     share = (tokens - low) / (high - low) if high > low else 0.0
-    seconds = launched_ahead[low] + share * (launched_ahead[high] - launched_ahead[low])
+    return _as_fast(point, launched_ahead[low] + share * (launched_ahead[high] - launched_ahead[low]))
+
+
+def _as_fast(point: Point, seconds: float) -> Point:
+    """The point with another time, if that is less."""
     if seconds >= point.step_s:
         return point
     factor = seconds / point.step_s
     spread = {"low_s": point.low_s * factor, "high_s": point.high_s * factor, "mean_s": None}
-    return replace(point, step_s=seconds, gpu_s=seconds, host_s=None, **spread)
+    return replace(point, step_s=seconds, gpu_s=seconds, ahead_s=None, host_s=None, **spread)
 
 
 @dataclass(frozen=True)

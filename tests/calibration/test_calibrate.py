@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from calibration import calibrate as command
 from calibration.commands.calibrate import calibrate
 from calibration.measure import facts, study, table
+from calibration.measure.ahead import Ahead
 from calibration.measure.allreduce import measure_allreduce, world_sizes
 from calibration.measure.clock import QUICK, SECTIONS, Clock, ClockPlan
 from calibration.measure.fit import fit_errors
@@ -370,6 +371,72 @@ def test_every_page_holds_what_the_model_wrote(engine, kv_cache_dtype):
         if layer.residual is not None:
             assert bool(layer.residual.isfinite().all())
             assert float(layer.residual.float().std()) > 0.5
+
+
+# ---- launched ahead --------------------------------------------------------------------------------------------------
+
+
+class Launching:
+    """Steps that the CPU launches in 4 ms, and that take the GPU 1 ms and 5 µs a token: behind others as little as
+    that, among their like no less than the launch."""
+
+    HOST_S = 4e-3
+
+    def __init__(self):
+        self.measured, self.behind = [], []
+
+    def gpu_s(self, point):
+        return 1e-3 + 5e-6 * point.num_tokens
+
+    def measure(self, point):
+        self.measured.append(point)
+        step_s = max(self.gpu_s(point), self.HOST_S)
+        prefills, decodes = ([list(each) for each in pairs] for pairs in (point.prefills, point.decodes))
+        times = dict.fromkeys(("step_s", "low_s", "high_s", "gpu_s"), step_s)
+        return {"prefills": prefills, "decodes": decodes, **times, "host_s": self.HOST_S}
+
+    def ahead_s(self, point, before):
+        self.behind.append((point, before))
+        return self.gpu_s(point)
+
+
+def test_steps_that_wait_for_the_cpu_are_measured_behind_a_long_prompt():
+    runner = Launching()
+    ahead = Ahead(runner, LARGE, lambda point: None)
+    small = [Point(MIXED, ((100, 0),), ((64, 20),)), Point(PREFILL, ((300, 640),))]
+    for point in small:
+        assert ahead.seconds(point, runner.measure(point)) == runner.gpu_s(point)
+    # 1,024 tokens take 6.1 ms: the first that take 1.5 times the 4 ms of the launch, found out once.
+    assert runner.behind == [(point, Point(PREFILL, ((1024, 0),))) for point in small]
+    assert [point.num_tokens for point in runner.measured if point not in small] == [512, 1024]
+
+
+def test_steps_that_tell_of_the_gpu_are_not_measured_again():
+    runner = Launching()
+    ahead = Ahead(runner, LARGE, lambda point: None)
+    decodes, large = Point(DECODE, (), ((64, 8),)), Point(PREFILL, ((2048, 0),))
+    for point in (decodes, large):
+        assert ahead.seconds(point, runner.measure(point)) is None
+    without_gpu = runner.measure(Point(PREFILL, ((16, 0),))) | {"gpu_s": None}
+    assert ahead.seconds(Point(PREFILL, ((16, 0),)), without_gpu) is None
+    assert not runner.behind
+
+
+def test_nothing_is_measured_behind_a_prompt_that_has_no_room():
+    runner = Launching()
+    point = Point(MIXED, ((100, 0),), ((64, 20),))
+    narrow = replace(LARGE, max_num_batched_tokens=512)
+    assert Ahead(runner, narrow, lambda point: None).seconds(point, runner.measure(point)) is None
+    full = replace(LARGE, max_num_seqs=22)  # its own requests, twice that of the prompt
+    assert Ahead(runner, full, runner.measure).seconds(point, runner.measure(point)) == runner.gpu_s(point)
+    assert Ahead(runner, replace(full, max_num_seqs=21), runner.measure).seconds(point, runner.measure(point)) is None
+
+
+def test_a_step_behind_another_without_a_gpu(engine):
+    core = engine()
+    runner = StepRunner(core, effort=BRIEF)
+    assert runner.ahead_s(Point(PREFILL, ((16, 0),)), Point(PREFILL, ((64, 0),))) is None
+    assert not core.has_work
 
 
 # ---- the clock -------------------------------------------------------------------------------------------------------

@@ -97,6 +97,16 @@ def test_steps_of_different_shapes_follow_each_other():
     assert core.scheduler.kv.pool.num_used == 0
 
 
+def test_a_step_that_was_launched_ahead_takes_no_longer():
+    core = EngineCore(EngineConfig(model="tiny", **SETTINGS))
+    runner = StepRunner(core, effort=BRIEF)
+    point, before = Point.of(MIXED, [(100, 0)], [160] * 3), Point.of(PREFILL, [(2048, 0)])
+    seconds = runner.ahead_s(point, before)
+    assert 0 < seconds < 1.5 * runner.measure(point)["gpu_s"]
+    core.check()
+    assert core.scheduler.kv.pool.num_used == 0
+
+
 def test_the_clock():
     """Every table, whatever the numbers of so small a model are."""
     core = EngineCore(EngineConfig(model="tiny", **SETTINGS))

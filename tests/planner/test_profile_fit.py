@@ -1,8 +1,10 @@
 """The fit of a profile against physics that is known, and against recorded steps of a served run on an H200."""
 
+import json
 import random
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -203,6 +205,40 @@ def test_prompts_that_waited_for_the_cpu_are_taken_as_they_were_behind_others():
     assert not any(point.is_host_bound for point in told.prefill)
     # What was not measured behind others stands.
     assert tables.kv["bfloat16"].on_device({512: 1e-3, 1024: 2e-3}).prefill[0].step_s == 9e-3
+
+
+@given(st.sampled_from([0.5, 0.9, 1.0, 1.4]), st.booleans())
+def test_what_tells_that_a_stream_waited_for_the_cpu(gpu_share, is_busy):
+    """The CPU was busy all of a period, or the GPU was idle for some of it."""
+    point = Point(
+        ((100, 0),), ((50, 3),), 4e-3, 4e-3, 4e-3, gpu_s=gpu_share * 4e-3, host_s=(0.97 if is_busy else 0.5) * 4e-3
+    )
+    assert point.is_host_bound == (is_busy or gpu_share < 0.95)
+    assert not replace(point, prefills=()).is_host_bound
+    assert not replace(point, gpu_s=None).is_host_bound
+
+
+def test_steps_that_were_launched_ahead_count_as_they_took_the_gpu():
+    content, truth = profile(), {}
+    tables = content["kv"]["bfloat16"]
+    for index, point in enumerate(tables["mixed"] + tables["prefill"]):
+        if index % 3 and point["step_s"] < 12e-3:
+            truth[json.dumps([point["prefills"], point["decodes"]])] = point["step_s"]
+            point["ahead_s"] = point["step_s"]
+            point |= dict.fromkeys(("step_s", "low_s", "high_s", "host_s"), 15e-3) | {"gpu_s": 13e-3}
+    assert truth
+    told = ProfileTables.from_json(content).kv["bfloat16"].on_device()
+    for point in (*told.mixed, *told.prefill):
+        key = json.dumps([[list(each) for each in pairs] for pairs in (point.prefills, point.decodes)])
+        assert point.step_s == truth.get(key, point.step_s)
+        assert not point.is_host_bound
+    exact = fitted(profile())
+    with_waits = fitted(content)
+    for step in (StepShape(prefills=[(300, 0)], decode_contexts=[700] * 9), StepShape(prefills=[(80, 500)])):
+        assert with_waits.seconds(step) == pytest.approx(exact.seconds(step), rel=1e-9)
+    # Longer than among its like is chance.
+    point = replace(told.mixed[0], ahead_s=2 * told.mixed[0].step_s)
+    assert KVTables((), (), (point,)).on_device().mixed == (point,)
 
 
 def test_points_that_tell_of_the_host_alone_do_not_bend_the_others():
