@@ -1,0 +1,91 @@
+"""The tables of the READMEs that come from `validation.json`: `python -m tests.calibration.readme_tables` writes them.
+
+A table is known by the beginnings of its rows; what a record does not have is a dash.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+RECORDS = ROOT / "calibration" / "records"
+_LEVEL = re.compile(r"serve_h200_(bf16|fp8)_(\d+)")
+_NAMES = {"bf16": "bfloat16", "fp8": "fp8"}
+
+
+def levels(folder: Path) -> dict[tuple[str, int], dict]:
+    """What `validation.json` says of each load, by KV format and share of the capacity."""
+    found = json.loads((folder / "validation.json").read_text())["levels"]
+    named = {_LEVEL.fullmatch(level["record"]): level for level in found}
+    return {(match[1], int(match[2])): level for match, level in named.items()}
+
+
+def signed(share: float, digits: int = 1) -> str:
+    """A relative error in per cent."""
+    text = f"{100 * share:+.{digits}f}"
+    return text[1:] if float(text) == 0 else text.replace("-", "−")
+
+
+def _error(level: dict, metric: str) -> str:
+    return signed(level["metrics"][metric]["error"])
+
+
+def _all_rows(name: str, folder: Path) -> list[str]:
+    rows = []
+    for (kv, share), level in levels(folder).items():
+        steps = next(each for each in level["steps"] if each["kind"] == "all with prompts")
+        twice = level["num_runs"] > 1
+        apart = [level["metrics"][metric]["spread"] for metric in ("ttft_ms.p50", "tpot_ms.mean")] if twice else []
+        cells = [
+            name,
+            f"{_NAMES[kv]}, {share} %",
+            f"{level['request_rate_per_s']:.1f}",
+            " / ".join(_error(level, f"ttft_ms.{at}") for at in ("p50", "p99")),
+            " / ".join(_error(level, f"tpot_ms.{at}") for at in ("mean", "p50", "p99")),
+            " / ".join(_error(level, f"e2el_ms.{at}") for at in ("p50", "p90")),
+            _error(level, "output_throughput_tokens_per_s"),
+            f"{100 * steps['median']:.1f} / {100 * steps['p90']:.1f}",
+            " / ".join(f"{100 * each:.1f}" for each in apart) or "– / –",
+        ]
+        rows.append((kv, share, f"| {' | '.join(cells)} |"))
+    return [row for _, _, row in sorted(rows)]
+
+
+def calibration_rows() -> list[str]:
+    """Of calibration/README.md."""
+    return _all_rows("A", RECORDS) + _all_rows("B", RECORDS / "device_b")
+
+
+def readme_rows() -> list[str]:
+    """Of README.md: the errors on both GPUs."""
+    first, second = levels(RECORDS), levels(RECORDS / "device_b")
+    rows = []
+    for kv, share in sorted(first):
+        cells = [f"{_NAMES[kv]}, {share} %"]
+        for metric in ("ttft_ms.p50", "tpot_ms.mean", "e2el_ms.p50", "output_throughput_tokens_per_s"):
+            known = [levels_of[kv, share] for levels_of in (first, second) if (kv, share) in levels_of]
+            cells.append(" / ".join(_error(level, metric) for level in known))
+        rows.append(f"| {' | '.join(cells)} |")
+    return rows
+
+
+def tables(text: str, rows: list[str], begin: str) -> str:
+    """The text with the rows that begin like that exchanged for these."""
+    lines = text.splitlines()
+    old = [index for index, line in enumerate(lines) if re.match(begin, line)]
+    lines[old[0] : old[-1] + 1] = rows
+    return "\n".join(lines) + "\n"
+
+
+#: File, its rows, and how they begin.
+TABLES = (
+    (ROOT / "README.md", readme_rows, r"\| (bfloat16|fp8), \d+ % \|"),
+    (ROOT / "calibration" / "README.md", calibration_rows, r"\| [AB] \| (bfloat16|fp8), \d+ % \|"),
+)
+
+
+if __name__ == "__main__":
+    for path, rows, begin in TABLES:
+        path.write_text(tables(path.read_text(), rows(), begin))
