@@ -1,6 +1,6 @@
-"""The tables of the READMEs that come from `validation.json`: `python -m tests.calibration.readme_tables` writes them.
+"""The tables of the READMEs that come from `validation.json` and from the shipped profiles.
 
-A table is known by the beginnings of its rows; what a record does not have is a dash.
+`python -m tests.calibration.readme_tables` writes them. A table is known by the beginnings of its rows.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 RECORDS = ROOT / "calibration" / "records"
+PROFILES = ROOT / "planner" / "data" / "profiles"
 _LEVEL = re.compile(r"serve_h200_(bf16|fp8)_(\d+)")
 _NAMES = {"bf16": "bfloat16", "fp8": "fp8"}
 
@@ -58,6 +59,25 @@ def calibration_rows() -> list[str]:
     return _all_rows("A", RECORDS) + _all_rows("B", RECORDS / "device_b")
 
 
+def fit_rows() -> list[str]:
+    """Errors of the fits of the shipped profiles: of calibration/README.md."""
+    rows = []
+    for name in ("llama-3.1-8b", "llama-3.1-8b_fp8", "llama-3.2-1b"):
+        profile = json.loads((PROFILES / f"{name}_h200.json").read_text())
+        for kv, tables in profile["kv"].items():
+            fit = tables["fit"]
+            cells = [name.replace("_fp8", ", fp8 weights"), kv]
+            cells += [_told(fit[table], "leave_one_out") for table in ("decode", "prefill", "mixed")]
+            cells.append(_told(fit["service, prompt"], "in_sample"))
+            rows.append(f"| {' | '.join(cells)} |")
+    return rows
+
+
+def _told(errors: dict, which: str) -> str:
+    """Median and 90th percentile, and of how many points."""
+    return f"{100 * errors[which]['median']:.1f} / {100 * errors[which]['p90']:.1f} % ({errors['points']})"
+
+
 def readme_rows() -> list[str]:
     """Of README.md: the errors on both GPUs."""
     first, second = levels(RECORDS), levels(RECORDS / "device_b")
@@ -82,6 +102,11 @@ def tables(text: str, rows: list[str], begin: str) -> str:
 #: File, its rows, and how they begin.
 TABLES = (
     (ROOT / "README.md", readme_rows, r"\| (bfloat16|fp8), \d+ % \|"),
+    (
+        ROOT / "calibration" / "README.md",
+        fit_rows,
+        r"\| llama-[\w.-]+(, fp8 weights)? \| (bfloat16|fp8|int8|int4) \| \d",
+    ),
     (ROOT / "calibration" / "README.md", calibration_rows, r"\| [AB] \| (bfloat16|fp8), \d+ % \|"),
 )
 

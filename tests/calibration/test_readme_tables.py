@@ -1,14 +1,28 @@
 """What the READMEs say of accuracy is what the committed records say."""
 
+import json
+
 import pytest
 
-from tests.calibration.readme_tables import TABLES, signed, tables
+from calibration.measure.fit import fit_errors
+from tests.calibration.readme_tables import PROFILES, TABLES, signed, tables
 
 
 @pytest.mark.parametrize(("path", "rows", "begin"), TABLES, ids=lambda each: getattr(each, "name", None))
 def test_tables_are_those_of_the_records(path, rows, begin):
     text = path.read_text()
     assert tables(text, rows(), begin) == text, "python -m tests.calibration.readme_tables writes them"
+
+
+@pytest.mark.parametrize("path", sorted(PROFILES.glob("*.json")), ids=lambda path: path.stem)
+def test_profiles_tell_the_errors_of_the_present_fit(path):
+    profile = json.loads(path.read_text())
+    for name, errors in fit_errors(profile).items():
+        kept = profile["kv"][name]["fit"]
+        assert set(kept) == set(errors), "python -m calibration.refit writes them"
+        for table in ("decode", "prefill", "mixed", "service, prompt"):
+            which = "in_sample" if table.startswith("service") else "leave_one_out"
+            assert kept[table][which] == pytest.approx(errors[table][which], rel=1e-3, abs=1e-6)
 
 
 def test_errors_are_signed_but_for_nothing():
