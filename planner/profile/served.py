@@ -37,8 +37,11 @@ from planner.profile.host import LAUNCHED, HostCost, HostFit
 from planner.profile.regression import summary
 from planner.profile.tables import padded
 
-# How far a ratio of the clock's tables may be off, as each was measured a few times among others.
-_PRIOR_COOL, _PRIOR_ADDED = 0.03, 0.05
+# How far a ratio of the clock's tables may be off, as each was measured a few times among others; and how far all of them
+# together. (Chosen on loads of two H200s, each foreseen from seconds of others: steps with prompts are then 0.3 % off in
+# all at 80 % load and more.)
+_PRIOR_COOL, _PRIOR_ADDED = 0.015, 0.015
+_PRIOR_ALL_COOL, _PRIOR_ALL_ADDED = 0.03, 0.05
 # Likewise of the keys' rate beside prompts, and of log(tau), e0 and e1.
 _PRIOR_KEY, _PRIOR_TAU, _PRIOR_E = 0.5, 0.5, 0.15
 # A size that was seen less often has no ratio of its own.
@@ -250,7 +253,7 @@ class _Prompts:
         base = np.array([self.base.ratios(tokens) for tokens in self.tokens])
         count = len(self.tokens)
         prior = np.concatenate([base[:, 0], base[:, 1] - base[:, 0], [0.0]])
-        width = np.concatenate([np.full(count, _PRIOR_COOL), np.full(count, _PRIOR_ADDED), [_PRIOR_KEY]])
+        precision = _precision(count)
         columns = np.empty((len(slowed), 2 * count + 1))
         columns[:, :count] = (self.steady_s[tells] / measured_s)[:, None] * nodes
         columns[:, count:-1] = columns[:, :count] * slowed[:, None]
@@ -259,15 +262,14 @@ class _Prompts:
         for _ in range(_REWEIGHTED):
             columns[:, -1] = keys * (nodes @ solved[:count] + slowed * (nodes @ solved[count:-1]))
             weighted = columns * (weight / noise**2)[:, None]
-            matrix = columns.T @ weighted + np.diag(width**-2.0)
-            solved = np.linalg.solve(matrix, weighted.sum(axis=0) + prior / width**2)
+            solved = np.linalg.solve(columns.T @ weighted + precision, weighted.sum(axis=0) + precision @ prior)
             errors = columns @ solved - 1.0
             size = np.abs(errors)
             noise = max(_LEAST_NOISE, float(np.median(size)) / 0.6745)
             weight = 1 / np.maximum(size / (_FAR * noise), 1.0)
         far = size / _LEAST_NOISE
         cost = float(np.where(far < _FAR, far**2, _FAR * (2 * far - _FAR)).sum())
-        cost += float((((solved - prior) / width) ** 2).sum())
+        cost += float((solved - prior) @ precision @ (solved - prior))
         cost += ((log_tau - math.log(USUAL_TAU_S)) / _PRIOR_TAU) ** 2
         cost += ((e0 - USUAL_E0) ** 2 + (e1 - USUAL_E1) ** 2) / _PRIOR_E**2
         return _Solved(cost, solved[:count], solved[count:-1], float(solved[-1]), errors)
@@ -277,6 +279,21 @@ class _Prompts:
         starts = np.flatnonzero(self.first)[1:]
         runs = zip(np.split(self.begin_s, starts), np.split(self.measured_s, starts), strict=True)
         return np.concatenate([heat_within(begin_s, measured_s, tau_s) for begin_s, measured_s in runs])
+
+
+def _precision(count: int) -> np.ndarray:
+    """The inverse of the prior's covariance: cool ratios of `count` sizes, what hot ones have more, and the keys' rate.
+
+    What makes one device slower than another makes it so for all sizes; each by itself is less off.
+    """
+    covariance = np.zeros((2 * count + 1, 2 * count + 1))
+    for block, own, all_of_them in (
+        (slice(0, count), _PRIOR_COOL, _PRIOR_ALL_COOL),
+        (slice(count, 2 * count), _PRIOR_ADDED, _PRIOR_ALL_ADDED),
+    ):
+        covariance[block, block] = own**2 * np.eye(count) + all_of_them**2
+    covariance[-1, -1] = _PRIOR_KEY**2
+    return np.linalg.inv(covariance)
 
 
 def _is_allowed(at: tuple[float, float, float]) -> bool:
