@@ -30,6 +30,8 @@ KIND = "memwall-external-calibration"
 MAX_FITTED = 2000
 # A step that stands for many, where a factor's share of a step is asked for.
 _TYPICAL_BATCH, _TYPICAL_CONTEXT = 32, 1024
+# By how much a number of steps in flight must fit worse than another to be given up, where the base speaks for it.
+_MUCH_WORSE = 2.0
 
 
 class FactorRecord(Record):
@@ -222,13 +224,18 @@ def _fitted(
     masks: Sequence[np.ndarray],
     progress: Callable[[int], None] | None,
 ) -> tuple[ExternalSystem, Fit]:
-    """The fit; where nothing says how many steps were in flight, of the number that fits better."""
+    """The fit; where nothing says how many steps were in flight, of the number that fits better.
+
+    A profile's times are those of an engine with its own number of steps in flight. That is then the likelier one, as
+    what the other hides of the host's time the factors can make up for: it must fit twice as badly to be given up.
+    """
     fit = fit_factors(runs, external.system, masks, progress)
     if external.depth_known:
         return external, fit
     other = external.with_depth(2)
     deeper = fit_factors(runs, other.system, masks, progress)
-    return (other, deeper) if deeper.median_error < fit.median_error else (external, fit)
+    worse = _MUCH_WORSE if external.system.step_time.pipeline_depth == 2 else 1.0
+    return (other, deeper) if deeper.median_error < worse * fit.median_error else (external, fit)
 
 
 def _factor(fit: Fit, name: str) -> FactorRecord:
@@ -261,8 +268,9 @@ def _warnings(
     """What a reader should know before trusting the factors."""
     warnings = []
     if not external.depth_known:
-        depth = external.system.pipeline_depth
-        warnings.append(f"nothing says how many steps the server has in flight; {depth} fits better")
+        depth, base = external.system.pipeline_depth, external.system.step_time.pipeline_depth
+        why = "as the profile's engine has them" if depth == base == 2 else "which fits better"
+        warnings.append(f"nothing says how many steps the server has in flight; {depth} are assumed, {why}")
     guessed = [
         name for name, (_, origin) in external.origin.items() if origin in ("vLLM's default", "the memory model")
     ]

@@ -92,6 +92,7 @@ class ScaledStepTime(StepTime):
         self.source = source
         self.uncertainty = uncertainty
         self.pipeline_depth = pipeline_depth
+        self.clock = base.clock
         self._steps = decode, prefill
         origin = f" to {source}" if source else ""
         self.description = f"{base.description}, scaled{origin}"
@@ -119,6 +120,9 @@ class ScaledStepTime(StepTime):
         prefill = max(0, self.base.ticks(step) - decodes) if step.prefills else 0
         ticks = self._ticks(floor, decodes - floor, prefill, step.num_requests)
         return self._stretched(ticks, self._steps[bool(step.prefills)])
+
+    def heated_ticks(self, step: StepShape, ticks: int, heat: float) -> int:
+        return self.base.heated_ticks(step, ticks, heat)
 
     def host_ticks(self, step: StepShape) -> int:
         return self.base.host_ticks(step)

@@ -37,9 +37,9 @@ from planner.profile.host import LAUNCHED, HostCost, HostFit
 from planner.profile.regression import summary
 from planner.profile.tables import padded
 
-# How far a ratio of the clock's tables may be off, as each was measured a few times among others; and how far all of them
-# together. (Chosen on loads of two H200s, each foreseen from seconds of others: steps with prompts are then 0.3 % off in
-# all at 80 % load and more.)
+# How far a ratio of the clock's tables may be off, as each was measured a few times among others; and how far all of
+# them together. Chosen on loads of two H200s, each foreseen from seconds of others: at 80 % load and more steps with
+# prompts then are 0.3 % off in all.
 _PRIOR_COOL, _PRIOR_ADDED = 0.015, 0.015
 _PRIOR_ALL_COOL, _PRIOR_ALL_ADDED = 0.03, 0.05
 # Likewise of the keys' rate beside prompts, and of log(tau), e0 and e1.
