@@ -233,7 +233,8 @@ def _difference(answers: Sequence[TrialAnswer], names: Sequence[str], costs: Seq
             parts.append(f"{label} {told[0]} → {told[1]} ms ({results.change(one.p99, two.p99)})")
     told = [cost.told("usd_per_million_output_tokens") for cost in costs[:2]]
     parts.append(f"1M output tokens {told[0]} → {told[1]}")
-    st.markdown(f"**From {escaped(names[0])} to {escaped(names[1])}:** {escaped('; '.join(parts))}.")
+    head = f"At {inputs.shared().rate:.3g} requests/s, from {names[0]} to {names[1]}:"
+    st.markdown(f"**{escaped(head)}** {escaped('; '.join(parts))}.")
     dtypes = {report.deployment.kv_cache_dtype for report in (first, second)} - {"bfloat16"}
     study = load_kv_quality()
     for dtype in sorted(dtypes):
