@@ -43,14 +43,8 @@ class Change:
     told: str
 
 
-def _option(key: str, text: str, told: str) -> Change:
-    """Another option of a select box."""
-    option = f'[role="option"]:text-is("{text}")'
-    return Change(key, lambda box: box.click(), lambda box: box.page.locator(option).first.click(), told)
-
-
-def _number(key: str, text: str, told: str) -> Change:
-    """Another number, or another text."""
+def _typed(key: str, text: str, told: str) -> Change:
+    """A number, a text, or an option of a select box."""
     return Change(key, lambda field: field.fill(text), lambda field: field.press("Enter"), told)
 
 
@@ -64,16 +58,16 @@ def _what_if() -> list[Change]:
         return f"At {rate} requests/s, from A: {name} to B.*TTFT p99 .* TPOT p99"
 
     return [
-        _option("kv_a_kv", "int8", told("8", "int8 KV")),
-        _number("rate", "9", told("9", "int8 KV")),
-        _number("kv_a_replicas", "2", told("9", "TP 1 × 2, int8 KV")),
+        _typed("kv_a_kv", "int8", told("8", "int8 KV")),
+        _typed("rate", "9", told("9", "int8 KV")),
+        _typed("kv_a_replicas", "2", told("9", "TP 1 × 2, int8 KV")),
         _slider("kv_a_seqs", "ArrowLeft", told("9", "TP 1 × 2, int8 KV, 128 seqs")),
-        _option("kv_a_kv", "bf16", told("9", "TP 1 × 2, bf16 KV, 128 seqs")),
-        _number("rate", "7.5", told("7.5", "TP 1 × 2, bf16 KV, 128 seqs")),
-        _number("kv_a_replicas", "1", told("7.5", "bf16 KV, 128 seqs")),
+        _typed("kv_a_kv", "bf16", told("9", "TP 1 × 2, bf16 KV, 128 seqs")),
+        _typed("rate", "7.5", told("7.5", "TP 1 × 2, bf16 KV, 128 seqs")),
+        _typed("kv_a_replicas", "1", told("7.5", "bf16 KV, 128 seqs")),
         _slider("kv_a_seqs", "ArrowRight", told("7.5", "bf16 KV")),
-        _number("rate", "8.5", told("8.5", "bf16 KV")),
-        _option("kv_a_kv", "int4", told("8.5", "int4 KV")),
+        _typed("rate", "8.5", told("8.5", "bf16 KV")),
+        _typed("kv_a_kv", "int4", told("8.5", "int4 KV")),
     ]
 
 
@@ -83,7 +77,7 @@ def _memory() -> list[Change]:
 
     changes = []
     for dtype in ("fp8", "int8", "int4", "bf16"):
-        changes.append(_option("kv_dtype", dtype, told(32768, dtype)))
+        changes.append(_typed("kv_dtype", dtype, told(32768, dtype)))
         changes.append(_slider("context", "ArrowRight", told(65536, dtype)))
         changes.append(_slider("context", "ArrowLeft", told(32768, dtype)))
     return changes
@@ -91,7 +85,7 @@ def _memory() -> list[Change]:
 
 def _speculation() -> list[Change]:
     """The largest k is that of the rates that are given."""
-    return [_number("rates", ", ".join(["0.8"] * k), f"With {k} drafts ") for k in (3, 5, 8, 2, 6, 7, 4, 1)]
+    return [_typed("rates", ", ".join(["0.8"] * k), f"With {k} drafts ") for k in (3, 5, 8, 2, 6, 7, 4, 1)]
 
 
 def _first_number(visitor: Visitor, change: Change) -> float:

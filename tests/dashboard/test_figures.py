@@ -25,7 +25,7 @@ def silent(done, total, what):
 @pytest.fixture(scope="module")
 def answer():
     search = Search(Engine(MODEL, GPU), LOAD, DEFAULT_SLO, (GPU,), total_gpus=4, max_num_seqs=(64,))
-    return work.plan(silent, search, None, False)
+    return work.plan(silent, search, None)
 
 
 @pytest.fixture(scope="module")
@@ -244,7 +244,7 @@ def test_why_not_cheaper_is_simulated():
         kv_cache_dtypes=("bfloat16",),
         max_num_seqs=(64,),
     )
-    found = work.plan(silent, search, None, False)
+    found = work.plan(silent, search, None)
     best = found.report.plans[0]
     assert best.deployment.replicas > 1
     first = found.cheaper[0]
