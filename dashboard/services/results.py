@@ -251,8 +251,7 @@ def warnings_of_others(report: PlanReport, said: Sequence[str]) -> list[str]:
     for plan in report.plans[1:]:
         for warning in dict.fromkeys(plan.warnings):
             told.setdefault(warning, []).append(plan.rank)
-    each = [f"{_plans(ranks)}: {warning}" for warning, ranks in told.items() if warning not in said]
-    return [*(warning for warning in report.warnings if warning not in said and warning not in told), *each]
+    return [f"{_plans(ranks)}: {warning}" for warning, ranks in told.items() if warning not in said]
 
 
 def _plans(ranks: Sequence[int]) -> str:

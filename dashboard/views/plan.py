@@ -224,18 +224,13 @@ def _others(search: Search) -> None:
     untried = [name for name in inputs.priced_gpus() if name not in tried]
     if not untried:
         return
-    only = " and ".join(filter(None, [", ".join(map(inputs.gpu_label, tried[:-1])), inputs.gpu_label(tried[-1])]))
-    why = f"only {only} {'was' if len(tried) == 1 else 'were'} searched"
+    every = [name for name in inputs.all_gpus() if name in (*tried, *untried)]
+    why = f": this search was of the {inputs.gpu_label(tried[0])} alone" if len(tried) == 1 else ""
     if tried == [inputs.DEFAULT_GPU]:
         why += ", the GPU type that step times were measured on"
+    told = f"{len(untried)} of the {len(every)} GPU types with a price were not tried and may cost less{why}."
     text, button = st.columns([3, 1], vertical_alignment="center")
-    text.write(
-        escaped(
-            f"Of the {len(tried) + len(untried)} GPU types with a price, {len(untried)} were not tried and may cost less: "
-            f"{why}."
-        )
-    )
-    every = [name for name in inputs.all_gpus() if name in (*tried, *untried)]
+    text.write(escaped(told))
     button.button(
         f"Compare all {len(every)} GPU types",
         key="compare_all_gpus",
