@@ -89,11 +89,11 @@ def times(factor: float) -> str:
     return f"{shown(factor, digits=2).removesuffix('.0')} times"
 
 
-def usd(value: float | None) -> str:
-    """Dollars and cents; fractions of a cent where it is less than a dollar."""
+def usd(value: float | None, digits: int = 3) -> str:
+    """Dollars and cents; so many digits, which may be fractions of a cent, where it is less than a dollar."""
     if value is None:
         return "no price"
-    return f"${value:,.2f}" if value >= 1 else f"${value:.3g}"
+    return f"${value:,.2f}" if value >= 1 else f"${value:.{digits}g}"
 
 
 # ---- intervals and confidence --------------------------------------------------------------------------------------

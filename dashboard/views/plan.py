@@ -46,7 +46,9 @@ def page() -> None:
 _WHOLE = "Searching with the whole load, then drawing loads and step times"
 # From so many GPU types on a first look takes some seconds on one core.
 _MANY_TYPES = 4
-_WIDE_SEARCH = "On two cores this took three minutes for the default load; it can be cancelled."
+_WIDE_SEARCH = (
+    "it takes about three minutes on two cores for the load that this page starts with, and can be cancelled."
+)
 
 
 def _first_look(search: Search, trace: Workload | None) -> PlanAnswer | None:
@@ -167,26 +169,20 @@ def _surer(report: PlanReport) -> None:
 def _numbers(best: Plan, is_quick: bool) -> None:
     tag = results.evidence_tag(best.result)
     beside = f" ({tag})" if tag else ""
-    about = "≈ " if is_quick else ""
+    about, digits = ("≈ ", 2) if is_quick else ("", 3)
     columns = st.columns(3 + len(best.terms))
-    columns[0].metric("US$ per hour", about + results.usd(best.usd_per_hour), border=True, help=best.price_source)
-    columns[1].metric(
-        "US$/1M tokens",
-        about + results.usd(best.usd_per_million_tokens),
-        border=True,
-        help=results.definition("usd_per_million_tokens"),
+    costs = (
+        ("US$ per hour", best.usd_per_hour, best.price_source),
+        ("US$/1M tokens", best.usd_per_million_tokens, results.definition("usd_per_million_tokens")),
+        ("US$/1M output", best.usd_per_million_output_tokens, results.definition("usd_per_million_output_tokens")),
     )
-    columns[2].metric(
-        "US$/1M output",
-        about + results.usd(best.usd_per_million_output_tokens),
-        border=True,
-        help=results.definition("usd_per_million_output_tokens"),
-    )
+    for column, (label, value, meaning) in zip(columns, costs, strict=False):
+        column.metric(label, about + results.usd(value, digits), border=True, help=meaning)
     for column, term in zip(columns[3:], best.terms, strict=True):
         interval = results.term_interval(term)
         column.metric(
             f"{results.TERMS[term.term]} p{term.percentile:g}, ms",
-            about + results.shown(term.achieved_ms, interval, 2 if is_quick else 3),
+            about + results.shown(term.achieved_ms, interval, digits),
             border=True,
             help=results.definition(f"{term.term}_ms"),
         )
@@ -229,23 +225,24 @@ def _others(search: Search) -> None:
     if tried == [inputs.DEFAULT_GPU]:
         why += ", the GPU type that step times were measured on"
     told = f"{len(untried)} of the {len(every)} GPU types with a price were not tried and may cost less{why}."
-    text, button = st.columns([3, 1], vertical_alignment="center")
+    text, button = st.columns([2, 1], vertical_alignment="center")
     text.write(escaped(told))
+    text.caption(f"All of them at once: {_WIDE_SEARCH}")
     button.button(
         f"Compare all {len(every)} GPU types",
         key="compare_all_gpus",
-        icon=":material/zoom_out_map:",
-        help=f"{_WIDE_SEARCH} Step times of GPUs without a profile of their own come from data sheets.",
+        help="Step times of GPUs without a profile of their own come from data sheets, and the plan says so.",
         on_click=inputs.set_gpus,
         args=(every,),
         width="stretch",
     )
-    button.caption(_WIDE_SEARCH)
 
 
 def _table(report: PlanReport) -> None:
     columns = {name: st.column_config.Column(width=width) for name, width in _WIDTHS.items()}
-    show_table([_row(plan) for plan in report.plans], key="plans", column_config=columns)
+    rows = [_row(plan) for plan in report.plans]
+    told = [name for name in rows[0] if any(row[name] != "" for row in rows)]
+    show_table([{name: row[name] for name in told} for row in rows], key="plans", column_config=columns)
     st.caption(
         "Cheapest per hour first; at the same price the more precise KV cache first. For each engine, the fewest "
         "replicas that meet the SLO."

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from playwright.sync_api import Locator
 
 _HURRY_SECONDS = 1.0
+#: Requests per second that each kind of person begins with on What if.
+_RATES = {"patient": 8.2, "hurried": 7.1}
 
 
 @dataclass(frozen=True)
@@ -53,25 +55,27 @@ def _slider(key: str, arrow: str, told: str) -> Change:
     return Change(key, lambda slider: slider.focus(), lambda slider: slider.press(arrow), told)
 
 
-def _what_if() -> list[Change]:
-    def told(rate: str, name: str) -> str:
-        return f"At {rate} requests/s, from A: {name} to B.*TTFT p99 .* TPOT p99"
+def _what_if(rate: float) -> list[Change]:
+    """Of loads around this rate, so that no answer is known from before."""
+
+    def told(more: float, name: str) -> str:
+        return f"At {rate + more:.3g} requests/s, from A: {name} to B.*TTFT p99 .* TPOT p99"
 
     return [
-        _typed("kv_a_kv", "int8", told("8", "int8 KV")),
-        _typed("rate", "9", told("9", "int8 KV")),
-        _typed("kv_a_replicas", "2", told("9", "TP 1 × 2, int8 KV")),
-        _slider("kv_a_seqs", "ArrowLeft", told("9", "TP 1 × 2, int8 KV, 128 seqs")),
-        _typed("kv_a_kv", "bf16", told("9", "TP 1 × 2, bf16 KV, 128 seqs")),
-        _typed("rate", "7.5", told("7.5", "TP 1 × 2, bf16 KV, 128 seqs")),
-        _typed("kv_a_replicas", "1", told("7.5", "bf16 KV, 128 seqs")),
-        _slider("kv_a_seqs", "ArrowRight", told("7.5", "bf16 KV")),
-        _typed("rate", "8.5", told("8.5", "bf16 KV")),
-        _typed("kv_a_kv", "int4", told("8.5", "int4 KV")),
+        _typed("rate", f"{rate:.3g}", told(0.0, "bf16 KV")),
+        _typed("kv_a_kv", "int8", told(0.0, "int8 KV")),
+        _typed("rate", f"{rate + 1:.3g}", told(1.0, "int8 KV")),
+        _typed("kv_a_replicas", "2", told(1.0, "TP 1 × 2, int8 KV")),
+        _slider("kv_a_seqs", "ArrowLeft", told(1.0, "TP 1 × 2, int8 KV, 128 seqs")),
+        _typed("kv_a_kv", "bf16", told(1.0, "TP 1 × 2, bf16 KV, 128 seqs")),
+        _typed("rate", f"{rate - 0.5:.3g}", told(-0.5, "TP 1 × 2, bf16 KV, 128 seqs")),
+        _typed("kv_a_replicas", "1", told(-0.5, "bf16 KV, 128 seqs")),
+        _slider("kv_a_seqs", "ArrowRight", told(-0.5, "bf16 KV")),
+        _typed("kv_a_kv", "int4", told(-0.5, "int4 KV")),
     ]
 
 
-def _memory() -> list[Change]:
+def _memory(_: float) -> list[Change]:
     def told(tokens: int, dtype: str) -> str:
         return f"{tokens:,} tokens on 1 × h200_sxm, {dtype} KV: the KV pool holds"
 
@@ -83,7 +87,7 @@ def _memory() -> list[Change]:
     return changes
 
 
-def _speculation() -> list[Change]:
+def _speculation(_: float) -> list[Change]:
     """The largest k is that of the rates that are given."""
     return [_typed("rates", ", ".join(["0.8"] * k), f"With {k} drafts ") for k in (3, 5, 8, 2, 6, 7, 4, 1)]
 
@@ -103,7 +107,7 @@ def _first_number(visitor: Visitor, change: Change) -> float:
 
 
 #: By the name of a page: where it is, and what is changed on it.
-_PAGES: dict[str, tuple[str, Callable[[], list[Change]]]] = {
+_PAGES: dict[str, tuple[str, Callable[[float], list[Change]]]] = {
     "What if": ("what-if", _what_if),
     "Context & memory": ("memory", _memory),
     "Speculation": ("speculation?acceptance=your+own+rates", _speculation),
@@ -147,9 +151,9 @@ def main() -> None:
     with served() as address, sync_playwright() as play:
         browser = play.chromium.launch(executable_path=chromium(), args=["--no-sandbox", "--disable-dev-shm-usage"])
         for name, (path, changes) in _PAGES.items():
-            for kind in ("patient", "hurried"):
+            for kind, rate in _RATES.items():
                 visitor = Visitor(browser, address)
-                record[f"{name}, {kind}"] = measure(visitor, path, changes(), kind == "hurried")
+                record[f"{name}, {kind}"] = measure(visitor, path, changes(rate), kind == "hurried")
                 print(name, kind, record[f"{name}, {kind}"], flush=True)
                 visitor.close()
         browser.close()
