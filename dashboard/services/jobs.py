@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import heapq
+import itertools
 import os
 import pickle
 import signal
@@ -17,7 +19,7 @@ import sys
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from enum import StrEnum
 from functools import cache
 from pathlib import Path
@@ -42,6 +44,12 @@ Report = Callable[[int, int, str], None]
 def alone(function: Callable[..., Any]) -> Callable[..., Any]:
     """Mark work that starts no processes: given up, it is asked to stop, and its worker goes on to the next job."""
     function.is_alone = True
+    return function
+
+
+def first(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Mark short work without which a page shows nothing: it goes before all other work."""
+    function.is_first = True
     return function
 
 
@@ -142,6 +150,35 @@ class Job:
             self._worker.stop(self, gently=getattr(self.function, "is_alone", False))
 
 
+class Cores:
+    """Who may run: so many at once in the order of asking. Work that is marked `first` goes before the rest, and one
+    such piece runs even while all cores are taken.
+    """
+
+    def __init__(self, number: int) -> None:
+        self._number, self._running = number, 0
+        self._changed = threading.Condition()
+        self._waiting: list[tuple[bool, int]] = []
+        self._count = itertools.count()
+
+    @contextlib.contextmanager
+    def one(self, is_first: bool) -> Iterator[None]:
+        """Wait for one, and keep it."""
+        ticket = (not is_first, next(self._count))
+        with self._changed:
+            heapq.heappush(self._waiting, ticket)
+            self._changed.wait_for(lambda: self._waiting[0] == ticket and self._running < self._number + is_first)
+            heapq.heappop(self._waiting)
+            self._running += 1
+            self._changed.notify_all()
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._running -= 1
+                self._changed.notify_all()
+
+
 class Jobs:
     """All jobs of this server.
 
@@ -151,11 +188,11 @@ class Jobs:
 
     def __init__(self, workers: int) -> None:
         self.workers = workers
-        self._slots = threading.BoundedSemaphore(workers)
+        self._cores = Cores(workers)
         self._lock = threading.Lock()
         self._jobs: OrderedDict[str, Job] = OrderedDict()
         self._asked: dict[tuple[str, str], Job] = {}
-        self._pool = Pool(ahead=min(2, workers))
+        self._pool = Pool(ahead=min(2, workers) + 1)
 
     def ask(self, owner: str, slot: str, key: str, function: Callable[..., Any], *arguments: Any) -> Job:
         """The job of a question, started if nobody has asked it yet.
@@ -242,7 +279,7 @@ class Jobs:
             self._asked = {asked: job for asked, job in self._asked.items() if job in kept}
 
     def _run(self, job: Job) -> None:
-        with self._slots:
+        with self._cores.one(getattr(job.function, "is_first", False)):
             if not job.is_finished:
                 self._compute(job)
         if job.state is State.CANCELLED or not job.is_lasting:

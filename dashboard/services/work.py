@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from dashboard.services.jobs import Report, alone
+from dashboard.services.jobs import Report, alone, first
 from dashboard.services.questions import Search, Traffic, Trial
 from planner.errors import UserError
 from planner.intervals import draws, simulate_draw
@@ -51,6 +51,7 @@ class PlanAnswer:
     notes: tuple[str, ...] = ()
 
 
+@first
 @alone
 def first_look(report: Report, search: Search, trace: Workload | None) -> PlanAnswer:
     """Search with the beginning of the load.
@@ -149,6 +150,17 @@ class TrialAnswer:
 
     report: SimulateReport
     others: tuple[SimulationResult, ...]
+
+
+@first
+@alone
+def try_once(report: Report, trial: Trial, trace: Workload | None) -> TrialAnswer:
+    """Simulate on the given load alone, without intervals.
+
+    Raises:
+        UserError: as `planner.simulate_report.simulate_report`.
+    """
+    return try_one(report, trial, trace, num_others=0)
 
 
 @alone

@@ -179,9 +179,9 @@ def _answers(trials: Sequence[Trial], names: Sequence[str]) -> list[TrialAnswer]
     slots = [f"{slot}_{number}" for slot in ("trial", "loads", "sweep") for number in range(len(_LETTERS))]
     give_up_but([*slots, "tornado"], {*first, *whole, *sweeps, *(key_of("tornado", trial) for trial in trials)})
     for number, trial in enumerate(trials):
-        ask(f"trial_{number}", first[number], work.try_one, trial, trace, 0)
+        ask(f"trial_{number}", first[number], work.try_once, trial, trace)
     answers = [
-        answer_of(f"trial_{number}", first[number], work.try_one, trial, trace, 0, waiting=f"Simulating {name}",
+        answer_of(f"trial_{number}", first[number], work.try_once, trial, trace, waiting=f"Simulating {name}",
                   patience=_FIRST_PATIENCE_SECONDS)
         for number, (trial, name) in enumerate(zip(trials, names, strict=True))
     ]  # fmt: skip

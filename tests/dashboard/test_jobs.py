@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from dashboard.components import _about, _progress_words
-from dashboard.services.jobs import DEFECT, Job, Jobs, State, alone
+from dashboard.services.jobs import DEFECT, Job, Jobs, State, alone, first
 from dashboard.services.worker import STOP, Stop, answer
 from planner.errors import UserError
 
@@ -39,6 +39,11 @@ def sleep(report, started):
     Path(started).write_text("yes")
     report(1, 10, "naps")
     time.sleep(600)
+
+
+@first
+def add_first(report, one, two):
+    return one + two
 
 
 @alone
@@ -171,6 +176,21 @@ def test_a_worker_that_does_not_stop_is_ended(tmp_path):
         until(started.exists)
         made.cancel("ann", "long")
         assert made.ask("ann", "sum", "d2", add, 2, 2).wait(60)
+    finally:
+        made.stop()
+
+
+def test_what_people_wait_for_goes_first_even_while_all_cores_are_taken(tmp_path):
+    made = Jobs(workers=1)
+    try:
+        started = tmp_path / "long"
+        made.ask("ann", "long", "l", sleep, str(started))
+        until(started.exists)
+        later = made.ask("ann", "later", "a", add, 1, 1)
+        assert made.ask("ann", "now", "f", add_first, 1, 2).wait(60)
+        assert later.state is State.WAITING
+        made.cancel("ann", "long")
+        assert later.wait(60)
     finally:
         made.stop()
 
