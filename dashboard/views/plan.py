@@ -241,6 +241,8 @@ def _others(search: Search) -> None:
 def _table(report: PlanReport) -> None:
     columns = {name: st.column_config.Column(width=width) for name, width in _WIDTHS.items()}
     rows = [_row(plan) for plan in report.plans]
+    if not any(plan.loads for plan in report.plans):
+        rows = [row | {"SLO held in": ""} for row in rows]
     told = [name for name in rows[0] if any(row[name] != "" for row in rows)]
     show_table([{name: row[name] for name in told} for row in rows], key="plans", column_config=columns)
     st.caption(

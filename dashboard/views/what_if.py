@@ -240,7 +240,7 @@ def _difference(answers: Sequence[TrialAnswer], names: Sequence[str], costs: Seq
             spans = [results.metric_interval(answer, metric, "p99") for answer in answers[:2]]
             parts.append(f"{label} {results.from_to((one.p99, spans[0]), (two.p99, spans[1]))}")
     told = [cost.told("usd_per_million_output_tokens") for cost in costs[:2]]
-    parts.append(f"1M output tokens {told[0]} → {told[1]}")
+    parts.append(f"1M output tokens {told[0]} → {told[1]}{' (the same)' * (told[0] == told[1])}")
     head = f"At {inputs.shared().rate:.3g} requests/s, from {names[0]} to {names[1]}:"
     st.markdown(f"**{escaped(head)}** {escaped('; '.join(parts))}.")
     dtypes = {report.deployment.kv_cache_dtype for report in (first, second)} - {"bfloat16"}

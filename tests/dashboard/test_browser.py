@@ -261,7 +261,9 @@ def test_s11_fp8_kv_helps_or_hurts(asked):
     text = asked.text()
     found = re.search(
         r"At 8 requests/s, from A: bf16 KV to B: fp8 KV: sequences of ([\d,]+) tokens that a replica holds "
-        r"([\d,.]+) → ([\d,.]+); TTFT p99 ([\d,.]+) → ([\d,.]+) ms .*?; TPOT p99 ([\d,.]+) → ([\d,.]+) ms", text)  # fmt: skip
+        r"([\d,.]+) → ([\d,.]+); TTFT p99 ([\d,.]+) → ([\d,.]+) ms .*?; TPOT p99 ([\d,.]+) → ([\d,.]+) ms",
+        text,
+    )
     load = chat()
     for dtype, held, ttft, tpot in (("bfloat16", 2, 4, 6), ("fp8", 3, 5, 7)):
         settings = {"kv_cache_dtype": KVCacheDtype(dtype)}
