@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dashboard.services.work import TrialAnswer
+from planner.basis import Basis
 from planner.cost import Cost, cost_of
 from planner.deployment import Deployment, PriceList
 from planner.intervals import interval
@@ -155,6 +156,14 @@ def is_sure(plan: Plan) -> bool:
     likely = probability(plan)
     held = plan.loads is None or plan.loads.met == plan.loads.of
     return held and (likely is None or likely[1] >= 0.9)
+
+
+def measured_instead(report: PlanReport) -> Plan | None:
+    """The cheapest plan whose step times were measured, where those of the first were not."""
+    if report.plans[0].step_times.basis not in (Basis.TRANSFERRED, Basis.UNCALIBRATED):
+        return None
+    measured = (Basis.MEASURED, Basis.INTERPOLATED)
+    return next((plan for plan in report.plans if plan.step_times.basis in measured), None)
 
 
 def metric_interval(answer: TrialAnswer, metric: str, at: str) -> Interval | None:

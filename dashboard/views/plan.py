@@ -98,6 +98,10 @@ def _answer(answer: PlanAnswer, search: Search) -> None:
     if not answer.is_quick:
         _surer(report)
     note_warnings((*answer.notes, *best.warnings))
+    measured = results.measured_instead(report)
+    if measured is not None:
+        told = f"{figures.name_of(measured)}, at {results.usd(measured.usd_per_hour)} per hour"
+        st.caption(escaped(f"The cheapest plan whose step times were measured is plan {measured.rank}: {told}."))
     _numbers(best, answer.is_quick)
     if answer.is_quick:
         st.subheader("Plans of the first look, preliminary")

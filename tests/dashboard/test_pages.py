@@ -65,6 +65,7 @@ def test_plan_says_what_was_not_tried_and_compares_it_all_on_a_click(open_page):
     rests = table(app, "GPUs", "step times")["step times"]
     assert rests[0] == "transferred"
     assert any("Step times are transferred from a profile of something else" in each.value for each in app.warning)
+    assert "The cheapest plan whose step times were measured is plan" in sentences(app)
 
 
 def test_warnings_of_other_plans_stand_below_the_table(open_page):
