@@ -104,7 +104,7 @@ def test_concurrency_is_the_planners():
     drawn = {trace.name: dict(zip(trace.x, trace.y, strict=True)) for trace in chart.figure.data}
     for dtype, name in (("bfloat16", "bf16"), ("fp8", "fp8"), ("int4", "int4")):
         for length in (1024, 16384, 131072):
-            engine = replace(ENGINE, kv_cache_dtype=dtype, max_model_len=length, profiles=("none",))
+            engine = replace(ENGINE, kv_cache_dtype=dtype, max_model_len=length)
             report = plan_memory(MODEL, GPU, engine.deployment().memory_settings())
             assert drawn[name][length] == report.max_concurrency_decoding
     assert (chart.figure.data[-1].x[0], chart.figure.data[-1].y[0]) == (16384, 5)
