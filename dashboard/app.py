@@ -20,10 +20,17 @@ PAGES = (
     (catalog, "Catalog", ":material/list:", "catalog"),
 )
 
+# Streamlit leaves 6 rem above a page's title, for a menu that is not shown here.
+_STYLE = """<style>
+[data-testid="stMainBlockContainer"] { padding-top: 2.75rem; }
+[data-testid="stSidebarHeader"] { height: 2.5rem; margin-bottom: 0; }
+</style>"""
+
 
 def main() -> None:
     """Draw the shared inputs, then the page."""
     st.set_page_config(page_title="Memwall", page_icon="🧱", layout="wide")
+    st.html(_STYLE)
     pages = {
         st.Page(f"views/{Path(view.__file__).name}", title=title, icon=icon, url_path=url, default=view is plan): view
         for view, title, icon, url in PAGES

@@ -7,13 +7,13 @@ import sys
 import time
 import traceback
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import streamlit as st
 
 from dashboard.figures.theme import Chart
-from dashboard.services.jobs import DEFECT, MAX_SECONDS, Job, State, jobs
+from dashboard.services.jobs import DEFECT, Job, State, jobs
 from planner.errors import UserError
 
 _POLL_SECONDS = 0.4
@@ -42,10 +42,10 @@ def guarded() -> Iterator[None]:
 
 def complain(sentence: str) -> None:
     """One sentence about what is wrong."""
-    st.error(escaped(_begun(" ".join(sentence.split()))), icon=":material/error:")
+    st.error(escaped(begun(" ".join(sentence.split()))), icon=":material/error:")
 
 
-def _begun(sentence: str) -> str:
+def begun(sentence: str) -> str:
     """With a capital, unless it begins with a name such as trace.csv or h200_sxm."""
     return f"{sentence[:1].upper()}{sentence[1:]}" if sentence.partition(" ")[0].isalpha() else sentence
 
@@ -75,10 +75,21 @@ def show_table(rows: Sequence[Mapping[str, Any]], key: str, **more: Any) -> Any:
 def note_warnings(warnings: Sequence[str]) -> None:
     """What to know before believing the numbers."""
     for warning in dict.fromkeys(warnings):
-        st.warning(escaped(f"{_begun(warning)}."), icon=":material/warning:")
+        st.warning(escaped(f"{begun(warning)}."), icon=":material/warning:")
 
 
 # ---- work in other processes ---------------------------------------------------------------------------------------
+
+
+def ask(slot: str, key: str, function: Callable[..., Any], *arguments: Any) -> None:
+    """Start what `answer_of` will be asked for, so that several are computed side by side."""
+    if st.session_state.setdefault("cancelled", {}).get(slot) != key:
+        jobs().ask(owner(), slot, key, function, *arguments)
+
+
+def give_up_but(slots: Iterable[str], keys: Collection[str]) -> None:
+    """Give up older questions of these slots, so that they take no core from the new ones."""
+    jobs().keep_only(owner(), slots, keys)
 
 
 def answer_of(
@@ -119,6 +130,25 @@ def answer_of(
     return None
 
 
+def _progress_words(job: Job) -> str:
+    """How far a job is, and, if it takes long, how long it will still take."""
+    if job.state is State.WAITING:
+        return ": waiting for a free core"
+    words = f": {job.done} of {job.total} {job.what}" if job.total else ""
+    seconds = 0.0 if job.started_s is None else time.monotonic() - job.started_s
+    if seconds < _LONG_SECONDS:
+        return words
+    left = job.remaining_s()
+    return f"{words}; {seconds:.0f} s so far" if left is None else f"{words}; {_about(left)} for the rest of them"
+
+
+def _about(seconds: float) -> str:
+    """A duration as precisely as an estimate deserves."""
+    if seconds >= 90.0:
+        return f"about {seconds / 60:.0f} min"
+    return f"about {5 * round(seconds / 5)} s" if seconds >= 7.5 else "some seconds"
+
+
 def _watch(job: Job, slot: str, key: str, waiting: str) -> None:
     """A progress bar that looks after itself, and runs the page again when there is an answer."""
 
@@ -127,14 +157,7 @@ def _watch(job: Job, slot: str, key: str, waiting: str) -> None:
         if job.is_finished:
             st.rerun()
         share = min(1.0, job.done / job.total) if job.total else 0.0
-        text = waiting
-        if job.state is State.WAITING:
-            text += ": waiting for other people's questions"
-        elif job.total:
-            text += f": {job.done} of {job.total} {job.what}"
-        seconds = 0.0 if job.started_s is None else time.monotonic() - job.started_s
-        if seconds >= _LONG_SECONDS:
-            text += f"; {seconds:.0f} s of at most {MAX_SECONDS / 60:.0f} min"
+        text = f"{waiting}{_progress_words(job)}"
         bar, button = st.columns([5, 1], vertical_alignment="center")
         bar.progress(share, text=escaped(text))
         if button.button("Cancel", key=f"{slot}_cancel", width="stretch"):

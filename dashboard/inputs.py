@@ -188,6 +188,17 @@ def all_gpus() -> list[str]:
     return [*list_gpus(), *own_gpus()]
 
 
+def priced_gpus() -> list[str]:
+    """GPU types that a search can compare by what they cost."""
+    prices = price_list()
+    return [name for name in all_gpus() if prices.price(gpu_of(name)) is not None]
+
+
+def set_gpus(names: Sequence[str]) -> None:
+    """Choose the GPU types of a search; to be called before the page is drawn, by a button."""
+    st.session_state["gpus"] = list(names)
+
+
 def model_of(name: str) -> ModelSpec:
     """By id, the user's own included."""
     return own_models().get(name) or load_model(name)
@@ -371,20 +382,19 @@ def _traffic() -> tuple[Traffic, Workload | None, str | None]:
     if trace is not None:
         st.caption(
             f"{trace.name}: {len(trace):,} requests at {trace.request_rate:.3g}/s, "
-            f"{trace.input_tokens.mean():,.0f} tokens in and {trace.output_tokens.mean():,.0f} out on average"
+            f"{trace.input_tokens.mean():,.0f} tokens in and {trace.output_tokens.mean():,.0f} out on average. Lengths "
+            f"and rate are the trace's; the kind of traffic only gives the SLO now."
         )
     usual_rate = f"{trace.request_rate:.3g}" if trace is not None else f"{preset.request_rate:g}"
     rate = optional("Requests per second", 0.01, 10_000.0, "rate", usual_rate, help="Mean arrival rate, Poisson.")
+    if trace is not None:
+        return Traffic(name, rate, trace=identity, duration_s=questions.LOAD_SECONDS), trace, fault
     left, right = st.columns(2)
-    is_trace = trace is not None
     with left:
-        tokens_in = optional("Tokens in", 1, 1_000_000, "isl", f"{preset.input_tokens:,}", step=64, disabled=is_trace)
+        tokens_in = optional("Tokens in", 1, 1_000_000, "isl", f"{preset.input_tokens:,}", step=64)
     with right:
-        tokens_out = optional("Tokens out", 1, 100_000, "osl", f"{preset.output_tokens:,}", step=16, disabled=is_trace)
-    if is_trace:
-        tokens_in = tokens_out = None
-    trace_id = identity if is_trace else None
-    return Traffic(name, rate, tokens_in, tokens_out, trace_id, questions.LOAD_SECONDS), trace, fault
+        tokens_out = optional("Tokens out", 1, 100_000, "osl", f"{preset.output_tokens:,}", step=16)
+    return Traffic(name, rate, tokens_in, tokens_out, None, questions.LOAD_SECONDS), None, fault
 
 
 def _upload() -> tuple[str | None, str | None]:

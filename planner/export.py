@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import textwrap
 from pathlib import Path
 
 from planner.errors import UserError, unknown_name
@@ -20,6 +21,7 @@ _VLLM_KV_DTYPES = {
     "int8": "int8_per_token_head",
     "int4": "int4_per_token_head",
 }
+_REMARK_WIDTH = 100
 _NGRAM_LOOKUP = {"prompt_lookup_min": 2, "prompt_lookup_max": 5}
 
 
@@ -127,14 +129,34 @@ def _remarks(plan: Plan) -> list[str]:
         remarks.append(f"One replica on {gpus}: run this once.")
     else:
         remarks.append(
-            f"{deployment.replicas} replicas, each on {gpus}: run this {deployment.replicas} times, each time on"
+            f"{deployment.replicas} replicas, each on {gpus}: run this {deployment.replicas} times, each time on its "
+            f"own GPUs and --port, behind a router ({deployment.router})."
         )
-        remarks.append(f"its own GPUs and --port, behind a router ({deployment.router}).")
     if plan.result.evidence is Evidence.UNCALIBRATED:
         remarks.append("Uncalibrated: the plan's step times come from a data sheet, not from a measured GPU.")
+    remarks += [*_weights_remarks(deployment), length_remark(deployment)]
+    return [line for remark in remarks for line in textwrap.wrap(remark, _REMARK_WIDTH)]
+
+
+def _weights_remarks(deployment: DeploymentRecord) -> list[str]:
     if deployment.hf_repo is None:
-        remarks.append("The plan was made from a config.json: replace the model's name by where its weights are.")
-    return remarks
+        return ["The plan was made from a config.json: replace the model's name by where its weights are."]
+    return [
+        f"{deployment.hf_repo} can be replaced by any fine-tune of the same shape, e.g. an -Instruct variant: the plan "
+        f"is the same."
+    ]
+
+
+def length_remark(deployment: DeploymentRecord) -> str:
+    """Where the limit on a request's length comes from, and how far it could be raised."""
+    limit, most = deployment.max_model_len, deployment.max_position_embeddings
+    text = (
+        f"--max-model-len {limit} is what was planned for: the load's longest request, rounded up, unless a length was "
+        f"given. Longer requests are refused"
+    )
+    if most is not None and most > limit:
+        text += f"; the model takes up to {most} tokens, if the KV cache holds them"
+    return f"{text}."
 
 
 def _block_size(tokens: int) -> int:

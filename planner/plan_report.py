@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from planner.advice import load_warnings
-from planner.basis import StepTimes
+from planner.basis import Basis, StepTimes
 from planner.cost import cost_of
 from planner.deployment import Deployment
 from planner.errors import UserError
@@ -200,6 +200,8 @@ def build_plan(question: Question, found: tuple[Deployment, SimulationResult], m
     cost = cost_of(deployment, result, question.prices)
     terms = _terms(question, result)
     routed = replace(deployment, router=deployment.router_for(question.workload))
+    step_times = StepTimes.of(result, deployment.step_time())
+    quality = question.kv_quality.of(deployment.kv_cache_dtype) if question.kv_quality else None
     record = Plan(
         rank=1,
         deployment=DeploymentRecord.from_deployment(routed, question.quantization),
@@ -214,13 +216,18 @@ def build_plan(question: Question, found: tuple[Deployment, SimulationResult], m
         tokens_per_s_per_user=1e3 / result.tpot_ms.mean if result.tpot_ms else 0.0,
         terms=terms,
         binding_term=max(terms, key=lambda term: term.share_of_limit).term,
-        step_times=StepTimes.of(result, deployment.step_time()),
+        step_times=step_times,
         loads=None,
         pareto=False,
         num_kv_blocks=memory.num_kv_blocks,
         max_concurrency=memory.max_concurrency,
-        kv_quality=question.kv_quality.of(deployment.kv_cache_dtype) if question.kv_quality else None,
-        warnings=(*memory.warnings, *load_warnings(question.workload, deployment, memory, result)),
+        kv_quality=quality,
+        warnings=(
+            *_basis_warnings(step_times.basis),
+            *_quality_warnings(question, deployment.kv_cache_dtype.value, quality),
+            *memory.warnings,
+            *load_warnings(question.workload, deployment, memory, result),
+        ),
         result=result.model_copy(update={"timeline": ()}),
     )
     return RankedPlan(record, deployment, result)
@@ -383,35 +390,48 @@ def _question_record(question: Question, explored: list[Explored]) -> QuestionRe
 
 
 def _warnings(question: Question, records: list[Plan], evidence: Evidence) -> tuple[str, ...]:
+    """Of the load and the search, and those of single plans that rest on too little."""
     warnings = list(question.workload.notes)
     if evidence is Evidence.UNCALIBRATED:
-        warnings.append(
-            "step times are uncalibrated: they come from data sheets and stated efficiencies, not from measurements"
-        )
+        warnings.append(_about_all(Basis.UNCALIBRATED, records))
     elif evidence is Evidence.EXTRAPOLATED:
-        warnings.append("step times of some of these engines are transferred from a profile of something else")
-    warnings += _quality_warnings(question, records)
+        warnings.append(_about_all(Basis.TRANSFERRED, records))
+    for name, quality in {r.deployment.kv_cache_dtype: r.kv_quality for r in records}.items():
+        warnings += _quality_warnings(question, name, quality)
     unpriced = sorted({r.deployment.system for r in records if r.usd_per_hour is None})
     if unpriced:
         warnings.append(f"no price is known for {', '.join(unpriced)}: pass --price, e.g. {unpriced[0]}=2.50")
     return tuple(warnings)
 
 
-def _quality_warnings(question: Question, records: list[Plan]) -> list[str]:
-    """That what is known of the KV formats in use was measured on another model, or is nothing."""
-    found = {r.deployment.kv_cache_dtype: r.kv_quality for r in records if r.deployment.kv_cache_dtype != REFERENCE}
-    unknown = sorted(name for name, quality in found.items() if quality is None)
-    known = {name: quality for name, quality in sorted(found.items()) if quality is not None}
-    warnings = []
-    if unknown:
-        warnings.append(f"the effect of {', '.join(unknown)} KV on output quality has not been measured")
-    if known:
-        measured_on = parameters(next(iter(known.values())))
-        warnings.append(
-            f"the effect of {', '.join(known)} KV on output quality was measured on {measured_on}, which for "
-            f"{question.model.name} is an indication only"
-        )
-    return warnings
+_WEAK = {
+    Basis.UNCALIBRATED: "uncalibrated: they come from data sheets and stated efficiencies, not from measurements",
+    Basis.TRANSFERRED: "transferred from a profile of something else",
+}
+
+
+def _basis_warnings(basis: Basis) -> list[str]:
+    """That a plan's step times were never measured on such an engine."""
+    return [f"step times are {_WEAK[basis]}"] if basis in _WEAK else []
+
+
+def _about_all(basis: Basis, records: list[Plan]) -> str:
+    """The same of a whole search, in which other plans may rest on something else."""
+    if records and all(r.step_times.basis is basis for r in records):
+        return _basis_warnings(basis)[0]
+    return f"step times of some of these engines are {_WEAK[basis]}"
+
+
+def _quality_warnings(question: Question, dtype: str, quality: KVQuality | None) -> list[str]:
+    """That what is known of a KV format was measured on another model, or is nothing."""
+    if dtype == REFERENCE:
+        return []
+    if quality is None:
+        return [f"the effect of {dtype} KV on output quality has not been measured"]
+    return [
+        f"the effect of {dtype} KV on output quality was measured on {parameters(quality)}, which for "
+        f"{question.model.name} is an indication only"
+    ]
 
 
 def read_plan(text: str, source: str) -> PlanReport:

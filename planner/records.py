@@ -31,6 +31,8 @@ class DeploymentRecord(Record):
     """"hybrid" (sliding layers keep their window) or "unified" (all layers keep everything)."""
     max_model_len: int
     """Longest sequence in tokens, prompt and answer."""
+    max_position_embeddings: int | None = None
+    """Longest context the model was made for; None in records from before it was written down."""
     max_num_seqs: int
     """Most sequences in one step."""
     max_num_batched_tokens: int
@@ -82,6 +84,7 @@ class DeploymentRecord(Record):
             kv_cache_dtype=settings.dtype.value,
             kv_cache_policy=deployment.kv_cache_policy,
             max_model_len=settings.resolved_max_model_len(deployment.model),
+            max_position_embeddings=deployment.model.max_position_embeddings,
             max_num_seqs=deployment.max_num_seqs,
             max_num_batched_tokens=deployment.max_num_batched_tokens,
             block_size=settings.resolved_block_size,

@@ -26,13 +26,36 @@ _KEPT = 256
 
 @lru_cache(_KEPT)
 def memory_of(engine: Engine, concurrency: int = 1) -> MemoryReport:
-    """The memory of one replica; where it goes by the model of memory, not by how many blocks some engine had.
+    """The memory of one replica: with as many KV blocks as the engine had in a profile of these very settings, which is
+    what plans and simulations go by, else as the model of memory has it.
 
     Raises:
         UserError: a setting out of its range, or a parallelism that the model or the node does not allow.
     """
+    blocks = _measured_blocks(replace(engine, max_model_len=None))
+    modelled = modelled_memory_of(engine, concurrency)
+    if blocks is None or not modelled.fits:
+        return modelled
+    settings = engine.deployment().memory_settings()
+    report = plan_memory(engine.model, engine.gpu, settings, concurrency)
+    # What helps where it does not fit, and what to beware of, only the model of memory can tell.
+    return report.model_copy(update={"remedies": modelled.remedies, "warnings": modelled.warnings})
+
+
+@lru_cache(_KEPT)
+def modelled_memory_of(engine: Engine, concurrency: int = 1) -> MemoryReport:
+    """The same by the model of memory, whatever was measured.
+
+    Raises:
+        UserError: as `memory_of`.
+    """
     deployment = replace(engine, profiles=("none",)).deployment()
     return plan_memory(engine.model, engine.gpu, deployment.memory_settings(), concurrency)
+
+
+@lru_cache(_KEPT)
+def _measured_blocks(engine: Engine) -> int | None:
+    return engine.deployment().memory_settings().num_gpu_blocks
 
 
 def lengths_up_to(longest: int) -> tuple[int, ...]:

@@ -1,14 +1,16 @@
 """Long work in processes of its own: cached by the question, with progress, and it can be cancelled.
 
 Each job has a worker process of its own while it runs: a cancelled one is gone at once, none can take another down, and
-a worker that is done takes the next job with everything still loaded. A question that several people ask is computed
-once.
+a worker that is done, or was asked to stop, takes the next job with everything still loaded. A question that several
+people ask is computed once.
 """
 
 from __future__ import annotations
 
 import atexit
 import contextlib
+import heapq
+import itertools
 import os
 import pickle
 import signal
@@ -17,13 +19,14 @@ import sys
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from enum import StrEnum
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import dashboard
+from dashboard.services.worker import STOP
 from planner.errors import UserError
 
 _KEPT = 64
@@ -32,7 +35,22 @@ _MOST_CORES = 8
 #: A job that takes longer was asked too much of.
 MAX_SECONDS = 1800.0
 
+# A worker that does not stop by then is ended.
+_STOPPING_SECONDS = 1.0
+
 Report = Callable[[int, int, str], None]
+
+
+def alone(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Mark work that starts no processes: given up, it is asked to stop, and its worker goes on to the next job."""
+    function.is_alone = True
+    return function
+
+
+def first(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Mark short work without which a page shows nothing: it goes before all other work."""
+    function.is_first = True
+    return function
 
 
 class State(StrEnum):
@@ -64,6 +82,7 @@ class Job:
         self.error: str | None = None
         self.is_lasting = True  # whether asking again would give the same answer
         self.started_s: float | None = None
+        self._counting_s = self._noted_s = 0.0  # since when the present `what` is counted; the last progress
         self.seconds: float | None = None
         self.watchers: set[str] = set()
         self._worker: Worker | None = None
@@ -78,19 +97,20 @@ class Job:
         """Whether it is finished, at the latest after so long."""
         return self._finished.wait(seconds)
 
-    def start(self, worker: Worker) -> None:
-        """It is being computed."""
+    def start(self, worker: Worker) -> bool:
+        """It is being computed, unless it was given up; whether it is."""
         with self._lock:
-            self._worker, self.started_s = worker, time.monotonic()
-            if not self.is_finished:
-                self.state = State.RUNNING
-                return
-        worker.kill()
+            if self.is_finished:
+                return False
+            self._worker, self.started_s, self.state = worker, time.monotonic(), State.RUNNING
+            self._noted_s = self.started_s
+            worker.take_on(self)
+            return True
 
     def note(self, kind: str, content: Any) -> None:
         """What comes from the worker."""
         if kind == "progress":
-            self.done, self.total, self.what = content
+            self._progress(*content)
         elif kind == "done":
             self.finish(State.DONE, result=content)
         elif kind == "refused":
@@ -100,21 +120,63 @@ class Job:
                 print(content, file=sys.stderr)
             self.finish(State.FAILED, error=DEFECT, is_lasting=False)
 
-    def finish(self, state: State, result: Any = None, error: str | None = None, is_lasting: bool = True) -> None:
-        """The first to call decides."""
+    def _progress(self, done: int, total: int, what: str) -> None:
+        if what != self.what:
+            self._counting_s = self._noted_s
+        self.done, self.total, self.what = done, total, what
+        self._noted_s = time.monotonic()
+
+    def remaining_s(self) -> float | None:
+        """Seconds until what is counted now is done, at its pace so far; None where nothing tells."""
+        if not self.done or self.state is not State.RUNNING:
+            return None
+        each = (self._noted_s - self._counting_s) / self.done
+        return max(0.0, each * (self.total - self.done) - (time.monotonic() - self._noted_s))
+
+    def finish(self, state: State, result: Any = None, error: str | None = None, is_lasting: bool = True) -> bool:
+        """The first to call decides; whether it was this one."""
         with self._lock:
             if self.is_finished:
-                return
+                return False
             self.state, self.result, self.error, self.is_lasting = state, result, error, is_lasting
             if self.started_s is not None:
                 self.seconds = time.monotonic() - self.started_s
             self._finished.set()
+            return True
 
     def end(self, state: State, error: str | None = None) -> None:
         """Stop computing."""
-        self.finish(state, error=error, is_lasting=False)
-        if self._worker is not None and self.state is state:
-            self._worker.kill()
+        if self.finish(state, error=error, is_lasting=False) and self._worker is not None:
+            self._worker.stop(self, gently=getattr(self.function, "is_alone", False))
+
+
+class Cores:
+    """Who may run: so many at once in the order of asking. Work that is marked `first` goes before the rest, and one
+    such piece runs even while all cores are taken.
+    """
+
+    def __init__(self, number: int) -> None:
+        self._number, self._running = number, 0
+        self._changed = threading.Condition()
+        self._waiting: list[tuple[bool, int]] = []
+        self._count = itertools.count()
+
+    @contextlib.contextmanager
+    def one(self, is_first: bool) -> Iterator[None]:
+        """Wait for one, and keep it."""
+        ticket = (not is_first, next(self._count))
+        with self._changed:
+            heapq.heappush(self._waiting, ticket)
+            self._changed.wait_for(lambda: self._waiting[0] == ticket and self._running < self._number + is_first)
+            heapq.heappop(self._waiting)
+            self._running += 1
+            self._changed.notify_all()
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._running -= 1
+                self._changed.notify_all()
 
 
 class Jobs:
@@ -126,11 +188,11 @@ class Jobs:
 
     def __init__(self, workers: int) -> None:
         self.workers = workers
-        self._slots = threading.BoundedSemaphore(workers)
+        self._cores = Cores(workers)
         self._lock = threading.Lock()
         self._jobs: OrderedDict[str, Job] = OrderedDict()
         self._asked: dict[tuple[str, str], Job] = {}
-        self._pool = Pool(ahead=min(2, workers))
+        self._pool = Pool(ahead=min(2, workers) + 1)
 
     def ask(self, owner: str, slot: str, key: str, function: Callable[..., Any], *arguments: Any) -> Job:
         """The job of a question, started if nobody has asked it yet.
@@ -167,6 +229,13 @@ class Jobs:
             job = self._asked.pop((owner, slot), None)
         if job is not None:
             self._release(owner, job)
+
+    def keep_only(self, owner: str, slots: Iterable[str], keys: Collection[str]) -> None:
+        """Give up what an owner asked for, except these questions."""
+        for slot in slots:
+            job = self._asked.get((owner, slot))
+            if job is not None and job.key not in keys:
+                self.cancel(owner, slot)
 
     def finished(self, key: str) -> Job | None:
         """A job that is done, from the cache."""
@@ -210,7 +279,7 @@ class Jobs:
             self._asked = {asked: job for asked, job in self._asked.items() if job in kept}
 
     def _run(self, job: Job) -> None:
-        with self._slots:
+        with self._cores.one(getattr(job.function, "is_first", False)):
             if not job.is_finished:
                 self._compute(job)
         if job.state is State.CANCELLED or not job.is_lasting:
@@ -220,16 +289,18 @@ class Jobs:
 
     def _compute(self, job: Job) -> None:
         worker = self._pool.take()
-        job.start(worker)
+        if not job.start(worker):
+            self._pool.put(worker)
+            return
         clock = threading.Timer(MAX_SECONDS, _too_long, (job,))
         clock.daemon = True
         clock.start()
         is_fit = False
         try:
-            is_fit = worker.ask(job.function, job.arguments, job.note)
+            is_fit = worker.ask(job)
         finally:
             clock.cancel()
-            if is_fit and job.is_finished and job.state is not State.CANCELLED:
+            if is_fit and job.is_finished:
                 self._pool.put(worker)
             else:
                 error = "the computation ended early, perhaps for want of memory"
@@ -274,22 +345,60 @@ class Worker:
             start_new_session=True,
         )
 
-    def ask(self, function: Callable[..., Any], arguments: tuple, note: Callable[[str, Any], None]) -> bool:
-        """Compute, telling `note` of everything that comes; whether it can be asked again."""
+        self._lock = threading.Lock()
+        self._job: Job | None = None
+        self._is_ready = self._is_ended = False
+
+    def take_on(self, job: Job) -> None:
+        """It is this job's from now on."""
+        with self._lock:
+            self._job = job
+
+    def ask(self, job: Job) -> bool:
+        """Compute, telling the job of everything that comes; whether another can be asked."""
         try:
-            pickle.dump((function, arguments), self._process.stdin)
-            self._process.stdin.flush()
-            while True:
-                kind, content = pickle.load(self._process.stdout)
-                if kind != "ready":
-                    note(kind, content)
-                if kind in ("done", "refused", "defect"):
-                    return True
+            while self._answer(job) == "ended" and not job.is_finished:
+                pass  # it was asked to stop at the question before, just as that was answered
         except (EOFError, OSError, pickle.UnpicklingError):
             return False
+        finally:
+            with self._lock:
+                self._job = None
+        return not self._is_ended
+
+    def _answer(self, job: Job) -> str:
+        pickle.dump((job.function, job.arguments), self._process.stdin)
+        self._process.stdin.flush()
+        while True:
+            kind, content = pickle.load(self._process.stdout)
+            if kind == "ready":
+                self._is_ready = True
+            elif kind != "ended":
+                job.note(kind, content)
+            if kind in ("done", "refused", "defect", "ended"):
+                return kind
+
+    def stop(self, job: Job, gently: bool) -> None:
+        """Give up a job, if it is still at that one.
+
+        Args:
+            gently: ask it to stop, and end it only if it does not.
+        """
+        with self._lock:
+            if self._job is not job:
+                return
+            if not gently or STOP is None:
+                self.kill()
+                return
+            with contextlib.suppress(ProcessLookupError):
+                self._process.send_signal(STOP)
+        clock = threading.Timer(_STOPPING_SECONDS, self.stop, (job, not self._is_ready))
+        clock.daemon = True
+        clock.start()
 
     def kill(self) -> None:
         """At once, whatever it is doing, with the processes that it started."""
+        self._is_ended = True
         if hasattr(os, "killpg"):
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from dashboard.services.work import TrialAnswer
+from planner.basis import Basis
 from planner.cost import Cost, cost_of
 from planner.deployment import Deployment, PriceList
 from planner.intervals import interval
-from planner.plan_report import Plan, SloTerm
+from planner.plan_report import Plan, PlanReport, SloTerm
 from planner.simulation import SimulationResult
 from planner.step_time import Evidence
 
@@ -73,6 +74,12 @@ def change(before: float, after: float) -> str:
     return "the same" if text in ("+0%", "-0%") else text.replace("-", "−")
 
 
+def from_to(before: tuple[float, Interval | None], after: tuple[float, Interval | None]) -> str:
+    """Two numbers with their intervals, and the relative difference; none where both are shown alike."""
+    told = [shown(value, span) for value, span in (before, after)]
+    return f"{told[0]} → {told[1]} ms ({'the same' if told[0] == told[1] else change(before[0], after[0])})"
+
+
 def signed(error: float | None) -> str:
     """A relative error with its sign, in per cent to one decimal."""
     return "–" if error is None else f"{error:+.1%}".replace("-", "−")
@@ -83,11 +90,11 @@ def times(factor: float) -> str:
     return f"{shown(factor, digits=2).removesuffix('.0')} times"
 
 
-def usd(value: float | None) -> str:
-    """Dollars and cents; fractions of a cent where it is less than a dollar."""
+def usd(value: float | None, digits: int = 3) -> str:
+    """Dollars and cents; so many digits, which may be fractions of a cent, where it is less than a dollar."""
     if value is None:
         return "no price"
-    return f"${value:,.2f}" if value >= 1 else f"${value:.3g}"
+    return f"${value:,.2f}" if value >= 1 else f"${value:.{digits}g}"
 
 
 # ---- intervals and confidence --------------------------------------------------------------------------------------
@@ -114,21 +121,34 @@ def probability(plan: Plan) -> Interval | None:
     return None if found is None else (found.low, found.high)
 
 
+def likely(plan: Plan) -> str:
+    """How likely a plan meets its SLO, in a table's cell; empty where nothing tells."""
+    share = probability(plan)
+    if share is None:
+        return ""
+    low, high = (shown(100 * each, digits=2) for each in share)
+    if share[1] >= 1.0:
+        return f"≥ {low} %"
+    return f"≤ {high} %" if share[0] <= 0.0 else f"{low} to {high} %"
+
+
 def confidence(plan: Plan) -> str:
     """How sure a plan is, in words."""
-    parts = []
-    likely = probability(plan)
-    if likely is not None:
-        low, high = (shown(100 * share, digits=2) for share in likely)
-        parts.append(
-            f"it meets the SLO in {plan.loads.met} of {plan.loads.of} draws of load and step times, which is a "
-            f"probability of {low} to {high} %"
-        )
-    elif plan.loads is not None:
-        parts.append(f"the SLO held on {plan.loads.met} of {plan.loads.of} loads, this one and resamples of it")
-    else:
-        parts.append("the SLO holds on this load; it was not tried on others")
-    return "; ".join(parts)
+    share = probability(plan)
+    if share is None:
+        if plan.loads is None:
+            return "the SLO holds on this load; it was not tried on others"
+        return f"the SLO held on {plan.loads.met} of {plan.loads.of} loads, this one and resamples of it"
+    met, of = plan.loads.met, plan.loads.of
+    low, high = (shown(100 * each, digits=2) for each in share)
+    drawn = "draws of load and step times"
+    if share[1] >= 1.0:
+        return f"it meets the SLO in all {of} {drawn}; so many draws show that it is at least {low} % likely"
+    if share[0] <= 0.0:
+        return f"it meets the SLO in none of {of} {drawn}; so many draws show that it is at most {high} % likely"
+    return (
+        f"it meets the SLO in {met} of {of} {drawn}; so few draws show no more than that it is {low} to {high} % likely"
+    )
 
 
 def is_sure(plan: Plan) -> bool:
@@ -136,6 +156,14 @@ def is_sure(plan: Plan) -> bool:
     likely = probability(plan)
     held = plan.loads is None or plan.loads.met == plan.loads.of
     return held and (likely is None or likely[1] >= 0.9)
+
+
+def measured_instead(report: PlanReport) -> Plan | None:
+    """The cheapest plan whose step times were measured, where those of the first were not."""
+    if report.plans[0].step_times.basis not in (Basis.TRANSFERRED, Basis.UNCALIBRATED):
+        return None
+    measured = (Basis.MEASURED, Basis.INTERPOLATED)
+    return next((plan for plan in report.plans if plan.step_times.basis in measured), None)
 
 
 def metric_interval(answer: TrialAnswer, metric: str, at: str) -> Interval | None:
@@ -220,6 +248,32 @@ def evidence_tag(result: SimulationResult) -> str:
         if shares.get(kind, 0.0) >= _NEGLIGIBLE:
             return str(kind)
     return ""
+
+
+def warnings_of_others(report: PlanReport, said: Sequence[str]) -> list[str]:
+    """What to know of the plans after the first, each sentence once, with the plans that it is about.
+
+    Args:
+        said: sentences that stand elsewhere.
+    """
+    told: dict[str, list[int]] = {}
+    for plan in report.plans[1:]:
+        for warning in dict.fromkeys(plan.warnings):
+            told.setdefault(warning, []).append(plan.rank)
+    return [f"{_plans(ranks)}: {warning}" for warning, ranks in told.items() if warning not in said]
+
+
+def _plans(ranks: Sequence[int]) -> str:
+    """Plan 2; plans 2, 4 and 7 to 9."""
+    runs: list[list[int]] = []
+    for rank in ranks:
+        if runs and rank == runs[-1][-1] + 1:
+            runs[-1].append(rank)
+        else:
+            runs.append([rank])
+    texts = [text for run in runs for text in ([f"{run[0]} to {run[-1]}"] if len(run) > 2 else map(str, run))]
+    *head, last = texts
+    return f"plan{'s' * (len(ranks) > 1)} {', '.join(head)}{' and ' * bool(head)}{last}"
 
 
 # ---- verdicts ------------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from dashboard.services.jobs import Report
+from dashboard.services.jobs import Report, alone, first
 from dashboard.services.questions import Search, Traffic, Trial
 from planner.errors import UserError
 from planner.intervals import draws, simulate_draw
@@ -42,23 +42,46 @@ class PlanAnswer:
 
     Attributes:
         is_quick: a first look at the beginning of the load.
+        notes: what to know of the load.
     """
 
     report: PlanReport
     cheaper: tuple[Cheaper, ...]
     is_quick: bool
+    notes: tuple[str, ...] = ()
 
 
-def plan(report: Report, search: Search, trace: Workload | None, is_quick: bool, cores: int = 1) -> PlanAnswer:
+@first
+@alone
+def first_look(report: Report, search: Search, trace: Workload | None) -> PlanAnswer:
+    """Search with the beginning of the load.
+
+    Raises:
+        UserError: as `planner.search.plan`.
+    """
+    return wide_first_look(report, search, trace, cores=1)
+
+
+def wide_first_look(report: Report, search: Search, trace: Workload | None, cores: int) -> PlanAnswer:
+    """The same on several cores, for many engines.
+
+    Raises:
+        UserError: as `planner.search.plan`.
+    """
+    question = search.question(search.traffic.workload(trace), quick=True)
+    return PlanAnswer(search_plans(question, n_jobs=cores, progress=report), (), True, question.workload.notes)
+
+
+def plan(report: Report, search: Search, trace: Workload | None, cores: int = 1) -> PlanAnswer:
     """Search; the answer does not depend on the number of cores.
 
     Raises:
         UserError: as `planner.search.plan`.
     """
-    question = search.question(search.traffic.workload(trace), is_quick)
+    question = search.question(search.traffic.workload(trace))
     found = search_plans(question, n_jobs=cores, progress=report)
-    cheaper = why_not_cheaper(question, found) if found.plans and not is_quick else ()
-    return PlanAnswer(found, cheaper, is_quick)
+    cheaper = why_not_cheaper(question, found) if found.plans else ()
+    return PlanAnswer(found, cheaper, False, question.workload.notes)
 
 
 def why_not_cheaper(question: Question, found: PlanReport) -> tuple[Cheaper, ...]:
@@ -129,6 +152,18 @@ class TrialAnswer:
     others: tuple[SimulationResult, ...]
 
 
+@first
+@alone
+def try_once(report: Report, trial: Trial, trace: Workload | None) -> TrialAnswer:
+    """Simulate on the given load alone, without intervals.
+
+    Raises:
+        UserError: as `planner.simulate_report.simulate_report`.
+    """
+    return try_one(report, trial, trace, num_others=0)
+
+
+@alone
 def try_one(report: Report, trial: Trial, trace: Workload | None, num_others: int) -> TrialAnswer:
     """Simulate, then draw load and step times so many times.
 
@@ -192,6 +227,7 @@ class Sweep:
         return before, None
 
 
+@alone
 def sweep(report: Report, trial: Trial, trace: Workload | None, factors: Sequence[float]) -> Sweep:
     """A configuration at multiples of its load's request rate, in order, until it is hopeless.
 
@@ -244,6 +280,7 @@ class Tornado:
     bars: tuple[Sensitivity, ...]
 
 
+@alone
 def tornado(report: Report, trial: Trial, trace: Workload | None) -> Tornado:
     """Change one thing at a time, down and up.
 

@@ -15,6 +15,7 @@ from dashboard.services import capacity, results
 from dashboard.services.capacity import Fit, Line
 from dashboard.services.questions import Engine
 from planner.memory import GIB, MemoryReport
+from planner.model import ModelSpec
 
 _LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072, 262144, 524288, 1048576)
 _TABLE_DTYPES = ("bfloat16", "fp8")
@@ -27,6 +28,7 @@ def page() -> None:
     report = capacity.memory_of(engine, users)
     _verdict(report)
     _numbers(report)
+    _measured(report, capacity.modelled_memory_of(engine, users))
     left, right = st.columns(2)
     with left:
         st.subheader("Where the memory goes")
@@ -63,7 +65,7 @@ def _inputs() -> tuple[Engine, int]:
         dtype = inputs.choose("KV cache format", inputs.KV_DTYPES, "bfloat16", "kv_dtype", format_func=kv_name)
     with second:
         size = inputs.slide("GPUs per replica (TP)", (1, 2, 4, 8), 1, "tp")
-        length = inputs.slide("Context, tokens", _LENGTHS, 32768, "context", format_func=lambda n: f"{n >> 10}k")
+        length = _context(question.model)
     with third:
         users = inputs.whole("Sequences at once (users)", 1, 100_000, 5, "users")
         utilization = inputs.slide(
@@ -79,6 +81,24 @@ def _inputs() -> tuple[Engine, int]:
     return engine, users
 
 
+def _context(model: ModelSpec) -> int:
+    """A length, no longer than the model was made for."""
+    most = model.max_position_embeddings
+    lengths = [*(length for length in _LENGTHS if length < most), most]
+    chosen = st.session_state.get("context")
+    if chosen is not None and chosen not in lengths:  # it was of a model with a longer context
+        st.session_state["context"] = max(length for length in lengths if length <= max(chosen, lengths[0]))
+    usual = max(length for length in lengths if length <= max(32768, lengths[0]))
+    return inputs.slide(
+        "Context, tokens",
+        lengths,
+        usual,
+        "context",
+        format_func=lambda n: f"{n >> 10}k" if n % 1024 == 0 else f"{n:,}",
+        help=f"{model.name} was made for at most {most:,} tokens.",
+    )
+
+
 def _longest(engine: Engine) -> int:
     return max(engine.model.max_position_embeddings, engine.max_model_len or 0, 2048)
 
@@ -88,11 +108,9 @@ def _verdict(report: MemoryReport) -> None:
     where = f"{report.tensor_parallel_size} × {report.system}, {kv_name(report.kv_cache_dtype)} KV"
     if report.fits:
         held = results.shown_capacity(report.max_concurrency)
-        st.success(
-            f"**✓ It fits.** {escaped(f'{asked} on {where}: the KV pool holds {held}.')}", icon=":material/check:"
-        )
+        st.success(f"**It fits.** {escaped(f'{asked} on {where}: the KV pool holds {held}.')}", icon=":material/check:")
         return
-    st.error(f"**✗ It does not fit.** {escaped(f'{asked} on {where}: {report.reason}.')}", icon=":material/block:")
+    st.error(f"**It does not fit.** {escaped(f'{asked} on {where}: {report.reason}.')}", icon=":material/block:")
     if not report.remedies:
         st.write("No single change of utilisation, KV format or GPUs within a node would help.")
         return
@@ -137,6 +155,19 @@ def _numbers(report: MemoryReport) -> None:
         results.shown(report.kv_bytes_per_sequence / GIB),
         border=True,
         help=fields["kv_bytes_per_sequence"].description,
+    )
+
+
+def _measured(report: MemoryReport, modelled: MemoryReport) -> None:
+    """Why the numbers are not those of the model of memory."""
+    if report.num_kv_blocks * report.block_size == modelled.num_kv_blocks * modelled.block_size:
+        return
+    st.caption(
+        escaped(
+            f"This is what Memwall's engine had room for when it was profiled with these settings; Plan and What if go "
+            f"by it too. Worked out for vLLM's layout of the cache it would be "
+            f"{results.shown_capacity(modelled.max_concurrency)} sequences."
+        )
     )
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import streamlit as st
 
 from dashboard import inputs
-from dashboard.components import answer_of, complain, escaped, note_warnings, show_chart, show_table
+from dashboard.components import answer_of, ask, complain, escaped, give_up_but, note_warnings, show_chart, show_table
 from dashboard.figures import compare as figures
 from dashboard.figures.plan import kv_name
 from dashboard.services import questions, results, work
@@ -25,6 +25,8 @@ _CONTEXTS = (_AS_NEEDED, "8k", "16k", "32k", "64k", "128k")
 _SEQS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 _BUDGETS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
 _MOST_DRAFTS = 8
+# Rather than a progress bar that is gone again at once.
+_FIRST_PATIENCE_SECONDS = 1.5
 
 
 @dataclass(frozen=True)
@@ -171,19 +173,26 @@ def _names(engines: Sequence[Engine]) -> list[str]:
 def _answers(trials: Sequence[Trial], names: Sequence[str]) -> list[TrialAnswer] | None:
     """One load each at first, then with intervals; None while not all of them are there."""
     trace = inputs.shared().trace
-    answers: list[TrialAnswer | None] = []
-    for number, (trial, name) in enumerate(zip(trials, names, strict=True)):
-        slot, first = f"trial_{number}", key_of("trial", trial, 0)
-        waiting = f"Simulating {name}"
-        answers.append(answer_of(slot, first, work.try_one, trial, trace, 0, waiting=waiting, patience=0.5))
+    first = [key_of("trial", trial, 0) for trial in trials]
+    whole = [key_of("trial", trial, work.NUM_OTHERS) for trial in trials]
+    sweeps = [key_of("sweep", trial, _FACTORS) for trial in trials]
+    slots = [f"{slot}_{number}" for slot in ("trial", "loads", "sweep") for number in range(len(_LETTERS))]
+    give_up_but([*slots, "tornado"], {*first, *whole, *sweeps, *(key_of("tornado", trial) for trial in trials)})
+    for number, trial in enumerate(trials):
+        ask(f"trial_{number}", first[number], work.try_once, trial, trace)
+    answers = [
+        answer_of(f"trial_{number}", first[number], work.try_once, trial, trace, waiting=f"Simulating {name}",
+                  patience=_FIRST_PATIENCE_SECONDS)
+        for number, (trial, name) in enumerate(zip(trials, names, strict=True))
+    ]  # fmt: skip
     if any(answer is None for answer in answers):
         return None
-    better = []
     for number, (trial, name) in enumerate(zip(trials, names, strict=True)):
         waiting = f"Intervals of {name}, from drawn loads and step times"
-        key = key_of("trial", trial, work.NUM_OTHERS)
-        better.append(answer_of(f"loads_{number}", key, work.try_one, trial, trace, work.NUM_OTHERS, waiting=waiting))
-    return [whole or first for whole, first in zip(better, answers, strict=True)]
+        better = answer_of(f"loads_{number}", whole[number], work.try_one, trial, trace, work.NUM_OTHERS,
+                           waiting=waiting, patience=0.0)  # fmt: skip
+        answers[number] = better or answers[number]
+    return answers
 
 
 def _verdicts(answers: Sequence[TrialAnswer], names: Sequence[str]) -> None:
@@ -229,11 +238,11 @@ def _difference(answers: Sequence[TrialAnswer], names: Sequence[str], costs: Seq
         one, two = getattr(first.result, metric), getattr(second.result, metric)
         if one and two:
             spans = [results.metric_interval(answer, metric, "p99") for answer in answers[:2]]
-            told = [results.shown(found.p99, span) for found, span in zip((one, two), spans, strict=True)]
-            parts.append(f"{label} {told[0]} → {told[1]} ms ({results.change(one.p99, two.p99)})")
+            parts.append(f"{label} {results.from_to((one.p99, spans[0]), (two.p99, spans[1]))}")
     told = [cost.told("usd_per_million_output_tokens") for cost in costs[:2]]
-    parts.append(f"1M output tokens {told[0]} → {told[1]}")
-    st.markdown(f"**From {escaped(names[0])} to {escaped(names[1])}:** {escaped('; '.join(parts))}.")
+    parts.append(f"1M output tokens {told[0]} → {told[1]}{' (the same)' * (told[0] == told[1])}")
+    head = f"At {inputs.shared().rate:.3g} requests/s, from {names[0]} to {names[1]}:"
+    st.markdown(f"**{escaped(head)}** {escaped('; '.join(parts))}.")
     dtypes = {report.deployment.kv_cache_dtype for report in (first, second)} - {"bfloat16"}
     study = load_kv_quality()
     for dtype in sorted(dtypes):

@@ -331,6 +331,7 @@ def _table(report: PlanReport) -> str:
         f"{len(report.plans)} feasible plans in all; those that differ in nothing but seqs share a row; --output json "
         f"has each of them.",
     ]
+    said = report.plans[0].warnings
     return page(
         head,
         table,
@@ -340,7 +341,7 @@ def _table(report: PlanReport) -> str:
         _other_finalists(report.plans),
         _rejections(report.rejections),
         _effort(report),
-        warnings(report.warnings),
+        warnings([warning for warning in report.warnings if warning not in said]),
     )
 
 

@@ -96,6 +96,37 @@ def test_a_trace_is_dropped_shared_and_its_plan_downloaded(visitor, browser, add
     other.close()
 
 
+def test_all_gpu_types_are_compared_on_a_click_and_stand_in_the_link(visitor):
+    visitor.open("?rate=0.2&kv=fp8")
+    visitor.page.get_by_role("button", name="Compare all 15 GPU types").click()
+    visitor.page.wait_for_url("**mi300x**")
+    visitor.settle()
+    assert "Take 1 ×" in visitor.text()
+    assert "mi300x" in visitor.page.url
+    assert "h100_sxm" in visitor.page.url
+
+
+def test_progress_stands_above_the_first_look(visitor):
+    visitor.page.goto(f"{visitor.address}/?rate=70.5")
+    look = visitor.page.get_by_text("First look, from the first 60 s of the load")
+    look.wait_for(timeout=120_000)
+    cancel = visitor.page.get_by_role("button", name="Cancel", exact=True).first
+    assert cancel.bounding_box()["y"] < look.bounding_box()["y"] < 600
+    cancel.click()
+    visitor.page.get_by_text("Cancelled.").wait_for()
+    assert look.is_visible()
+
+
+def test_nothing_of_streamlits_own_is_in_the_way(visitor):
+    visitor.open("memory")
+    for name in ("stAppDeployButton", "stMainMenu"):
+        assert visitor.page.locator(f'[data-testid="{name}"]').count() == 0
+    visitor.page.keyboard.press("c")
+    visitor.page.wait_for_timeout(500)
+    assert visitor.page.get_by_role("dialog").count() == 0
+    assert visitor.page.locator("h1").first.bounding_box()["y"] < 100
+
+
 def test_a_long_run_is_cancelled(visitor):
     visitor.page.goto(f"{visitor.address}/?rate=70")
     visitor.page.get_by_role("button", name="Cancel", exact=True).first.click(timeout=60_000)
@@ -229,8 +260,10 @@ def test_s11_fp8_kv_helps_or_hurts(asked):
     asked.visit("What if", "What if?")
     text = asked.text()
     found = re.search(
-        r"From A: bf16 KV to B: fp8 KV: sequences of ([\d,]+) tokens that a replica holds ([\d,.]+) → ([\d,.]+); "
-        r"TTFT p99 ([\d,.]+) → ([\d,.]+) ms .*?; TPOT p99 ([\d,.]+) → ([\d,.]+) ms", text)  # fmt: skip
+        r"At 8 requests/s, from A: bf16 KV to B: fp8 KV: sequences of ([\d,]+) tokens that a replica holds "
+        r"([\d,.]+) → ([\d,.]+); TTFT p99 ([\d,.]+) → ([\d,.]+) ms .*?; TPOT p99 ([\d,.]+) → ([\d,.]+) ms",
+        text,
+    )
     load = chat()
     for dtype, held, ttft, tpot in (("bfloat16", 2, 4, 6), ("fp8", 3, 5, 7)):
         settings = {"kv_cache_dtype": KVCacheDtype(dtype)}
@@ -274,7 +307,7 @@ def test_s15_tensor_parallel_or_replicas(asked):
     asked.visit("What if", "What if?")
     asked.choose("compare", "Tensor parallel or replicas")
     found = re.search(
-        r"From A: TP 2 × 1 to B: TP 1 × 2: .*?TPOT p99 ([\d,.]+) → ([\d,.]+) ms", asked.text())  # fmt: skip
+        r"from A: TP 2 × 1 to B: TP 1 × 2: .*?TPOT p99 ([\d,.]+) → ([\d,.]+) ms", asked.text())  # fmt: skip
     load = chat()
     for place, settings in ((1, {"tensor_parallel_size": 2}), (2, {"replicas": 2})):
         assert number(found[place]) == pytest.approx(simulated(load, **settings).tpot_ms.p99, rel=0.06)
@@ -282,7 +315,7 @@ def test_s15_tensor_parallel_or_replicas(asked):
 
 def test_s19_dollars_per_million_tokens(asked):
     # The first look at the beginning of the load has no draws yet.
-    asked.page.get_by_text("draws of load and step times, which").wait_for(timeout=300_000)
+    asked.page.get_by_text("draws of load and step times; so").wait_for(timeout=300_000)
     price = GPU.price_typical.usd_per_gpu_hour
     load = chat(600.0)
     tokens = {
@@ -295,8 +328,8 @@ def test_s19_dollars_per_million_tokens(asked):
     assert asked.interactions == 0
     # With a price of one's own, in the link.
     asked.start(f"?prices=h200_sxm:{price / 2}")
-    asked.page.get_by_text("Take 1 ×").wait_for()
-    assert float(asked.metric("US$ per hour").removeprefix("$")) == pytest.approx(price / 2)
+    asked.page.get_by_text("First look").wait_for()
+    assert float(asked.metric("US$ per hour").removeprefix("≈ $")) == pytest.approx(price / 2)
 
 
 def test_a_closed_form_answer_comes_soon(visitor):

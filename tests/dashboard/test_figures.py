@@ -25,7 +25,7 @@ def silent(done, total, what):
 @pytest.fixture(scope="module")
 def answer():
     search = Search(Engine(MODEL, GPU), LOAD, DEFAULT_SLO, (GPU,), total_gpus=4, max_num_seqs=(64,))
-    return work.plan(silent, search, None, False)
+    return work.plan(silent, search, None)
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +104,7 @@ def test_concurrency_is_the_planners():
     drawn = {trace.name: dict(zip(trace.x, trace.y, strict=True)) for trace in chart.figure.data}
     for dtype, name in (("bfloat16", "bf16"), ("fp8", "fp8"), ("int4", "int4")):
         for length in (1024, 16384, 131072):
-            engine = replace(ENGINE, kv_cache_dtype=dtype, max_model_len=length, profiles=("none",))
+            engine = replace(ENGINE, kv_cache_dtype=dtype, max_model_len=length)
             report = plan_memory(MODEL, GPU, engine.deployment().memory_settings())
             assert drawn[name][length] == report.max_concurrency_decoding
     assert (chart.figure.data[-1].x[0], chart.figure.data[-1].y[0]) == (16384, 5)
@@ -244,7 +244,7 @@ def test_why_not_cheaper_is_simulated():
         kv_cache_dtypes=("bfloat16",),
         max_num_seqs=(64,),
     )
-    found = work.plan(silent, search, None, False)
+    found = work.plan(silent, search, None)
     best = found.report.plans[0]
     assert best.deployment.replicas > 1
     first = found.cheaper[0]

@@ -1,15 +1,18 @@
 """Work in other processes: computed once, cancelled at once, and never a traceback for an answer."""
 
+import contextlib
 import os
 import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from dashboard.services.jobs import DEFECT, Job, Jobs, State
-from dashboard.services.worker import answer
+from dashboard.components import _about, _progress_words
+from dashboard.services.jobs import DEFECT, Job, Jobs, State, alone, first
+from dashboard.services.worker import STOP, Stop, answer
 from planner.errors import UserError
 
 # What runs in the workers; they import this module by its name.
@@ -36,6 +39,26 @@ def sleep(report, started):
     Path(started).write_text("yes")
     report(1, 10, "naps")
     time.sleep(600)
+
+
+@first
+def add_first(report, one, two):
+    return one + two
+
+
+@alone
+def busy(report, started):
+    Path(started).write_text(str(os.getpid()))
+    while True:
+        report(1, 10, "turns")
+
+
+@alone
+def deaf(report, started):
+    Path(started).write_text("yes")
+    while True:
+        with contextlib.suppress(BaseException):  # as a library might
+            time.sleep(600)
 
 
 def with_child(report, started):
@@ -126,6 +149,85 @@ def test_a_cancelled_job_ends_at_once_and_its_worker_is_replaced(jobs, tmp_path)
     assert jobs.ask("ann", "long", "k6", add, 1, 1).wait(60)
 
 
+@pytest.mark.skipif(STOP is None, reason="needs a signal of one's own")
+def test_a_worker_is_asked_to_stop_and_goes_on_to_the_next_job(tmp_path):
+    made = Jobs(workers=1)
+    try:
+        for number in range(5):
+            started = tmp_path / f"busy {number}"
+            job = made.ask("ann", "long", f"b{number}", busy, str(started))
+            until(lambda: started.exists() and started.read_text() and job.done == 1)  # noqa: B023
+            made.cancel("ann", "long")
+            assert job.is_finished
+            assert job.state is State.CANCELLED
+            after = made.ask("ann", "who", f"w{number}", who, number)
+            assert after.wait(20)
+            assert after.result == int(started.read_text())
+    finally:
+        made.stop()
+
+
+@pytest.mark.skipif(STOP is None, reason="needs a signal of one's own")
+def test_a_worker_that_does_not_stop_is_ended(tmp_path):
+    made = Jobs(workers=1)
+    try:
+        started = tmp_path / "deaf"
+        made.ask("ann", "long", "d", deaf, str(started))
+        until(started.exists)
+        made.cancel("ann", "long")
+        assert made.ask("ann", "sum", "d2", add, 2, 2).wait(60)
+    finally:
+        made.stop()
+
+
+def test_what_people_wait_for_goes_first_even_while_all_cores_are_taken(tmp_path):
+    made = Jobs(workers=1)
+    try:
+        started = tmp_path / "long"
+        made.ask("ann", "long", "l", sleep, str(started))
+        until(started.exists)
+        later = made.ask("ann", "later", "a", add, 1, 1)
+        assert made.ask("ann", "now", "f", add_first, 1, 2).wait(60)
+        assert later.state is State.WAITING
+        made.cancel("ann", "long")
+        assert later.wait(60)
+    finally:
+        made.stop()
+
+
+def test_older_questions_of_a_slot_are_given_up(jobs, tmp_path):
+    started = tmp_path / "old"
+    job = jobs.ask("ann", "slot", "old", sleep, str(started))
+    until(started.exists)
+    jobs.keep_only("ann", ["slot", "other"], {"old", "new"})
+    assert not job.is_finished
+    jobs.keep_only("ann", ["slot", "other"], {"new"})
+    assert job.wait(5)
+    assert job.state is State.CANCELLED
+
+
+def test_the_time_that_is_left_is_estimated_from_the_pace(monkeypatch):
+    clock = [100.0]
+    monkeypatch.setattr("dashboard.services.jobs.time.monotonic", lambda: clock[0])
+    job = Job("k", add, ())
+    assert _progress_words(job) == ": waiting for a free core"
+    assert job.start(SimpleNamespace(take_on=lambda job: None))
+    assert (job.remaining_s(), _progress_words(job)) == (None, "")
+    clock[0] = 106.0
+    assert _progress_words(job) == "; 6 s so far"
+    job.note("progress", (2, 10, "engines"))
+    assert job.remaining_s() == pytest.approx(24.0)
+    assert _progress_words(job) == ": 2 of 10 engines; about 25 s for the rest of them"
+    clock[0] = 126.0
+    assert job.remaining_s() == pytest.approx(4.0)
+    job.note("progress", (10, 10, "engines"))
+    clock[0] = 131.0
+    job.note("progress", (1, 41, "draws"))  # another pace
+    assert job.remaining_s() == pytest.approx(200.0)
+    assert _progress_words(job).endswith("about 3 min for the rest of them")
+    assert [_about(seconds) for seconds in (3.0, 12.0, 89.0)] == ["some seconds", "about 10 s", "about 90 s"]
+
+
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs /proc")
 def test_what_a_job_started_ends_with_it(jobs, tmp_path):
     started = tmp_path / "started"
@@ -202,9 +304,9 @@ def test_the_cache_is_bounded(jobs, monkeypatch):
 
 def test_answers_of_a_worker():
     notes = []
-    assert answer(add, (1, 2), lambda *step: notes.append(step)) == ("done", 3)
+    assert answer(add, (1, 2), lambda *step: notes.append(step), Stop()) == ("done", 3)
     assert notes == [(1, 2, "halves")]
-    assert answer(refuse, (), print) == ("refused", "that cannot be")
-    kind, text = answer(fail, (), print)
+    assert answer(refuse, (), print, Stop()) == ("refused", "that cannot be")
+    kind, text = answer(fail, (), print, Stop())
     assert kind == "defect"
     assert "a bug" in text

@@ -1,13 +1,13 @@
 """Every page as people meet it: useful before anything is chosen, changed by what is, and never a traceback."""
 
 import json
-from dataclasses import replace
+import time
 
 import pytest
 from streamlit.testing.v1 import AppTest
 
 from dashboard import inputs
-from dashboard.services import capacity, questions, results
+from dashboard.services import capacity, questions, results, work
 from dashboard.services.questions import Engine, Traffic
 from planner.catalog import list_gpus, list_models, load_gpu, load_model, model_entry
 from planner.cost import cost_of
@@ -15,6 +15,11 @@ from planner.deployment import PriceList
 from planner.memory import plan_memory
 from planner.simulation import SimulationOptions, simulate
 from tests.dashboard.conftest import APP, figure, sentences, settled, table
+
+
+def _never(report, search, trace, cores):
+    time.sleep(600)
+
 
 PAGES = ("plan", "what_if", "memory", "speculation", "calibration", "catalog")
 
@@ -44,6 +49,64 @@ def test_plan_says_what_to_take(open_page):
     assert sum(len(trace["x"]) for trace in pareto["data"] if trace["mode"] == "markers") == len(plans)
     assert "vllm serve" in app.code[0].value
     assert "meets" in sentences(app)
+
+
+def test_plan_says_what_was_not_tried_and_compares_it_all_on_a_click(open_page):
+    app = open_page("plan", rate="2", kv="fp8")
+    assert "14 of the 15 GPU types with a price were not tried and may cost less" in sentences(app)
+    assert "the GPU type that step times were measured on" in sentences(app)
+    app.button(key="compare_all_gpus").click()
+    settled(app)
+    assert not app.exception
+    assert len(app.multiselect(key="gpus").value) == 15
+    assert len({each.split(" × ")[1] for each in table(app, "GPUs")["GPUs"]}) > 3
+    assert not any(button.key == "compare_all_gpus" for button in app.button)
+    # What the recommended plan rests on stands beside it, what others rest on below the table.
+    rests = table(app, "GPUs", "step times")["step times"]
+    assert rests[0] == "transferred"
+    assert any("Step times are transferred from a profile of something else" in each.value for each in app.warning)
+    assert "The cheapest plan whose step times were measured is plan" in sentences(app)
+
+
+def test_warnings_of_other_plans_stand_below_the_table(open_page):
+    app = open_page("plan", rate="2")
+    assert [each.value for each in app.warning] == []
+    told = [each.value for each in app.caption if "Plans" in each.value]
+    assert any("fp8 KV on output quality" in each for each in told)
+    assert any("step times are transferred" in each for each in told)
+    only = open_page("plan", rate="2", kv="fp8")
+    assert "fp8 KV on output quality" in only.warning[0].value
+
+
+def test_the_columns_that_decide_come_first(open_page):
+    columns = list(table(open_page("plan", rate="2"), "GPUs", "replicas × TP").columns)
+    assert columns[:9] == ["plan", "GPUs", "KV", "US$/h", "TTFT p99, ms", "TPOT p99, ms", "P(SLO)", "SLO held in",
+                           "step times"]  # fmt: skip
+
+
+def test_a_first_look_says_that_it_is_one(open_page, monkeypatch):
+    app = AppTest.from_file(str(APP), default_timeout=60)
+    app.query_params["rate"] = "2.2"  # which no other test has asked
+    monkeypatch.setattr(work, "plan", _never)
+    for _ in range(100):
+        app.run()
+        if app.info:
+            break
+    assert "First look, from the first 60 s of the load: 1 ×" in app.info[0].value
+    assert not app.success
+    assert {metric.label: metric.value for metric in app.metric}["US$ per hour"] == "≈ $4.50"
+    assert not app.code, "nothing to launch yet"
+    app.button(key="plan_cancel").click()
+    app.run()
+    assert "Cancelled." in sentences(app)
+    assert "First look" in sentences(app)
+
+
+def test_plan_says_where_the_length_limit_comes_from(open_page):
+    app = open_page("plan", rate="2")
+    assert "the load's longest request" in sentences(app)
+    assert "the model takes up to 131072 tokens" in sentences(app)
+    assert "e.g. an -Instruct" in app.code[0].value.replace("\n# ", " ")
 
 
 def test_plan_says_what_would_be_surer(open_page, monkeypatch):
@@ -91,6 +154,8 @@ def test_a_plan_is_for_the_trace_that_was_dropped(open_page):
     assert not app.error
     assert "trace mine.csv" in sentences(app)
     assert "120 requests" in sentences(app)
+    assert "the kind of traffic only gives the SLO" in sentences(app)
+    assert not {"isl", "osl"} & {field.key for field in app.number_input}
     assert app.query_params["trace"]
     # Whoever gets the link sees the same.
     other = open_page("plan", trace=app.query_params["trace"])
@@ -147,9 +212,7 @@ def test_prices_in_a_link_are_used(open_page):
 def test_memory_is_the_planners(open_page):
     app = open_page("memory")
     engine = Engine(load_model("llama-3.1-8b"), load_gpu("h200_sxm"), max_model_len=32768)
-    report = plan_memory(
-        engine.model, engine.gpu, replace(engine, profiles=("none",)).deployment().memory_settings(), 5
-    )
+    report = plan_memory(engine.model, engine.gpu, engine.deployment().memory_settings(), 5)
     assert float(app.metric[0].value) == pytest.approx(report.max_concurrency, rel=5e-3)
     assert app.success
     lines = capacity.concurrency_lines(engine, 131072)
@@ -163,6 +226,29 @@ def test_memory_moves_with_the_kv_format(open_page):
     app.selectbox(key="kv_dtype").set_value("fp8")
     settled(app)
     assert float(app.metric[0].value) == pytest.approx(2 * before, rel=0.02)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "fp8", "int8"])
+def test_memory_is_that_of_plans_and_simulations(dtype, open_page):
+    app = open_page("memory", kv_dtype="bf16" if dtype == "bfloat16" else dtype)
+    engine = Engine(load_model("llama-3.1-8b"), load_gpu("h200_sxm"), kv_cache_dtype=dtype, max_model_len=32768)
+    assert float(app.metric[0].value) == pytest.approx(engine.deployment().memory().max_concurrency, rel=5e-3)
+    assert "had room for when it was profiled" in sentences(app)
+    assert "had room for when it was profiled" not in sentences(open_page("memory", utilization="0.8"))
+    modelled = capacity.modelled_memory_of(engine, 100_000)
+    assert capacity.memory_of(engine, 100_000).remedies == modelled.remedies
+
+
+def test_the_context_is_no_longer_than_the_model_was_made_for(open_page):
+    app = open_page("memory", model="qwen3-8b", context="64k")
+    assert app.select_slider(key="context").options[-1] == "40k"
+    assert app.select_slider(key="context").value == 32768
+    app = open_page("memory", context="128k")
+    assert app.select_slider(key="context").value == 131072
+    app.selectbox(key="model").set_value("qwen3-8b")
+    settled(app)
+    assert not app.exception
+    assert app.select_slider(key="context").value == 40960
 
 
 def test_what_does_not_fit_says_why_and_what_would_help(open_page):

@@ -1,12 +1,24 @@
 """Numbers are shown to the digits that their interval allows."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dashboard.services.results import _pair, shown, shown_capacity, shown_range, usd, verdict
+from dashboard.services.results import (
+    _pair,
+    confidence,
+    from_to,
+    likely,
+    shown,
+    shown_capacity,
+    shown_range,
+    usd,
+    verdict,
+    warnings_of_others,
+)
 
 
 @pytest.mark.parametrize(
@@ -60,3 +72,43 @@ def test_intervals_come_in_several_forms():
 )
 def test_what_fits_is_rounded_down(value, text):
     assert shown_capacity(value) == text
+
+
+def planned(rank=1, met=None, of=16, share=None, warnings=()):
+    """A plan, as far as it is judged here."""
+    loads = None if met is None else SimpleNamespace(met=met, of=of)
+    sure = SimpleNamespace(slo_probability=SimpleNamespace(low=share[0], high=share[1])) if share else None
+    return SimpleNamespace(rank=rank, loads=loads, confidence=sure, warnings=warnings)
+
+
+@pytest.mark.parametrize(
+    ("plan", "cell", "words"),
+    [
+        (planned(met=16, share=(0.829, 1.0)), "≥ 83 %", "in all 16 draws of load and step times; so many draws show "
+         "that it is at least 83 % likely"),
+        (planned(met=0, share=(0.0, 0.171)), "≤ 17 %", "in none of 16 draws"),
+        (planned(met=12, share=(0.516, 0.902)), "52 to 90 %", "in 12 of 16 draws of load and step times; so few draws "
+         "show no more than that it is 52 to 90 % likely"),
+        (planned(met=4, of=5), "", "held on 4 of 5 loads"),
+        (planned(), "", "was not tried on others"),
+    ],
+)  # fmt: skip
+def test_how_sure_a_plan_is(plan, cell, words):
+    assert likely(plan) == cell
+    assert words in confidence(plan)
+
+
+def test_what_is_shown_alike_is_the_same():
+    assert from_to((150.4, None), (149.6, None)) == "150 → 150 ms (the same)"
+    assert from_to((150.4, None), (150.45, None)) == "150 → 150 ms (the same)"
+    assert from_to((150.0, (100.0, 200.0)), (148.0, None)) == "150 → 148 ms (−1%)"
+    assert from_to((100.0, None), (80.0, None)) == "100 → 80.0 ms (−20%)"
+
+
+def test_warnings_of_other_plans_name_them_once():
+    slow, new = "it is slow", "it is new"
+    plans = [planned(1, warnings=(new,)), planned(2, warnings=(slow, slow)), planned(3), planned(4, warnings=(slow,)),
+             planned(5, warnings=(slow,)), planned(6, warnings=(slow, new))]  # fmt: skip
+    report = SimpleNamespace(plans=plans)
+    assert warnings_of_others(report, ()) == ["plans 2 and 4 to 6: it is slow", "plan 6: it is new"]
+    assert warnings_of_others(report, (new,)) == ["plans 2 and 4 to 6: it is slow"]

@@ -57,7 +57,7 @@ async def planner(browser, address: str, rate: float, faults: list[str]) -> floa
     page.on("pageerror", lambda error: faults.append(str(error)))
     started = time.perf_counter()
     await page.goto(f"{address}/?rate={rate}")
-    await page.get_by_text("Take ").first.wait_for(timeout=300_000)
+    await page.get_by_text("First look").first.wait_for(timeout=300_000)
     seconds = time.perf_counter() - started
     await context.close()
     return seconds

@@ -11,7 +11,7 @@ from planner import cli
 from planner.catalog import load_gpu, load_model
 from planner.deployment import Deployment
 from planner.errors import UserError
-from planner.export import export_plan, vllm_flags
+from planner.export import export_plan, length_remark, vllm_flags
 from planner.memory import KVCacheDtype
 from planner.plan_report import Plan
 from planner.records import DeploymentRecord
@@ -138,6 +138,25 @@ def test_remarks():
     single = exported(replace(PLAIN, replicas=1), evidence=Evidence.MEASURED)
     assert "One replica on 4 x h100_sxm" in single
     assert "ncalibrated" not in single
+
+
+def comment(script: str) -> str:
+    """The remarks as one text."""
+    return " ".join(line.removeprefix("# ") for line in script.splitlines() if line.startswith("# "))
+
+
+def test_remarks_on_the_length_and_the_weights():
+    said = comment(exported(PLAIN))
+    assert "--max-model-len 16384 is what was planned for" in said
+    assert "Longer requests are refused; the model takes up to 131072 tokens, if the KV cache holds them." in said
+    assert "meta-llama/Llama-3.1-70B can be replaced by any fine-tune of the same shape, e.g. an -Instruct" in said
+    whole = comment(exported(replace(PLAIN, max_model_len=131072)))
+    assert "Longer requests are refused." in whole
+    before = DeploymentRecord.from_deployment(PLAIN).model_copy(update={"max_position_embeddings": None})
+    assert "refused." in length_remark(before)
+    own = replace(PLAIN, model=replace(PLAIN.model, hf_repo=None))
+    assert "Instruct" not in comment(exported(own))
+    assert all(len(line) <= 102 for line in exported(PLAIN).splitlines())
 
 
 def test_the_script_is_one_shell_command():
