@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,6 +65,8 @@ def step_time_for(record: ServedRecord, path: Path | None = None) -> Predictor:
         raise UserError(f"this installation of memwall reads no profiles ({error}); reinstall it") from None
 
     engine = record.engine
+    if path is not None and (scaled := _calibration_of(path)) is not None:
+        return _scaled_for(record, scaled, path)
     if path is None:
         profile = _chosen(record, [(each, _facts_of(each)) for each in shipped_profiles()])
     else:
@@ -90,6 +93,53 @@ def _facts_of(profile: Any) -> ProfileFacts:
     return ProfileFacts(profile.name, told.model.name, told.gpu_name, told.quantization, blocks, engine)
 
 
+def _calibration_of(path: Path) -> Any:
+    """What `memwall calibrate-from` wrote; None for anything else."""
+    from planner.external.calibration import KIND, load_external
+
+    try:
+        is_one = json.loads(path.read_text(encoding="utf-8")).get("kind") == KIND
+    except (OSError, ValueError, RecursionError, AttributeError):
+        return None  # whoever reads it as a profile says what is wrong
+    return load_external(path) if is_one else None
+
+
+def _scaled_for(record: ServedRecord, calibration: Any, path: Path) -> Predictor:
+    """A profile's step times, scaled to what runs of the same server showed."""
+    from planner.deployment import Deployment
+    from planner.kv_format import KVCacheDtype
+
+    engine, (model, gpu) = record.engine, _catalogued(record)
+    refuse = _refusal(record, path.name)
+    settings = calibration.settings
+    for what, one, other in (
+        ("model", calibration.model, model.name),
+        ("GPU", calibration.gpu, gpu.id),
+        ("quantization", calibration.quantization, engine.quantization),
+        ("tensor_parallel_size", calibration.tensor_parallel_size, engine.tensor_parallel_size),
+        ("a KV cache in", calibration.kv_cache_dtype, engine.kv_cache_dtype),
+        *((name, settings[name], getattr(engine, name)) for name in (*_EQUAL, *_MEASURED_UP_TO) if name in settings),
+    ):
+        if one != other and one is not None:
+            refuse(what, one, other)
+    deployment = Deployment(
+        model=model,
+        gpu=gpu,
+        tensor_parallel_size=engine.tensor_parallel_size,
+        kv_cache_dtype=KVCacheDtype(engine.kv_cache_dtype),
+        max_model_len=engine.max_model_len,
+        max_num_seqs=engine.max_num_seqs,
+        max_num_batched_tokens=engine.max_num_batched_tokens,
+        gpu_memory_utilization=engine.gpu_memory_utilization,
+        block_size=engine.block_size,
+        enforce_eager=engine.enforce_eager,
+        profiles=(str(path),),
+    )
+    step_time = deployment.step_time()
+    fitted = getattr(step_time.base, "fitted", None)
+    return Predictor(step_time, step_time.description, max(fitted.engine.piece_sizes, default=0) if fitted else None)
+
+
 def transferred_for(record: ServedRecord, path: Path) -> Predictor:
     """The step times of a profile of something else, transferred to what served a record, as planning does it.
 
@@ -97,21 +147,15 @@ def transferred_for(record: ServedRecord, path: Path) -> Predictor:
         UserError: there is no such profile; what served is not in the catalog; the record was served with other
             settings than were measured; or the profile cannot tell anything of it.
     """
-    from calibration.measure.facts import gpu_id
-    from planner.catalog import load_gpu, load_model
     from planner.kv_format import KVCacheDtype
     from planner.profile.library import find_profile, step_time_of, why_unusable
     from planner.profile.schema import load_profile
 
-    profile, engine = load_profile(path), record.engine
-    gpu_name = gpu_id(engine.gpu or "")
-    if gpu_name is None:
-        raise UserError(f"{record.name} was served on {engine.gpu or 'a CPU'}, to which nothing can be transferred")
+    profile, engine, (model, gpu) = load_profile(path), record.engine, _catalogued(record)
     try:
         kv_cache_dtype = KVCacheDtype(engine.kv_cache_dtype)
     except ValueError:
         raise UserError(f"{record.name} was served with a KV cache in {engine.kv_cache_dtype}") from None
-    model, gpu = load_model(engine.model, engine.quantization), load_gpu(gpu_name)
     reason = why_unusable(profile, model, gpu, engine.enforce_eager)
     match = find_profile(model, gpu, kv_cache_dtype, engine.tensor_parallel_size, [profile])
     if reason is not None or match is None:
@@ -119,10 +163,26 @@ def transferred_for(record: ServedRecord, path: Path) -> Predictor:
     if not match.changes:
         raise UserError(f"{profile.name} was measured on {_what(engine)} itself; leave out --transfer")
     facts = _facts_of(profile)
-    notes = _check_settings(record, facts, _refusal(record, facts))
+    notes = _check_settings(record, facts, _refusal(record, facts.name))
     limits = engine.max_num_seqs, engine.max_num_batched_tokens
     step_time = step_time_of(match, model, gpu, kv_cache_dtype, engine.tensor_parallel_size, engine.block_size, *limits)
     return _predictor(step_time, profile, engine, notes)
+
+
+def _catalogued(record: ServedRecord) -> tuple[Any, Any]:
+    """Model and GPU of a record, of the catalog.
+
+    Raises:
+        UserError: it has one of them not.
+    """
+    from calibration.measure.facts import gpu_id
+    from planner.catalog import load_gpu, load_model
+
+    engine = record.engine
+    gpu_name = gpu_id(engine.gpu or "")
+    if gpu_name is None:
+        raise UserError(f"{record.name} was served on {engine.gpu or 'a CPU'}, of which no step times can be told")
+    return load_model(engine.model, engine.quantization), load_gpu(gpu_name)
 
 
 def _chosen(record: ServedRecord, profiles: Sequence[tuple[Any, ProfileFacts]]) -> Any:
@@ -161,7 +221,7 @@ def check_same(record: ServedRecord, profile: ProfileFacts) -> tuple[str, ...]:
     """
     engine = record.engine
 
-    refuse = _refusal(record, profile)
+    refuse = _refusal(record, profile.name)
     for what, one, other in (
         ("model", profile.model, engine.model),
         ("GPU", profile.gpu, engine.gpu or "a CPU"),
@@ -185,10 +245,10 @@ def check_same(record: ServedRecord, profile: ProfileFacts) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def _refusal(record: ServedRecord, profile: ProfileFacts) -> Callable[[str, Any, Any], None]:
+def _refusal(record: ServedRecord, profile: str) -> Callable[[str, Any, Any], None]:
     def refuse(what: str, of_profile: Any, of_record: Any) -> None:
         raise UserError(
-            f"{record.name} was served with {what} {of_record}, but {profile.name} was measured with {of_profile}"
+            f"{record.name} was served with {what} {of_record}, but {profile} was measured with {of_profile}"
         )
 
     return refuse

@@ -28,6 +28,7 @@ from planner.errors import UserError
 if TYPE_CHECKING:
     from planner.external.calibration import ExternalCalibration, FactorRecord
     from planner.external.errors import RunErrors
+    from planner.external.memwall_record import MemwallRecord
     from planner.external.server_facts import ServerFacts
 
 _SEEN = "What was seen"
@@ -120,7 +121,8 @@ def calibrate_from(
         list[Path],
         typer.Argument(
             metavar="RESULT…",
-            help="What `vllm bench serve --save-detailed` or SGLang's bench_serving wrote, or a table of requests.",
+            help="What `vllm bench serve --save-detailed` or SGLang's bench_serving wrote, or a table of requests; or "
+            "records of `memwall bench serve`.",
         ),
     ],
     model: Annotated[
@@ -152,16 +154,22 @@ def calibrate_from(
     """
     from planner.catalog import load_model
     from planner.external.calibration import calibrate_external
-    from planner.external.readers import read_served_runs, read_server_facts
+    from planner.external.readers import read_own_records, read_served_runs, read_server_facts
     from planner.external.settings import external_system
 
-    runs = [run for path in results for run in read_served_runs(path)]
-    facts = read_server_facts(server_log, metrics)
-    name = model or facts.value("model")
+    facts, flags, said_by = read_server_facts(server_log, metrics), server.given(), "flag"
+    own = read_own_records(results)
+    if own is None:
+        runs = [run for path in results for run in read_served_runs(path)]
+        name, gpu = model or facts.value("model"), gpu_from_option(system)
+    else:
+        _refuse_about_own(results[0].name, own, flags, system, quantization, server_log or metrics)
+        runs, name, gpu, quantization = list(own.runs), model or own.model, own.gpu(), own.quantization
+        flags, said_by = dict(own.flags), "record"
     if name is None:
         raise UserError("neither --model nor a server log says which model was served")
     spec = load_model(name, quantization)
-    external = external_system(spec, gpu_from_option(system), facts, runs, server.given())
+    external = external_system(spec, gpu, facts, runs, flags, said_by=said_by)
     with _Progress() as progress:
         calibration = calibrate_external(
             runs,
@@ -177,6 +185,21 @@ def calibrate_from(
     if save is not None:
         tables.write_whole(save, document)
     tables.deliver(calibration, calibration_table(calibration, facts), output)
+
+
+def _refuse_about_own(
+    file: str, own: MemwallRecord, flags: dict[str, Any], system: str, quantization: str | None, log: Path | None
+) -> None:
+    """
+    Raises:
+        UserError: something is said of our own engine that its record says itself.
+    """
+    said = [f"--{name.replace('_', '-')}" for name in flags]
+    said += ["--quantization"] * (quantization not in (None, own.quantization))
+    said += ["--system"] * (system not in (DEFAULT_SYSTEM, own.gpu().id))
+    said += ["--server-log or --metrics"] * (log is not None)
+    if said:
+        raise UserError(f"{said[0]} is of servers that are not ours; {file} says itself what served it")
 
 
 class _Progress:

@@ -40,6 +40,10 @@ class MemwallRecord:
     quantization: str | None
     flags: Mapping[str, Any]
 
+    def server(self) -> dict[str, Any]:
+        """What served, by name."""
+        return {"model": self.model, "GPU": self.gpu_name, "quantization": self.quantization, **self.flags}
+
     def gpu(self) -> GpuSpec:
         """The catalog's GPU.
 

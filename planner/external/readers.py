@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from planner.errors import UserError
 from planner.external.bench_detail import is_bench_detail, read_bench_detail
+from planner.external.memwall_record import MemwallRecord, is_memwall_record, read_memwall_record
 from planner.external.request_table import read_request_table
 from planner.external.served_run import ServedRun
 from planner.external.server_facts import ServerFacts
@@ -28,6 +31,32 @@ def read_served_runs(path: str | Path) -> list[ServedRun]:
     if is_bench_detail(text):
         return read_bench_detail(text, file)
     return [read_request_table(text, file)]
+
+
+def read_own_records(paths: Sequence[Path]) -> MemwallRecord | None:
+    """Records of `memwall bench serve`, all of one server, as one; None if none of the files is one.
+
+    Raises:
+        UserError: one of them is something else, cannot be used, or is of another server than the first.
+    """
+    texts = {path: read_text(path) for path in paths}
+    own = [path for path, text in texts.items() if is_memwall_record(text)]
+    if not own:
+        return None
+    for path in texts:
+        if path not in own:
+            raise UserError(
+                f"{path.name} is no record of `memwall bench serve`, but {own[0].name} is one; give runs of one server"
+            )
+    first, *others = (read_memwall_record(texts[path], path.name) for path in own)
+    for path, record in zip(own[1:], others, strict=True):
+        for name, value in (first.server() | record.server()).items():
+            if first.server().get(name) != value or record.server().get(name) != value:
+                raise UserError(
+                    f"{path.name} was served with {name} {record.server().get(name)}, {own[0].name} with "
+                    f"{first.server().get(name)}; give runs of one server"
+                )
+    return replace(first, runs=tuple(run for record in (first, *others) for run in record.runs))
 
 
 def read_server_facts(*paths: Path | None) -> ServerFacts:

@@ -50,8 +50,8 @@ class ExternalSystem:
 class _Settings:
     """Looks a setting up in the flags, then the log, then the defaults, and remembers where it was."""
 
-    def __init__(self, flags: dict[str, Any], facts: ServerFacts, defaults: dict[str, Any]) -> None:
-        self._flags = flags
+    def __init__(self, flags: dict[str, Any], said_by: str, facts: ServerFacts, defaults: dict[str, Any]) -> None:
+        self._flags, self.said_by = flags, said_by
         self._facts = facts
         self._defaults = defaults
         self.origin: dict[str, tuple[Any, str]] = {}
@@ -59,7 +59,7 @@ class _Settings:
     def get(self, name: str, default: Any = None, why: str = "vLLM's default") -> Any:
         found = getattr(self._facts, name, None)
         if self._flags.get(name) is not None:
-            value, origin = self._flags[name], "flag"
+            value, origin = self._flags[name], self.said_by
         elif found is not None:
             value, origin = found.value, f"log line {found.line}"
         else:
@@ -75,20 +75,22 @@ def external_system(
     runs: Sequence[ServedRun],
     flags: dict[str, Any] | None = None,
     base: StepTime | None = None,
+    said_by: str = "flag",
 ) -> ExternalSystem:
     """The system to simulate for a server that answered `runs`.
 
     Args:
         facts: what its log said; `ServerFacts()` for nothing.
         flags: settings that the user gave, by the names of ServerFacts; they go before the log.
-        base: the step time to scale; the roofline of model and GPU if None.
+        base: the step time to scale; that of the nearest profile, or else the roofline, if None.
+        said_by: whoever set the flags, for people.
 
     Raises:
         UserError: settings that contradict each other or the runs.
     """
     flags = flags or {}
     large = gpu.memory_bytes >= _LARGE_GPU_BYTES and "a100" not in gpu.id
-    settings = _Settings(flags, facts, _LARGE if large else _SMALL)
+    settings = _Settings(flags, said_by, facts, _LARGE if large else _SMALL)
     ranks = settings.get("tensor_parallel_size", 1)
     validate_parallelism(model, gpu, ranks)
     dtype = KVCacheDtype.parse(settings.get("kv_cache_dtype", "auto"))
@@ -146,7 +148,7 @@ def _blocks(settings: _Settings, flags: dict[str, Any], facts: ServerFacts) -> t
         # SGLang counts tokens; pages of vLLM's size hold as many, less a rounding.
         block_size = facts.tokens_per_block if facts.tokens_per_block > 1 else 16
     if flags.get("num_gpu_blocks") is not None:
-        blocks, origin = flags["num_gpu_blocks"], "flag"
+        blocks, origin = flags["num_gpu_blocks"], settings.said_by
     elif facts.num_gpu_blocks is not None:
         blocks, origin = facts.num_gpu_blocks.value, f"log line {facts.num_gpu_blocks.line}"
     elif facts.kv_cache_tokens is not None:
@@ -155,7 +157,10 @@ def _blocks(settings: _Settings, flags: dict[str, Any], facts: ServerFacts) -> t
     else:
         return None, block_size
     settings.origin["num_gpu_blocks"] = (blocks, origin)
-    settings.origin["block_size"] = (block_size or 16, "flag" if "block_size" in flags else "log or vLLM's default")
+    settings.origin["block_size"] = (
+        block_size or 16,
+        settings.said_by if "block_size" in flags else "log or vLLM's default",
+    )
     return blocks, block_size
 
 

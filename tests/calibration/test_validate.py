@@ -444,7 +444,7 @@ def test_what_a_transfer_costs(tmp_path, capsys):
     assert "transferred from another model" in capsys.readouterr().out
     with pytest.raises(UserError, match="--transfer needs --profile"):
         run([str(record), "--transfer"])
-    with pytest.raises(UserError, match="served on Toy GPU, to which nothing can be transferred"):
+    with pytest.raises(UserError, match="served on Toy GPU, of which no step times can be told"):
         transferred_for(
             read(write_record(tmp_path / "b.json", Settings(), load(5), Affine(), steps=False)), Path(str(shipped))
         )
