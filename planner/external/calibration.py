@@ -32,6 +32,8 @@ MAX_FITTED = 2000
 _TYPICAL_BATCH, _TYPICAL_CONTEXT = 32, 1024
 # By how much a number of steps in flight must fit worse than another to be given up, where the base speaks for it.
 _MUCH_WORSE = 2.0
+# A factor beyond that, or below its inverse, is no longer what it is called.
+_FAR_OFF = 3.0
 
 
 class FactorRecord(Record):
@@ -69,6 +71,9 @@ class ExternalCalibration(Record):
     quantization: str | None
     base: str = Field(description="description of the step time that is scaled")
     factors: dict[str, FactorRecord]
+    correlation: tuple[tuple[float, ...], ...] | None = Field(
+        default=None, description="of what the factors are off by, in their order; none where it was not kept"
+    )
     settings: dict[str, Any] = Field(description="of the simulated server, by vLLM's names")
     origin: dict[str, str] = Field(description="where each setting came from")
     runs: tuple[RunRecord, ...]
@@ -100,8 +105,8 @@ class ExternalCalibration(Record):
     def uncertainty(self, base: StepTime) -> Uncertainty:
         """Relative standard deviations of a typical decode step and of a typical step with a prompt chunk.
 
-        Each factor's interval counts by the share of the step that it scales, as if factors were independent; what
-        requests that were not fitted are off by on average comes on top.
+        Each factor's interval counts by the share of the step that it scales, and factors that can make up for each
+        other by what both together are off by; what requests that were not fitted are off by on average comes on top.
         """
         decodes = [_TYPICAL_CONTEXT] * _TYPICAL_BATCH
         floor = base.predict(StepShape(decode_contexts=[0] * _TYPICAL_BATCH))
@@ -117,12 +122,12 @@ class ExternalCalibration(Record):
 
     def _deviation(self, parts: Mapping[str, float]) -> float:
         """Of the sum of parts times their factors, relative to it."""
-        total, variance = 0.0, 0.0
-        for name, seconds in parts.items():
-            factor = self.factors[name]
-            total += factor.value * seconds
-            variance += ((factor.high - factor.low) / (2 * NORMAL_90) * seconds) ** 2
-        return math.sqrt(variance) / total
+        seconds = np.array([parts.get(name, 0.0) for name in NAMES])
+        factors = [self.factors[name] for name in NAMES]
+        total = float(seconds @ [factor.value for factor in factors])
+        each = seconds * [(factor.high - factor.low) / (2 * NORMAL_90) for factor in factors]
+        correlation = np.eye(len(NAMES)) if self.correlation is None else np.array(self.correlation)
+        return math.sqrt(max(0.0, float(each @ correlation @ each))) / total
 
     def differs(self, model: str, gpu: str, tensor_parallel_size: int, kv_cache_dtype: str) -> str | None:
         """How a deployment differs from the one that was seen, in one sentence; None if it does not."""
@@ -206,6 +211,7 @@ def calibrate_external(
         quantization=quantization,
         base=system.step_time.description,
         factors={name: _factor(fit, name) for name in NAMES},
+        correlation=tuple(tuple(round(float(each), 4) for each in row) for row in fit.correlation),
         settings={name: value for name, (value, _) in external.origin.items()}
         | {"pipeline_depth": system.pipeline_depth},
         origin={name: origin for name, (_, origin) in external.origin.items()},
@@ -294,9 +300,25 @@ def _warnings(
         if not estimate.identified and name in SCALES:
             alike = f": here it looks like {estimate.alike}" if estimate.alike else ""
             warnings.append(f"the runs do not show the factor {name}{alike}; the base's value is kept")
+        value = getattr(fit.factors, name)
+        if name in SCALES and not 1 / _FAR_OFF <= value <= _FAR_OFF:
+            warnings.append(
+                f"the factor {name} is {value:.3g}: no engine is so far from the base in this alone, so it stands for "
+                "something else, such as a CPU that is the bottleneck; other loads cannot be told with it"
+            )
     if not any((run.tpot_s > 0).any() for run in runs):
         warnings.append("no answer has more than one token at a measurable pace, so nothing shows decoding")
     return warnings
+
+
+def _is_correlation(rows: Sequence[Sequence[float]], size: int) -> bool:
+    """Whether this is a matrix that random numbers can have; rounded ones count."""
+    if len(rows) != size or any(len(row) != size for row in rows):
+        return False
+    matrix = np.array(rows)
+    if not np.isfinite(matrix).all() or not np.allclose(matrix, matrix.T) or not np.allclose(np.diag(matrix), 1.0):
+        return False
+    return bool(np.linalg.eigvalsh(matrix).min() > -1e-3)
 
 
 def load_external(path: str | Path) -> ExternalCalibration:
@@ -336,6 +358,8 @@ def parse_external(document: Any, file: str) -> ExternalCalibration:
         raise UserError(
             f"{file}: factors are {', '.join(sorted(calibration.factors))}, not {', '.join(sorted(expected))}"
         )
+    if calibration.correlation is not None and not _is_correlation(calibration.correlation, len(expected)):
+        raise UserError(f"{file}: correlation is none of {len(expected)} factors")
     for name, record in calibration.factors.items():
         if not record.low <= record.value <= record.high:
             raise UserError(f"{file}: factors.{name} is {record.value:g}, outside its interval")

@@ -75,6 +75,8 @@ class Fit:
         num_fitted: requests whose latencies were fitted.
         num_simulations: replays that it took.
         quiet: requests that were alone in the system.
+        correlation: float64 [factors, factors] of what the factors are off by, in the order of NAMES: what one has too
+            much of the runs lets another make up for.
     """
 
     factors: Factors
@@ -83,6 +85,7 @@ class Fit:
     num_fitted: int
     num_simulations: int
     quiet: int
+    correlation: np.ndarray
 
 
 def fit_factors(
@@ -124,7 +127,8 @@ def fit_factors(
         sd = float(spread[i]) if identified else 1.0
         estimates[name] = problem.estimate(i, float(solver.x[i]), sd, identified, solver.alike.get(i))
     error = float(np.median(np.abs(np.concatenate(solver.residuals))))
-    return Fit(problem.factors(solver.x), estimates, error, count, problem.num_simulations, problem.num_quiet)
+    found = problem.factors(solver.x)
+    return Fit(found, estimates, error, count, problem.num_simulations, problem.num_quiet, solver.correlation())
 
 
 def _needed(run: ServedRun, mask: np.ndarray) -> tuple[ServedRun, np.ndarray]:
@@ -377,6 +381,12 @@ class _Solver:
         moments = self._moments(self.residuals)
         misfit = float((moments**2).sum()) / max(1, moments.size - len(everything))
         return np.minimum(self.spread(everything) * np.clip(misfit, 1.0, _MISFIT_CAP) ** 0.5, 1.0)
+
+    def correlation(self) -> np.ndarray:
+        """Of the parameters in the last Jacobian, which `full_spread` leaves for all of them."""
+        inverse = self._covariance()[1]
+        deviations = np.sqrt(np.diag(inverse))
+        return inverse / np.outer(deviations, deviations)
 
     def hold(self, i: int, rest: list[int]) -> None:
         """Put a parameter back to the base's value, and note which of the rest it is hardest to tell from."""

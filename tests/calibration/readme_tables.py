@@ -16,9 +16,9 @@ _LEVEL = re.compile(r"serve_h200_(bf16|fp8)_(\d+)")
 _NAMES = {"bf16": "bfloat16", "fp8": "fp8"}
 
 
-def levels(folder: Path) -> dict[tuple[str, int], dict]:
-    """What `validation.json` says of each load, by KV format and share of the capacity."""
-    found = json.loads((folder / "validation.json").read_text())["levels"]
+def levels(path: Path) -> dict[tuple[str, int], dict]:
+    """What a validation says of each load, by KV format and share of the capacity."""
+    found = json.loads(path.read_text())["levels"]
     named = {_LEVEL.fullmatch(level["record"]): level for level in found}
     return {(match[1], int(match[2])): level for match, level in named.items()}
 
@@ -35,7 +35,7 @@ def _error(level: dict, metric: str) -> str:
 
 def _all_rows(name: str, folder: Path) -> list[str]:
     rows = []
-    for (kv, share), level in levels(folder).items():
+    for (kv, share), level in levels(folder / "validation.json").items():
         steps = next(each for each in level["steps"] if each["kind"] == "all with prompts")
         twice = level["num_runs"] > 1
         apart = [level["metrics"][metric]["spread"] for metric in ("ttft_ms.p50", "tpot_ms.mean")] if twice else []
@@ -80,7 +80,7 @@ def _told(errors: dict, which: str) -> str:
 
 def readme_rows() -> list[str]:
     """Of README.md: the errors on both GPUs."""
-    first, second = levels(RECORDS), levels(RECORDS / "device_b")
+    first, second = (levels(folder / "validation.json") for folder in (RECORDS, RECORDS / "device_b"))
     rows = []
     for kv, share in sorted(first):
         cells = [f"{_NAMES[kv]}, {share} %"]
@@ -89,6 +89,23 @@ def readme_rows() -> list[str]:
             cells.append(" / ".join(_error(level, metric) for level in known))
         rows.append(f"| {' | '.join(cells)} |")
     return rows
+
+
+def trimmed_rows() -> list[str]:
+    """Loads as foreseen from two others: of calibration/README.md and README.md."""
+    rows = []
+    for path in sorted((RECORDS / "trimmed").glob("validation_*.json")):
+        gpu, _, *fitted = path.stem.removeprefix("validation_").split("_")
+        for (kv, share), level in levels(path).items():
+            cells = [
+                f"{gpu}, {_NAMES[kv]}, {share} % from {' and '.join(fitted)} %",
+                " / ".join(_error(level, f"ttft_ms.{at}") for at in ("p50", "p99")),
+                " / ".join(_error(level, f"tpot_ms.{at}") for at in ("mean", "p50", "p99")),
+                " / ".join(_error(level, f"e2el_ms.{at}") for at in ("p50", "p90", "p99")),
+                _error(level, "output_throughput_tokens_per_s"),
+            ]
+            rows.append(((gpu, kv, share), f"| {' | '.join(cells)} |"))
+    return [row for _, row in sorted(rows)]
 
 
 def tables(text: str, rows: list[str], begin: str) -> str:
@@ -107,6 +124,7 @@ TABLES = (
         fit_rows,
         r"\| llama-[\w.-]+(, fp8 weights)? \| (bfloat16|fp8|int8|int4) \| \d",
     ),
+    (ROOT / "calibration" / "README.md", trimmed_rows, r"\| [AB], (bfloat16|fp8), \d+ % from"),
     (ROOT / "calibration" / "README.md", calibration_rows, r"\| [AB] \| (bfloat16|fp8), \d+ % \|"),
 )
 

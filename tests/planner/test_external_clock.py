@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 
 from engine.scheduling import StepShape
+from planner import cli
 from planner.catalog import load_gpu, load_model
 from planner.deployment import Deployment
-from planner.external.calibration import calibrate_external
+from planner.errors import UserError
+from planner.external.calibration import calibrate_external, load_external, parse_external
 from planner.external.replay import replay
 from planner.external.scaled import Factors, ScaledStepTime
 from planner.external.served_run import ServedRun, served_run
@@ -79,3 +81,102 @@ def test_one_load_seen_from_outside_foretells_the_others():
         assert np.mean(again.tpot_s[several]) == pytest.approx(np.mean(seen.tpot_s[several]), rel=0.03)
         assert np.median(again.ttft_s) == pytest.approx(np.median(seen.ttft_s), rel=0.06)
         assert np.median(again.e2el_s) == pytest.approx(np.median(seen.e2el_s), rel=0.03)
+
+
+# ---- records of our own engine -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trimmed(tmp_path_factory, commands) -> Path:
+    """What the committed record of GPU A says, fitted anew."""
+    path = tmp_path_factory.mktemp("trimmed") / "cal.json"
+    loads = [RECORDS / f"serve_h200_bf16_{load}.json" for load in (50, 110)]
+    assert cli.run(["calibrate-from", *map(str, loads), "--held-out", "0", "--save", str(path)], commands) == 0
+    return path
+
+
+def test_records_say_themselves_what_served_them(trimmed):
+    found = load_external(trimmed)
+    assert (found.model, found.gpu, found.kv_cache_dtype) == ("llama-3.1-8b", "h200_sxm", "bfloat16")
+    assert found.settings["num_gpu_blocks"] == 14_249 and found.settings["pipeline_depth"] == 2
+    assert set(found.origin.values()) == {"record"}
+    kept = load_external(RECORDS / "trimmed" / "A_bf16_50_110.json")
+    for name, factor in found.factors.items():
+        assert (factor.value, factor.low, factor.high) == pytest.approx(
+            (kept.factors[name].value, kept.factors[name].low, kept.factors[name].high), rel=1e-6, abs=1e-12
+        )
+
+
+def test_what_makes_up_for_each_other_widens_less(trimmed):
+    """A dearer prompt step lets decode steps be cheaper: both together are known better than each."""
+    found = load_external(trimmed)
+    matrix = np.array(found.correlation)
+    names = list(found.factors)
+    assert matrix[names.index("prefill"), names.index("weights")] < -0.3
+    apart = found.model_copy(update={"correlation": None})
+    assert found.uncertainty(BASE).decode < apart.uncertainty(BASE).decode
+    assert found.uncertainty(BASE).prefill < apart.uncertainty(BASE).prefill
+
+
+def test_validation_takes_such_a_calibration(trimmed, memwall):
+    found = memwall("validate", "--no-intervals", "--profile", trimmed, RECORDS / "serve_h200_bf16_95.json")
+    assert found.code == 0
+    assert "scaled to serve_h200_bf16_50.json" in found.out
+    line = next(line for line in found.out.splitlines() if line.startswith("TPOT mean, ms"))
+    measured, predicted = (float(number) for number in line.split()[3:5])
+    assert predicted == pytest.approx(measured, rel=0.03)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (
+            ["serve_h200_bf16_50.json", "serve_h200_fp8_50.json"],
+            "serve_h200_fp8_50.json was served with kv_cache_dtype",
+        ),
+        (["serve_h200_bf16_50.json", "serve_h200_1b_50.json"], "was served with model llama-3.2-1b"),
+        (["serve_h200_bf16_50.json", "--max-num-seqs", "64"], "--max-num-seqs is of servers that are not ours"),
+        (["serve_h200_bf16_50.json", "--system", "h100_sxm"], "--system is of servers that are not ours"),
+        (["serve_h200_bf16_50.json", "--quantization", "fp8"], "--quantization is of servers that are not ours"),
+        (["validation.json"], "validation.json"),
+    ],
+)
+def test_records_that_cannot_be_fitted_together(arguments, said, memwall):
+    arguments = [RECORDS / each if each.endswith(".json") else each for each in arguments]
+    memwall("calibrate-from", *arguments).check_bad_input(said)
+
+
+def test_a_factor_that_stands_for_something_else_is_pointed_out(memwall):
+    """The 1B model's service waits for the CPU, which no factor is of."""
+    found = memwall("calibrate-from", RECORDS / "serve_h200_1b_50.json", "--held-out", 0)
+    assert found.code == 0
+    assert "the factor kv is" in found.out and "stands for something else" in " ".join(found.out.split())
+
+
+def test_a_table_beside_a_record_is_refused(tmp_path, memwall):
+    table = tmp_path / "mine.csv"
+    table.write_text("arrival_s,first_token_s,last_token_s,input_tokens,output_tokens\n0,1,2,3,4\n")
+    found = memwall("calibrate-from", RECORDS / "serve_h200_bf16_50.json", table)
+    found.check_bad_input("mine.csv is no record of `memwall bench serve`")
+
+
+def test_validation_refuses_a_calibration_of_another_server(trimmed, memwall):
+    for load, said in (("fp8_50", "a KV cache in fp8"), ("1b_50", "model llama-3.2-1b")):
+        found = memwall("validate", "--profile", trimmed, RECORDS / f"serve_h200_{load}.json")
+        assert found.code == 2 and not found.out
+        assert f"was served with {said}, but cal.json was measured with" in found.err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "correlation",
+    [
+        [[1.0]],
+        [[1.0 if i == j else 0.5 + 0.2 * i for j in range(5)] for i in range(5)],
+        [[1.0 if i == j else -0.9 for j in range(5)] for i in range(5)],
+        [[2.0 * (i == j) for j in range(5)] for i in range(5)],
+    ],
+)
+def test_a_correlation_that_is_none_is_refused(trimmed, correlation):
+    document = json.loads(trimmed.read_text()) | {"correlation": correlation}
+    with pytest.raises(UserError, match="correlation is none of 5 factors"):
+        parse_external(document, "cal.json")
