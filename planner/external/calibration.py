@@ -98,7 +98,7 @@ class ExternalCalibration(Record):
                 f"the calibration scales step times of the {self.base}, but here they are of the {base.description}; "
                 "calibrate from the runs again"
             )
-        names = ", ".join(run.name for run in self.runs)
+        names = ", ".join(dict.fromkeys(run.name for run in self.runs))
         depth = self.settings.get("pipeline_depth", 1)
         return ScaledStepTime(base, self.as_factors(), names, self.uncertainty(base), depth)
 
