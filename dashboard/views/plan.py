@@ -47,7 +47,7 @@ _WHOLE = "Searching with the whole load, then drawing loads and step times"
 # From so many GPU types on a first look takes some seconds on one core.
 _MANY_TYPES = 4
 _WIDE_SEARCH = (
-    "it takes about three minutes on two cores for the load that this page starts with, and can be cancelled."
+    "it takes about two minutes on two cores for the load that this page starts with, and can be cancelled."
 )
 
 
