@@ -46,9 +46,7 @@ def page() -> None:
 _WHOLE = "Searching with the whole load, then drawing loads and step times"
 # From so many GPU types on a first look takes some seconds on one core.
 _MANY_TYPES = 4
-_WIDE_SEARCH = (
-    "it takes about two minutes on two cores for the load that this page starts with, and can be cancelled."
-)
+_WIDE_SEARCH = "it takes about two minutes on two cores for the load that this page starts with, and can be cancelled."
 
 
 def _first_look(search: Search, trace: Workload | None) -> PlanAnswer | None:

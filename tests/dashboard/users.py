@@ -23,8 +23,10 @@ _DTYPES = ("bf16", "fp8", "int8", "int4", "int2")
 _MODELS = ("llama-3.1-8b", "qwen3-8b", "llama-3.2-3b", "gemma-3-12b", "mistral-7b-v0.1")
 
 
-async def person(browser, address: str, number: int, changes: int, pause_s: float, faults: list[str]) -> list[float]:
-    """One person's responses, in seconds."""
+async def person(
+    browser, address: str, number: int, changes: int, pause_s: float, faults: list[str], all_there: asyncio.Barrier
+) -> list[float]:
+    """One person's responses, in seconds, from when everybody's page has been loaded."""
     context = await browser.new_context(viewport={"width": 1280, "height": 800})
     page = await context.new_page()
     page.on("pageerror", lambda error: faults.append(str(error)))
@@ -32,6 +34,7 @@ async def person(browser, address: str, number: int, changes: int, pause_s: floa
     await page.goto(f"{address}/memory?model={_MODELS[number % len(_MODELS)]}")
     value = page.locator('[data-testid="stMetricValue"]').first
     await value.wait_for(timeout=120_000)
+    await all_there.wait()
     responses = []
     now = "bf16"
     for _ in range(changes):
@@ -50,14 +53,15 @@ async def person(browser, address: str, number: int, changes: int, pause_s: floa
     return responses
 
 
-async def planner(browser, address: str, rate: float, faults: list[str]) -> float:
-    """Seconds to the first look at a plan."""
+async def planner(browser, address: str, rate: float, faults: list[str], all_there: asyncio.Barrier) -> float:
+    """Seconds to the first look at a plan, its page's loading included."""
+    await all_there.wait()
     context = await browser.new_context(viewport={"width": 1280, "height": 800})
     page = await context.new_page()
     page.on("pageerror", lambda error: faults.append(str(error)))
     started = time.perf_counter()
     await page.goto(f"{address}/?rate={rate}")
-    await page.get_by_text("First look").first.wait_for(timeout=300_000)
+    await page.get_by_text("First look, from").first.wait_for(timeout=300_000)
     seconds = time.perf_counter() - started
     await context.close()
     return seconds
@@ -70,8 +74,11 @@ async def measure(address: str, users: int, planners: int, changes: int, pause_s
     async with async_playwright() as play:
         arguments = ["--no-sandbox", "--disable-dev-shm-usage"]
         browser = await play.chromium.launch(executable_path=chromium(), args=arguments)
-        people = [person(browser, address, number, changes, pause_s, faults) for number in range(users - planners)]
-        searches = [planner(browser, address, 1 + number / 10, faults) for number in range(planners)]
+        all_there = asyncio.Barrier(users)  # ten browsers that start on one machine have nothing to do with the server
+        people = [
+            person(browser, address, number, changes, pause_s, faults, all_there) for number in range(users - planners)
+        ]
+        searches = [planner(browser, address, 1 + number / 10, faults, all_there) for number in range(planners)]
         found = await asyncio.gather(*people, *searches)
         await browser.close()
     responses = sorted(seconds for each in found[: users - planners] for seconds in each)
@@ -101,7 +108,7 @@ def main() -> None:
         "command": "python -m tests.dashboard.users",
         "pause_s": given.pause_s,
         "cores": os.cpu_count(),
-        "load_before": os.getloadavg()[0],
+        "load_average": os.getloadavg()[0],
         "platform": platform.platform(),
         "python": platform.python_version(),
         **found,
