@@ -383,7 +383,7 @@ def _traffic() -> tuple[Traffic, Workload | None, str | None]:
         st.caption(
             f"{trace.name}: {len(trace):,} requests at {trace.request_rate:.3g}/s, "
             f"{trace.input_tokens.mean():,.0f} tokens in and {trace.output_tokens.mean():,.0f} out on average. Lengths "
-            f"and rate are the trace's; the kind of traffic only gives the SLO now."
+            f"are the trace's, and its rate unless you give another; the kind of traffic only gives the SLO now."
         )
     usual_rate = f"{trace.request_rate:.3g}" if trace is not None else f"{preset.request_rate:g}"
     rate = optional("Requests per second", 0.01, 10_000.0, "rate", usual_rate, help="Mean arrival rate, Poisson.")

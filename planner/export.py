@@ -7,6 +7,7 @@ import shlex
 import textwrap
 from pathlib import Path
 
+from planner.basis import Basis
 from planner.errors import UserError, unknown_name
 from planner.plan_report import Plan, read_plan
 from planner.records import DeploymentRecord
@@ -132,6 +133,10 @@ def _remarks(plan: Plan) -> list[str]:
             f"{deployment.replicas} replicas, each on {gpus}: run this {deployment.replicas} times, each time on its "
             f"own GPUs and --port, behind a router ({deployment.router})."
         )
+    if plan.loads is not None and plan.loads.met < plan.loads.of:
+        remarks.append(f"Not sure: it met the SLO in {plan.loads.met} of {plan.loads.of} simulations of such loads.")
+    if plan.step_times.basis is Basis.TRANSFERRED:
+        remarks.append(f"Transferred: the plan's step times are of a {plan.result.step_time}.")
     if plan.result.evidence is Evidence.UNCALIBRATED:
         remarks.append("Uncalibrated: the plan's step times come from a data sheet, not from a measured GPU.")
     remarks += [*_weights_remarks(deployment), length_remark(deployment)]

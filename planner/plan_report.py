@@ -21,7 +21,7 @@ from planner.memory import MemoryReport
 from planner.quality import REFERENCE, KVQuality, parameters
 from planner.records import DeploymentRecord
 from planner.schema import Record
-from planner.simulation import SimulationResult
+from planner.simulation import SimulationResult, Verdict
 from planner.step_time import WEAKEST_FIRST, Evidence
 from planner.workload.workload import WorkloadSummary
 
@@ -56,6 +56,7 @@ class Loads(Record):
 
     met: int = Field(description="of them on which every limit held")
     of: int = Field(description="simulated")
+    saturated: int = Field(default=0, description="of them in which requests arrived faster than they were served")
     method: str = Field(default="moving-block bootstrap of the arrivals, blocks of 60 s; the first is the given load")
 
 
@@ -327,6 +328,7 @@ def _with_loads(question: Question, finalist: RankedPlan, runs: list[SimulationR
     sure = confidence(runs[0], runs[1:], step_time, question.seed)
     held = [bool(run.slo_met) for run in (runs[1:] if sure else runs)]
     met = sum(held)
+    saturated = sum(run.verdict is Verdict.SATURATED for run in (runs[1:] if sure else runs))
     terms = []
     for term in record.terms:
         values = [metric.at_slo_percentile for run in runs if (metric := run.metric_ms(term.term)) is not None]
@@ -335,8 +337,11 @@ def _with_loads(question: Question, finalist: RankedPlan, runs: list[SimulationR
     warnings = [*record.warnings, *runs[0].warnings]
     if met < _ROBUST_SHARE * len(held):
         what = "draws of load and step times" if sure else "loads, the given one and resamples"
-        warnings.append(f"the SLO holds on {met} of {len(held)} {what}: one more replica would be safer")
-    loads = Loads(met=met, of=len(held), method=sure.method) if sure else Loads(met=met, of=len(held))
+        queue = f" (in {saturated} requests arrive faster than they are served)" if saturated else ""
+        warnings.append(f"the SLO holds on {met} of {len(held)} {what}{queue}: one more replica would be safer")
+    loads = Loads(met=met, of=len(held), saturated=saturated)
+    if sure:
+        loads = loads.model_copy(update={"method": sure.method})
     update = {
         "terms": tuple(terms),
         "loads": loads,

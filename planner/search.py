@@ -285,7 +285,7 @@ def explore(question: Question, engine: Deployment) -> Explored:
 def _floor_rejection(question: Question, engine: Deployment, floor: Floor) -> Rejection:
     reason = (
         f"{floor.term} p{question.slo.percentile:g} ≤ {floor.limit_ms:g} ms is out of reach: {floor.why} takes at "
-        f"least {floor.at_least_ms:.3g} ms"
+        f"least {floor.at_least_ms:,.{0 if floor.at_least_ms >= 100 else 2}f} ms"
     )
     cause = RejectionCause.FLOOR
     return Rejection.of(question, engine, cause, reason, term=floor.term, at_least_ms=floor.at_least_ms)

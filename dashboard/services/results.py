@@ -35,7 +35,8 @@ _NEGLIGIBLE = 0.01
 
 
 def shown(value: float | None, interval: Interval | None = None, digits: int = 3) -> str:
-    """A number with no more digits than its interval allows: the last one is where the interval is wide.
+    """A number with no more digits than its interval allows: the last one is where the interval is wide. Two at least
+    unless it is wider than the number, as one alone may be off by more than the interval says.
 
     Args:
         digits: significant ones, where there is no interval.
@@ -49,7 +50,8 @@ def shown(value: float | None, interval: Interval | None = None, digits: int = 3
     if interval is not None:
         half = (interval[1] - interval[0]) / 2
         if half > 0:
-            place = max(place, min(magnitude, math.floor(math.log10(half))))
+            coarsest = magnitude - (half < abs(value))
+            place = max(place, min(coarsest, math.floor(math.log10(half))))
     return f"{round(value, -place):,.{max(0, -place)}f}"
 
 
@@ -146,9 +148,11 @@ def confidence(plan: Plan) -> str:
         return f"it meets the SLO in all {of} {drawn}; so many draws show that it is at least {low} % likely"
     if share[0] <= 0.0:
         return f"it meets the SLO in none of {of} {drawn}; so many draws show that it is at most {high} % likely"
-    return (
-        f"it meets the SLO in {met} of {of} {drawn}; so few draws show no more than that it is {low} to {high} % likely"
-    )
+    queue = ""
+    if plan.loads.saturated:
+        queue = f" (in {plan.loads.saturated} of the others requests arrive faster than they are served)"
+    known = f"so few draws show no more than that it is {low} to {high} % likely"
+    return f"it meets the SLO in {met} of {of} {drawn}{queue}; {known}"
 
 
 def is_sure(plan: Plan) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -20,6 +21,8 @@ from planner.workload import Workload
 SWEEP_SECONDS = 120.0
 # Rates beyond the knee that are still simulated, to show how it bends.
 _BAD_RATES = 2
+# Engines that are tried with fewer replicas than their plans have, to say why that does not do.
+_MOST_WITH_FEWER = 3
 #: Draws for the intervals of a trial.
 NUM_OTHERS = 8
 
@@ -85,11 +88,10 @@ def plan(report: Report, search: Search, trace: Workload | None, cores: int = 1)
 
 
 def why_not_cheaper(question: Question, found: PlanReport) -> tuple[Cheaper, ...]:
-    """The plan with one replica less, and cheaper engines that no number of replicas makes good, dearest first."""
+    """Engines of the plans with fewer replicas than they need, and cheaper engines that no number of replicas makes
+    good, dearest first."""
     best = found.plans[0]
-    answers = []
-    if best.deployment.replicas > 1:
-        answers.append(_one_less(question, best))
+    answers = _with_fewer(question, found)
     prices = {gpu.id: question.prices.price(gpu) for gpu in question.gpus}
     seen = set()
     for each in found.rejections:
@@ -105,20 +107,41 @@ def why_not_cheaper(question: Question, found: PlanReport) -> tuple[Cheaper, ...
     return tuple(sorted(answers, key=lambda each: -(each.usd_per_hour or 0.0)))
 
 
-def _one_less(question: Question, best: Plan) -> Cheaper:
+def _with_fewer(question: Question, found: PlanReport) -> list[Cheaper]:
+    """The engines that would cost less than the best plan if fewer replicas were enough, with as many as cost less;
+    simulated for the few that come nearest to its cost."""
+    best = found.plans[0]
+    if best.usd_per_hour is None:
+        return []
+    candidates: dict[tuple, tuple[float, Plan, int]] = {}
+    for plan in found.plans:
+        used = plan.deployment
+        if used.replicas < 2 or plan.usd_per_gpu_hour is None:
+            continue
+        each = plan.usd_per_gpu_hour * used.tensor_parallel_size
+        replicas = min(used.replicas - 1, math.ceil(best.usd_per_hour / each - 1e-9) - 1)
+        kind = (used.system, used.tensor_parallel_size, used.kv_cache_dtype)
+        if replicas > 0:
+            candidates.setdefault(kind, (replicas * each, plan, replicas))
+    nearest = sorted(candidates.values(), key=lambda candidate: -candidate[0])[:_MOST_WITH_FEWER]
+    return [_with_replicas(question, plan, replicas) for _, plan, replicas in nearest]
+
+
+def _with_replicas(question: Question, best: Plan, replicas: int) -> Cheaper:
     used = best.deployment
     gpu = next(gpu for gpu in question.gpus if gpu.id == used.system)
     deployment = replace(
         question.engine,
         gpu=gpu,
         tensor_parallel_size=used.tensor_parallel_size,
-        replicas=used.replicas - 1,
+        replicas=replicas,
         kv_cache_dtype=next(each for each in question.kv_cache_dtypes if each.value == used.kv_cache_dtype),
         max_num_seqs=used.max_num_seqs,
     )
     smaller = simulate_report(question.workload, deployment, question.options(), question.quantization).result
     price = best.usd_per_gpu_hour
-    what = f"{deployment.num_gpus} × {gpu.id} ({deployment.replicas} replicas of TP {used.tensor_parallel_size})"
+    of_them = f"{replicas} replica{'s' * (replicas > 1)} of TP {used.tensor_parallel_size}"
+    what = f"{deployment.num_gpus} × {gpu.id} ({of_them}, {used.kv_cache_dtype} KV)"
     return Cheaper(what, price * deployment.num_gpus if price else None, _misses(question, smaller))
 
 
@@ -131,7 +154,8 @@ def _misses(question: Question, result: SimulationResult | None) -> str:
     for term, limit in question.slo.limits().items():
         metric = result.metric_ms(term)
         if metric is not None and metric.at_slo_percentile > limit:
-            over = f"{term.upper()} p{question.slo.percentile:g} is {metric.at_slo_percentile:,.3g} ms"
+            achieved = metric.at_slo_percentile
+            over = f"{term.upper()} p{question.slo.percentile:g} is {achieved:,.{0 if achieved >= 100 else 1}f} ms"
             parts.append(f"{over}, above {limit:,.6g} ms")
     return "; ".join(parts) or "it meets the SLO on this load too: the margin is within the noise of the search"
 

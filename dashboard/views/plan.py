@@ -147,7 +147,8 @@ def _sentence(best: Plan, is_quick: bool) -> None:
     else:
         draw = st.success if results.is_sure(best) else st.info
         sure = f"How sure: {results.confidence(best)}."
-        draw(f"**{escaped(f'Take {what}')}** {escaped(sure)}", icon=":material/fact_check:")
+        head = "Take" if results.is_sure(best) else "The cheapest on this load, but not a sure one:"
+        draw(f"**{escaped(f'{head} {what}')}** {escaped(sure)}", icon=":material/fact_check:")
     st.caption(escaped(f"Step times: {results.evidence_words(best.result)} ({best.result.step_time})."))
 
 
@@ -157,15 +158,12 @@ def _surer(report: PlanReport) -> None:
         return
     surer = next((plan for plan in report.plans if plan.loads is not None and results.is_sure(plan)), None)
     if surer is None:
-        st.caption("No plan that was drawn more often meets the SLO in every draw: leave a margin.")
+        st.caption("None of the plans that were drawn meets the SLO in every draw: add a replica, or loosen the SLO.")
         return
     price = f" for {results.usd(surer.usd_per_hour)} per hour" if surer.usd_per_hour is not None else ""
-    st.caption(
-        escaped(
-            f"To be surer, take plan {surer.rank}, {figures.name_of(surer)}{price}: it meets the SLO in "
-            f"{surer.loads.met} of {surer.loads.of} draws."
-        )
-    )
+    told = f"To be sure, take plan {surer.rank}, {figures.name_of(surer)}{price}."
+    draws = f"It meets the SLO in {surer.loads.met} of {surer.loads.of} draws."
+    st.success(f"**{escaped(told)}** {escaped(draws)}", icon=":material/fact_check:")
 
 
 def _numbers(best: Plan, is_quick: bool) -> None:
@@ -205,7 +203,7 @@ def _why_not_cheaper(answer: PlanAnswer, search: Search) -> None:
         price = results.usd(first.usd_per_hour)
         st.write(escaped(f"The next cheaper in this search, {first.what} at {price} per hour: {first.reason}."))
     else:
-        st.write("Nothing in this search costs less: one replica of its cheapest GPU already meets the SLO.")
+        st.write("Nothing in this search costs less: one GPU, the cheapest of it, already meets the SLO.")
     _others(search)
     if len(answer.cheaper) > 1:
         rows = [

@@ -84,6 +84,8 @@ def read_record(path: Path) -> dict[str, Any]:
             raise UserError(f"{path.name} has version {document['version']!r}; only {VERSION} can be read")
     except OSError as error:
         raise UserError(f"cannot read record {path}: {error.strerror or error}") from error
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path.name} is not complete JSON ({error.msg}), so no record of memwall bench") from error
     except (EOFError, KeyError, RecursionError, TypeError, ValueError, zlib.error) as error:
         raise (
             error if isinstance(error, UserError) else UserError(f"{path.name} is no record of memwall bench")

@@ -352,19 +352,23 @@ def parse_external(document: Any, file: str) -> ExternalCalibration:
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
-        raise UserError(f"{file}: {place}: {first['msg'].lower()}") from None
+        said = first["msg"].partition(" or instance of ")[0].lower()
+        raise UserError(f"{file}: {place}: {said}") from None
     expected = {field.name for field in fields(Factors)}
     if set(calibration.factors) != expected:
         raise UserError(
             f"{file}: factors are {', '.join(sorted(calibration.factors))}, not {', '.join(sorted(expected))}"
         )
     if calibration.correlation is not None and not _is_correlation(calibration.correlation, len(expected)):
-        raise UserError(f"{file}: correlation is none of {len(expected)} factors")
-    for name, record in calibration.factors.items():
-        if not record.low <= record.value <= record.high:
-            raise UserError(f"{file}: factors.{name} is {record.value:g}, outside its interval")
+        raise UserError(
+            f"{file}: correlation must be a symmetric matrix of {len(expected)} × {len(expected)} numbers from -1 to "
+            "1, with ones on its diagonal"
+        )
     try:
         calibration.as_factors()
     except UserError as error:
         raise UserError(f"{file}: {error}") from None
+    for name, record in calibration.factors.items():
+        if not record.low <= record.value <= record.high:
+            raise UserError(f"{file}: factors.{name} is {record.value:g}, outside its interval")
     return calibration

@@ -107,7 +107,9 @@ def fit_factors(
     masks = [np.ones(len(run), bool) for run in runs] if fitted is None else list(fitted)
     count = sum(int(mask.sum()) for mask in masks)
     if count < MIN_REQUESTS:
-        raise UserError(f"only {count} answered requests to fit to; it takes {MIN_REQUESTS}")
+        total = sum(map(len, runs))
+        rest = f" of {total}, the others being held out," if total > count else ""
+        raise UserError(f"only {count} answered requests{rest} to fit to; it takes {MIN_REQUESTS}")
     problem = _Problem([_needed(run, mask) for run, mask in zip(runs, masks, strict=True)], system, progress)
     solver = _Solver(problem)
     solver.start(problem.first_guess())

@@ -251,3 +251,29 @@ def test_why_not_cheaper_is_simulated():
     assert first.what.startswith(f"{best.num_gpus - best.deployment.tensor_parallel_size} × l4")
     assert first.usd_per_hour < best.usd_per_hour
     assert "above" in first.reason or "saturated" in first.reason
+
+
+def test_why_not_fewer_replicas_of_another_engine():
+    """A plan of one replica on two GPUs: one GPU costs half as much, and what it would take is simulated."""
+    gpu = load_gpu("l4")
+    traffic = Traffic(request_rate=40.0, duration_s=60.0)
+    search = Search(
+        Engine(load_model("llama-3.2-1b"), gpu),
+        traffic,
+        DEFAULT_SLO,
+        (gpu,),
+        kv_cache_dtypes=("bfloat16",),
+        max_num_seqs=(64,),
+    )
+    report = work.plan(silent, search, None).report
+    wide = next(plan for plan in report.plans if plan.deployment.tensor_parallel_size > 1)
+    narrow = next(plan for plan in report.plans if plan.deployment.tensor_parallel_size == 1)
+    assert narrow.deployment.replicas > 1
+    wide = wide.model_copy(update={"usd_per_hour": narrow.usd_per_hour})
+    rest = tuple(plan for plan in report.plans if plan.deployment.tensor_parallel_size == 1)
+    turned = report.model_copy(update={"plans": (wide.model_copy(update={"rank": 1}), *rest)})
+    question = search.question(traffic.workload())
+    found = work.why_not_cheaper(question, turned)
+    named = [each.what for each in found]
+    assert any(f"{narrow.num_gpus - 1} × l4" in what and "of TP 1" in what for what in named)
+    assert all(each.usd_per_hour < wide.usd_per_hour for each in found)

@@ -111,9 +111,11 @@ def test_plan_says_where_the_length_limit_comes_from(open_page):
 
 def test_plan_says_what_would_be_surer(open_page, monkeypatch):
     monkeypatch.setattr(results, "is_sure", lambda plan: plan.rank > 1)
-    assert "To be surer, take plan" in sentences(open_page("plan", rate="2"))
+    app = open_page("plan", rate="2")
+    assert "The cheapest on this load, but not a sure one: 1 ×" in app.info[0].value
+    assert "To be sure, take plan" in app.success[0].value
     monkeypatch.setattr(results, "is_sure", lambda plan: False)
-    assert "leave a margin" in sentences(open_page("plan", rate="2"))
+    assert "None of the plans that were drawn meets the SLO in every draw" in sentences(open_page("plan", rate="2"))
 
 
 def test_plan_follows_its_inputs(open_page):

@@ -35,6 +35,9 @@ from dashboard.services.results import (
         (None, None, "–"),
         (math.inf, None, "–"),
         (5.0, (0.0, 100.0), "5"),
+        (325.64, (170.0, 480.0), "330"),
+        (34.98, (10.0, 180.0), "30"),
+        (34.98, (20.0, 60.0), "35"),
     ],
 )
 def test_shown(value, interval, text):
@@ -74,9 +77,9 @@ def test_what_fits_is_rounded_down(value, text):
     assert shown_capacity(value) == text
 
 
-def planned(rank=1, met=None, of=16, share=None, warnings=()):
+def planned(rank=1, met=None, of=16, share=None, warnings=(), saturated=0):
     """A plan, as far as it is judged here."""
-    loads = None if met is None else SimpleNamespace(met=met, of=of)
+    loads = None if met is None else SimpleNamespace(met=met, of=of, saturated=saturated)
     sure = SimpleNamespace(slo_probability=SimpleNamespace(low=share[0], high=share[1])) if share else None
     return SimpleNamespace(rank=rank, loads=loads, confidence=sure, warnings=warnings)
 
@@ -89,6 +92,8 @@ def planned(rank=1, met=None, of=16, share=None, warnings=()):
         (planned(met=0, share=(0.0, 0.171)), "≤ 17 %", "in none of 16 draws"),
         (planned(met=12, share=(0.516, 0.902)), "52 to 90 %", "in 12 of 16 draws of load and step times; so few draws "
          "show no more than that it is 52 to 90 % likely"),
+        (planned(met=13, share=(0.58, 0.95), saturated=3), "58 to 95 %", "in 13 of 16 draws of load and step times (in "
+         "3 of the others requests arrive faster than they are served); so few"),
         (planned(met=4, of=5), "", "held on 4 of 5 loads"),
         (planned(), "", "was not tried on others"),
     ],

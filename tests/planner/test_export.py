@@ -8,12 +8,13 @@ from types import SimpleNamespace
 import pytest
 
 from planner import cli
+from planner.basis import Basis
 from planner.catalog import load_gpu, load_model
 from planner.deployment import Deployment
 from planner.errors import UserError
 from planner.export import export_plan, length_remark, vllm_flags
 from planner.memory import KVCacheDtype
-from planner.plan_report import Plan
+from planner.plan_report import Loads, Plan
 from planner.records import DeploymentRecord
 from planner.simulation import AcceptanceProcess
 from planner.speculation import SpeculationConfig
@@ -53,10 +54,18 @@ VARIANTS = {
 }
 
 
-def exported(deployment: Deployment, quantization: str | None = None, rank: int = 1, evidence=Evidence.UNCALIBRATED):
+def exported(
+    deployment: Deployment,
+    quantization: str | None = None,
+    rank: int = 1,
+    evidence=Evidence.UNCALIBRATED,
+    basis=Basis.UNCALIBRATED,
+    loads: Loads | None = None,
+):
     record = DeploymentRecord.from_deployment(deployment, quantization)
-    result = SimpleNamespace(evidence=evidence)
-    return export_plan(Plan.model_construct(rank=rank, deployment=record, result=result), "vllm")
+    rest = {"loads": loads, "step_times": SimpleNamespace(basis=basis)}
+    result = SimpleNamespace(evidence=evidence, step_time="profile of this, transferred from that")
+    return export_plan(Plan.model_construct(rank=rank, deployment=record, result=result, **rest), "vllm")
 
 
 def words_of(script: str) -> list[str]:
@@ -138,6 +147,11 @@ def test_remarks():
     single = exported(replace(PLAIN, replicas=1), evidence=Evidence.MEASURED)
     assert "One replica on 4 x h100_sxm" in single
     assert "ncalibrated" not in single
+    assert "Not sure" not in script and "Transferred" not in script
+    unsure = comment(exported(PLAIN, basis=Basis.TRANSFERRED, loads=Loads(met=7, of=16)))
+    assert "Not sure: it met the SLO in 7 of 16 simulations of such loads." in unsure
+    assert "Transferred: the plan's step times are of a profile of this, transferred from that." in unsure
+    assert "Not sure" not in exported(PLAIN, loads=Loads(met=16, of=16))
 
 
 def comment(script: str) -> str:

@@ -178,5 +178,5 @@ def test_validation_refuses_a_calibration_of_another_server(trimmed, memwall):
 )
 def test_a_correlation_that_is_none_is_refused(trimmed, correlation):
     document = json.loads(trimmed.read_text()) | {"correlation": correlation}
-    with pytest.raises(UserError, match="correlation is none of 5 factors"):
+    with pytest.raises(UserError, match="correlation must be a symmetric matrix of 5 × 5 numbers"):
         parse_external(document, "cal.json")

@@ -242,7 +242,9 @@ def test_bad_calibrations_are_one_sentence(memwall, tmp_path, path):
     document = calibration().model_dump()
     document["factors"]["kv"]["value"] = -1.0
     (tmp_path / "bad.json").write_text(json.dumps(document))
-    memwall("simulate", *LOAD, "--profile", tmp_path / "bad.json").check_bad_input("bad.json", "factors.kv")
+    memwall("simulate", *LOAD, "--profile", tmp_path / "bad.json").check_bad_input(
+        "bad.json", "the factor kv is -1", "must be positive"
+    )
     document["version"] = 9
     (tmp_path / "bad.json").write_text(json.dumps(document))
     memwall("plan", *LOAD, "--profile", tmp_path / "bad.json").check_bad_input("version 9")

@@ -312,7 +312,7 @@ def test_rejected_for_its_floor():
     assert rejection.at_least_ms > weights_s * 1e3 > 20
     assert rejection.reason == (
         f"tpot p99 ≤ 20 ms is out of reach: one decode step of a single request takes at least "
-        f"{rejection.at_least_ms:.3g} ms"
+        f"{rejection.at_least_ms:.2f} ms"
     )
     assert found.effort.num_engines_out_of_reach == 1
 
