@@ -10,7 +10,7 @@ from planner.catalog import load_model
 from planner.errors import UserError, unknown_name
 from planner.model import ModelSpec
 from planner.simulation import AcceptanceProcess, Speculation
-from planner.step_time import TICKS_PER_SECOND, Evidence, StepTime
+from planner.step_time import TICKS_PER_SECOND, DerivedStepTime, Evidence, StepTime
 
 # vLLM's names. The others it knows need a drafter whose cost is not modelled here.
 METHODS = ("ngram", "draft_model")
@@ -111,7 +111,7 @@ _KEYS = frozenset({"method", "model", "num_speculative_tokens", "synthetic_accep
 _EXAMPLE = """'{"method": "ngram", "num_speculative_tokens": 4}'"""
 
 
-class DraftedStepTime(StepTime):
+class DraftedStepTime(DerivedStepTime):
     """A target's step, and the k draft steps that follow it in the same engine step.
 
     The draft model computes what the target computed (its KV must not have holes), and then decodes k - 1 tokens more,
@@ -119,7 +119,7 @@ class DraftedStepTime(StepTime):
     """
 
     def __init__(self, target: StepTime, draft: StepTime, num_speculative_tokens: int) -> None:
-        self.target = target
+        super().__init__(target)
         self.draft = draft
         self.num_speculative_tokens = num_speculative_tokens
         self.evidence = target.evidence
@@ -131,26 +131,17 @@ class DraftedStepTime(StepTime):
         return self.ticks(step) / TICKS_PER_SECOND
 
     def ticks(self, step: StepShape) -> int:
-        return self.target.ticks(step) + self._draft_ticks(step)
-
-    def host_ticks(self, step: StepShape) -> int:
-        return self.target.host_ticks(step)
-
-    def wait_ticks(self, step: StepShape) -> int:
-        return self.target.wait_ticks(step)
-
-    def launched_ticks(self, step: StepShape) -> int:
-        return self.target.launched_ticks(step)
+        return self.inner.ticks(step) + self._draft_ticks(step)
 
     def evidence_of(self, step: StepShape) -> Evidence:
-        return self.target.evidence_of(step)
+        return self.inner.evidence_of(step)
 
     def steps_inside(self, contexts: list[int], steps: int) -> int:
-        return self.target.steps_inside(contexts, steps)
+        return self.inner.steps_inside(contexts, steps)
 
     def scaled(self, decode: float = 1.0, prefill: float = 1.0) -> DraftedStepTime:
         drafts = self.draft.scaled(decode, prefill)
-        return DraftedStepTime(self.target.scaled(decode, prefill), drafts, self.num_speculative_tokens)
+        return DraftedStepTime(self.inner.scaled(decode, prefill), drafts, self.num_speculative_tokens)
 
     def _draft_ticks(self, step: StepShape) -> int:
         first = self.draft.ticks(step)

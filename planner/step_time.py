@@ -349,23 +349,14 @@ class StepTime(ABC):
         return TableRun([self.ticks(shape) for shape in shapes])
 
 
-class ScaledStepTime(StepTime):
-    """Another model's times multiplied; the host's are as they were."""
+class DerivedStepTime(StepTime):
+    """Times that are made of another model's, `inner`: what the host does, and what heat does to a step, is as there.
 
-    def __init__(self, inner: StepTime, decode: float, prefill: float) -> None:
-        self.inner, self.decode, self.prefill = inner, decode, prefill
-        self.evidence, self.evidence_varies = inner.evidence, inner.evidence_varies
-        self.description, self.uncertainty = inner.description, inner.uncertainty
-        self.pipeline_depth, self.clock = inner.pipeline_depth, inner.clock
+    Its `clock`, and all else that it says of itself, is for who derives to take over.
+    """
 
-    def _scale(self, step: StepShape) -> float:
-        return self.prefill if step.prefills else self.decode
-
-    def predict(self, step: StepShape) -> float:
-        return self.inner.predict(step) * self._scale(step)
-
-    def ticks(self, step: StepShape) -> int:
-        return max(1, round(self.inner.ticks(step) * self._scale(step)))
+    def __init__(self, inner: StepTime) -> None:
+        self.inner = inner
 
     def heated_ticks(self, step: StepShape, ticks: int, heat: float) -> int:
         return self.inner.heated_ticks(step, ticks, heat)
@@ -378,6 +369,26 @@ class ScaledStepTime(StepTime):
 
     def launched_ticks(self, step: StepShape) -> int:
         return self.inner.launched_ticks(step)
+
+
+class ScaledStepTime(DerivedStepTime):
+    """Another model's times multiplied; the host's are as they were."""
+
+    def __init__(self, inner: StepTime, decode: float, prefill: float) -> None:
+        super().__init__(inner)
+        self.decode, self.prefill = decode, prefill
+        self.evidence, self.evidence_varies = inner.evidence, inner.evidence_varies
+        self.description, self.uncertainty = inner.description, inner.uncertainty
+        self.pipeline_depth, self.clock = inner.pipeline_depth, inner.clock
+
+    def _scale(self, step: StepShape) -> float:
+        return self.prefill if step.prefills else self.decode
+
+    def predict(self, step: StepShape) -> float:
+        return self.inner.predict(step) * self._scale(step)
+
+    def ticks(self, step: StepShape) -> int:
+        return max(1, round(self.inner.ticks(step) * self._scale(step)))
 
     def evidence_of(self, step: StepShape) -> Evidence:
         return self.inner.evidence_of(step)

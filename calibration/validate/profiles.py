@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,14 +58,14 @@ def step_time_for(record: ServedRecord, path: Path | None = None) -> Predictor:
         UserError: there is no such profile, or it was measured on something else.
     """
     try:
-        from planner.profile.library import shipped_profiles
+        from planner.profile.library import load_calibrations, shipped_profiles
         from planner.profile.schema import load_profile
     except ModuleNotFoundError as error:
         raise UserError(f"this installation of memwall reads no profiles ({error}); reinstall it") from None
 
     engine = record.engine
-    if path is not None and (scaled := _calibration_of(path)) is not None:
-        return _scaled_for(record, scaled, path)
+    if calibrations := load_calibrations(None if path is None else [path]):
+        return _scaled_for(record, calibrations[0][1], path)
     if path is None:
         profile = _chosen(record, [(each, _facts_of(each)) for each in shipped_profiles()])
     else:
@@ -91,17 +90,6 @@ def _facts_of(profile: Any) -> ProfileFacts:
     engine = {name: getattr(told.engine, name) for name in (*_EQUAL, *_MEASURED_UP_TO, *_OF_MEMORY)}
     blocks = {str(dtype): table.num_kv_blocks for dtype, table in told.kv.items()}
     return ProfileFacts(profile.name, told.model.name, told.gpu_name, told.quantization, blocks, engine)
-
-
-def _calibration_of(path: Path) -> Any:
-    """What `memwall calibrate-from` wrote; None for anything else."""
-    from planner.external.calibration import KIND, load_external
-
-    try:
-        is_one = json.loads(path.read_text(encoding="utf-8")).get("kind") == KIND
-    except (OSError, ValueError, RecursionError, AttributeError):
-        return None  # whoever reads it as a profile says what is wrong
-    return load_external(path) if is_one else None
 
 
 def _scaled_for(record: ServedRecord, calibration: Any, path: Path) -> Predictor:
@@ -136,7 +124,7 @@ def _scaled_for(record: ServedRecord, calibration: Any, path: Path) -> Predictor
         profiles=(str(path),),
     )
     step_time = deployment.step_time()
-    fitted = getattr(step_time.base, "fitted", None)
+    fitted = getattr(step_time.inner, "fitted", None)
     return Predictor(step_time, step_time.description, max(fitted.engine.piece_sizes, default=0) if fitted else None)
 
 

@@ -65,8 +65,9 @@ def predict_log(steps: Sequence[LoggedStep], step_time: StepTime, largest_piece:
     steady = [step_time.ticks(step.shape) for step in steps]
     host = np.array([step_time.host_ticks(step.shape) for step in steps]) / TICKS_PER_SECOND
     wait = np.array([step_time.wait_ticks(step.shape) for step in steps]) / TICKS_PER_SECOND
-    device = np.array(_at_their_heat(steps, steady, wait, step_time)) / TICKS_PER_SECOND
-    device = np.maximum(device, _until_launched_s(steps, wait, step_time))
+    begins = begins_s(steps, wait)
+    device = np.array(_at_their_heat(steps, steady, begins, step_time)) / TICKS_PER_SECOND
+    device = np.maximum(device, _until_launched_s(steps, begins, step_time))
     is_whole = np.array([step.gpu_s is None for step in steps], bool)
     return PredictedLog(
         steps,
@@ -78,21 +79,21 @@ def predict_log(steps: Sequence[LoggedStep], step_time: StepTime, largest_piece:
     )
 
 
-def _until_launched_s(steps: Sequence[LoggedStep], wait_s: np.ndarray, step_time: StepTime) -> np.ndarray:
+def _until_launched_s(steps: Sequence[LoggedStep], begins: Sequence[float], step_time: StepTime) -> np.ndarray:
     """From the begin of the recorded steps until the host has launched all of them: they take as long at the least."""
     launched = np.array([step_time.launched_ticks(step.shape) for step in steps]) / TICKS_PER_SECOND
     starts = np.array([step.start_s for step in steps])
-    return np.where(launched > 0, starts + launched - np.array(begins_s(steps, wait_s)), 0.0)
+    return np.where(launched > 0, starts + launched - np.array(begins), 0.0)
 
 
 def _at_their_heat(
-    steps: Sequence[LoggedStep], steady: Sequence[int], wait_s: np.ndarray, step_time: StepTime
+    steps: Sequence[LoggedStep], steady: Sequence[int], begins: Sequence[float], step_time: StepTime
 ) -> list[int]:
     """What the steps take at the heat of the recorded device."""
     if step_time.clock is None:
         return list(steady)
     heat, found = Heat(step_time.clock.tau_s), []
-    for step, ticks, begin in zip(steps, steady, begins_s(steps, wait_s), strict=True):
+    for step, ticks, begin in zip(steps, steady, begins, strict=True):
         found.append(step_time.heated_ticks(step.shape, ticks, heat.at(begin)))
         heat.ran(begin, begin + device_s(step), hot=bool(step.shape.prefills))
     return found

@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, fields
 
 from engine.scheduling import StepShape
 from planner.errors import UserError
-from planner.step_time import TICKS_PER_SECOND, DecodeRun, Evidence, StepTime, TableRun, Uncertainty
+from planner.step_time import TICKS_PER_SECOND, DecodeRun, DerivedStepTime, Evidence, StepTime, TableRun, Uncertainty
 
 # Scale factors as fractions of 2**20, so that a step's ticks are integers whichever way they are reached.
 _ONE = 1 << 20
@@ -60,11 +60,11 @@ NAMES = tuple(field.name for field in fields(Factors))
 SCALES = ("prefill", "weights", "kv")
 
 
-class ScaledStepTime(StepTime):
+class ScaledStepTime(DerivedStepTime):
     """A `StepTime` that scales another one.
 
     Attributes:
-        base: the step time that is scaled.
+        inner: the base, which is scaled.
         factors: by how much. `factors.arrival_s` is in no step; `planner.serving` adds it to what clients see.
     """
 
@@ -87,7 +87,7 @@ class ScaledStepTime(StepTime):
             pipeline_depth: steps that the engine seen from outside has in flight.
             decode, prefill: what whole steps without and with prompt chunks are multiplied by on top of the factors.
         """
-        self.base = base
+        super().__init__(base)
         self.factors = factors
         self.source = source
         self.uncertainty = uncertainty
@@ -111,32 +111,20 @@ class ScaledStepTime(StepTime):
         if contexts or verifies:
             sampled = len(contexts) + sum(query for query, _ in verifies)
             decodes = (
-                self.base.ticks(StepShape(decode_contexts=contexts, verifies=verifies, num_sampled=sampled))
+                self.inner.ticks(StepShape(decode_contexts=contexts, verifies=verifies, num_sampled=sampled))
                 if step.prefills
-                else self.base.ticks(step)
+                else self.inner.ticks(step)
             )
         else:
             decodes = floor
-        prefill = max(0, self.base.ticks(step) - decodes) if step.prefills else 0
+        prefill = max(0, self.inner.ticks(step) - decodes) if step.prefills else 0
         ticks = self._ticks(floor, decodes - floor, prefill, step.num_requests)
         return self._stretched(ticks, self._steps[bool(step.prefills)])
-
-    def heated_ticks(self, step: StepShape, ticks: int, heat: float) -> int:
-        return self.base.heated_ticks(step, ticks, heat)
-
-    def host_ticks(self, step: StepShape) -> int:
-        return self.base.host_ticks(step)
-
-    def wait_ticks(self, step: StepShape) -> int:
-        return self.base.wait_ticks(step)
-
-    def launched_ticks(self, step: StepShape) -> int:
-        return self.base.launched_ticks(step)
 
     def decode_run(self, contexts: list[int], steps: int) -> DecodeRun:
         batch = len(contexts)
         floor = self._floor(batch, ())
-        run = self.base.decode_run(contexts, min(steps, _LISTED_STEPS))
+        run = self.inner.decode_run(contexts, min(steps, _LISTED_STEPS))
         durations = []
         for first, increment, count in run.segments(run.steps):
             ticks = (self._ticks(floor, first + increment * j - floor, 0, batch) for j in range(count))
@@ -150,7 +138,7 @@ class ScaledStepTime(StepTime):
 
     def scaled(self, decode: float = 1.0, prefill: float = 1.0) -> ScaledStepTime:
         steps = self._steps[0] * decode, self._steps[1] * prefill
-        return ScaledStepTime(self.base, self.factors, self.source, self.uncertainty, self.pipeline_depth, *steps)
+        return ScaledStepTime(self.inner, self.factors, self.source, self.uncertainty, self.pipeline_depth, *steps)
 
     @staticmethod
     def _stretched(ticks: int, by: float) -> int:
@@ -168,5 +156,5 @@ class ScaledStepTime(StepTime):
             shape = StepShape(decode_contexts=[0] * decodes, verifies=[(query, 0) for query in verifies])
             if not (decodes or verifies):
                 shape = StepShape(decode_contexts=[0])
-            self._floors[key] = ticks = self.base.ticks(shape)
+            self._floors[key] = ticks = self.inner.ticks(shape)
         return ticks
