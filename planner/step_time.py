@@ -287,6 +287,10 @@ class StepTime(ABC):
         """
         return ticks
 
+    def heating(self, step: StepShape) -> float:
+        """The heat that a device comes to which runs nothing but such steps, where there is a `clock`: 0 for decodes."""
+        return 1.0 if step.prefills else 0.0
+
     def host_ticks(self, step: StepShape) -> int:
         """Ticks from the decision to run a step to the end of its launch; the device starts it then at the earliest.
 
@@ -360,6 +364,9 @@ class DerivedStepTime(StepTime):
 
     def heated_ticks(self, step: StepShape, ticks: int, heat: float) -> int:
         return self.inner.heated_ticks(step, ticks, heat)
+
+    def heating(self, step: StepShape) -> float:
+        return self.inner.heating(step)
 
     def host_ticks(self, step: StepShape) -> int:
         return self.inner.host_ticks(step)

@@ -3,7 +3,11 @@
 Steps measured one by one follow their like, in a stream that is as hot as they make it. In a service a step of many
 tokens follows decodes or other prompts, and the clock of the device remembers what was before. As many requests as a
 plan says run all the time: where one ends, the next one comes. The first ones are there from the start, with contexts
-as if they had been running for long, so that the device begins cool and every run is in its usual state at once.
+as if they had been running for long.
+
+A device that comes from rest is fast at first, for as long as its power limit is an average over a second. So loads
+follow each other without a pause, and each is served for a while before its steps tell anything; what is written down
+has those, too, as they say how hot the others began.
 """
 
 from __future__ import annotations
@@ -36,28 +40,29 @@ class ServedPlan:
     """What is served.
 
     Attributes:
-        loads: (requests that run at once, most output tokens of one, seconds): how many and how long they are says how
-            often prompts come. The hottest one comes first.
+        loads: (requests that run at once, most output tokens of one, seconds that tell): how many and how long they are
+            says how often prompts come, and how many keys are read beside them. Both are varied by themselves, or a fit
+            could not tell the heat of prompts from the keys of decodes.
         input_tokens: least and most of a prompt. least_output: tokens. Lengths are drawn log-uniformly.
-        lead_s: of the first load and of each other one, before what is written down: a device that was idle for long
-            is faster, and a kernel may have to be compiled.
-        pause_s: before each load, in which what the device remembers of the one before is lost.
+        lead_s: of the first load and of each other one, before its steps tell.
     """
 
     loads: tuple[tuple[int, int, float], ...] = (
-        (250, 1024, 3.5),
-        (120, 512, 3.5),
-        (40, 256, 2.5),
+        (250, 1024, 3.0),
+        (200, 192, 3.0),
+        (120, 512, 2.0),
+        (90, 128, 3.0),
+        (40, 256, 2.0),
+        (40, 96, 2.0),
         (16, 128, 2.0),
         (6, 128, 2.0),
     )
     input_tokens: tuple[int, int] = (24, 1024)
     least_output: int = 8
-    lead_s: tuple[float, float] = (2.0, 0.3)
-    pause_s: float = 0.3
+    lead_s: tuple[float, float] = (2.0, 1.0)
 
 
-QUICK = ServedPlan(loads=((4, 32, 0.3),), input_tokens=(8, 128), least_output=4, lead_s=(0.0, 0.0), pause_s=0.0)
+QUICK = ServedPlan(loads=((4, 32, 0.3),), input_tokens=(8, 128), least_output=4, lead_s=(0.0, 0.0))
 
 
 class Service:
@@ -78,17 +83,16 @@ class Service:
     def measure(self) -> list[dict[str, Any]]:
         """The "served" table: a row for every load that the engine has room for.
 
-        In columns, a value for each step: start_s, when the host decided upon it, since the first one; gpu_s, its time
-        on the GPU; host_s, the CPU's to schedule, launch and update it; prefills, (new tokens, tokens in the cache) of
-        each prompt chunk; decodes, how many; keys, which these attend to over all layers; and excess, as many keys as
-        the longest of them has more than the others.
+        lead_s: steps that start before it tell of the heat alone. In columns, a value for each step: start_s, when the
+        host decided upon it, since the first one; gpu_s, its time on the GPU; host_s, the CPU's to schedule, launch and
+        update it; prefills, (new tokens, tokens in the cache) of each prompt chunk; decodes, how many; keys, which
+        these attend to over all layers; and excess, as many keys as the longest of them has more than the others.
         """
         rows, (first_s, lead_s) = [], self._plan.lead_s
         for concurrency, most_output, seconds in self._loads():
-            self._serve(concurrency, most_output, lead_s if rows else first_s)
-            time.sleep(self._plan.pause_s)
-            records = self._serve(concurrency, most_output, seconds)
-            rows.append({"concurrency": concurrency} | self._columns(records))
+            lead = lead_s if rows else first_s
+            records = self._serve(concurrency, most_output, lead + seconds)
+            rows.append({"concurrency": concurrency, "lead_s": lead} | self._columns(records))
         return rows
 
     def _loads(self) -> list[tuple[int, int, float]]:

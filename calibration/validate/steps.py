@@ -95,7 +95,7 @@ def _at_their_heat(
     heat, found = Heat(step_time.clock.tau_s), []
     for step, ticks, begin in zip(steps, steady, begins, strict=True):
         found.append(step_time.heated_ticks(step.shape, ticks, heat.at(begin)))
-        heat.ran(begin, begin + device_s(step), hot=bool(step.shape.prefills))
+        heat.ran(begin, begin + device_s(step), step_time.heating(step.shape))
     return found
 
 

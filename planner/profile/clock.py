@@ -9,8 +9,10 @@ spent in prompt steps, of which the past counts ever less.
 
 `steady` is what a profile says of the step: measured among equal ones, in a stream of which the first are cool and the
 last hot. `cool` and `hot` are ratios to it by number of tokens: 512 tokens on an H200 take 0.85 of their steady time
-between decodes, and 1.18 times as long as that behind others. Steps of decodes alone slow down a little, too, by
-one ratio that is told by what they take right behind prompt steps; at rest their steady time is right.
+between decodes, and 1.18 times as long as that behind others. Small steps draw less power: their matrix units wait for
+weights. What a step needs to read the keys of requests that decode beside its prompts is no matter of this clock, and
+left out of `steady` here. Steps of decodes alone slow down a little, too, by one ratio that is told by what they take
+right behind prompt steps; at rest their steady time is right.
 
 Numpy and the standard library only: calibration fits on the GPU machine what it has just measured.
 """
@@ -25,15 +27,17 @@ from typing import Any
 
 import numpy as np
 
-# What served loads of two KV formats on one H200 showed: taken where no series tells, and what a series that tells
-# little leaves alone. tau was between 0.05 and 0.10 s there; e0 0.39 and 0.46, e1 1.0.
-USUAL_TAU_S, USUAL_E0, USUAL_E1 = 0.08, 0.4, 1.0
+# What served loads on three H200s showed, of two KV formats on two of them: taken where no series tells, and what a
+# series that tells little leaves alone. tau was between 0.04 and 0.08 s there, e0 between 0.24 and 0.32, e1 between 0.52
+# and 0.77; and a step of so many tokens heats half as much as one of very many: between 110 and 210, so that it is not
+# fitted again.
+USUAL_TAU_S, USUAL_E0, USUAL_E1, HALF_TOKENS = 0.055, 0.27, 0.68, 170.0
 # How far the truth may be from that before a series has to say so: log(tau), e0, e1.
 _PRIOR = (0.5, 0.15, 0.15)
 MIN_GAP = 0.1  # between e0 and e1
 _TAUS = tuple(float(tau) for tau in 0.02 * 1.25 ** np.arange(15))  # to 0.45 s
 _E0S = tuple(float(each) for each in np.arange(0.0, 0.81, 0.1))
-_E1S = tuple(float(each) for each in np.arange(0.5, 1.01, 0.1))
+_E1S = tuple(float(each) for each in np.arange(0.4, 1.01, 0.1))
 # Rounds of looking closer around the best, each in half the steps.
 _ROUNDS = 4
 # Relative errors of single steps: none is known better than the least, and beyond so many deviations one has a cause
@@ -53,6 +57,7 @@ class ClockModel:
         tau_s: time constant. e0, e1: heat below which steps take their cool time, and from which on their hot one.
         tokens: numbers of tokens, ascending. cool, hot: ratios to the steady time there; hot is not less than cool.
         decode: ratio of a step of decodes alone that is hot to one that is cool, at least 1.
+        half_tokens: a step with prompts of so many heats half as much as one of very many; 0 where all heat alike.
     """
 
     tau_s: float
@@ -62,6 +67,11 @@ class ClockModel:
     cool: tuple[float, ...]
     hot: tuple[float, ...]
     decode: float = 1.0
+    half_tokens: float = HALF_TOKENS
+
+    def heating(self, tokens: int) -> float:
+        """The heat that a device comes to which does nothing but steps with prompts of so many tokens, padded."""
+        return tokens / (tokens + self.half_tokens)
 
     def slowed(self, heat: float) -> float:
         """From 0, the cool time, to 1, the hot one."""
@@ -85,11 +95,12 @@ class ClockModel:
         Args:
             tokens: of the step, padded.
             heat: when it begins on the device.
-            steady_s: its steady time: the longer it takes, the hotter it gets.
+            steady_s: its steady time: the longer it takes, the nearer it comes to its own heat.
         """
         cool, hot = self.ratios(tokens)
         at_start = cool + (hot - cool) * self.slowed(heat)
-        middle = 1.0 - (1.0 - heat) * math.exp(-0.5 * steady_s * at_start / self.tau_s)
+        own = self.heating(tokens)
+        middle = own - (own - heat) * math.exp(-0.5 * steady_s * at_start / self.tau_s)
         return cool + (hot - cool) * self.slowed(middle)
 
     def decode_factor(self, heat: float, steady_s: float) -> float:
@@ -123,23 +134,28 @@ class Heat:
             return 0.0
         return self._level * math.exp(-max(0, time - self._at) / self._tau)
 
-    def ran(self, begin: float, end: float, hot: bool) -> None:
-        """The device ran a step; hot: one with prompt chunks."""
-        if hot:
-            self._level = 1.0 - (1.0 - self.at(begin)) * math.exp((begin - end) / self._tau)
+    def ran(self, begin: float, end: float, heating: float) -> None:
+        """The device ran a step; heating: `ClockModel.heating` of one with prompt chunks, 0 of others."""
+        if heating:
+            self._level = heating - (heating - self.at(begin)) * math.exp((begin - end) / self._tau)
             self._at = end
 
 
-def heat_within(begin_s: np.ndarray, seconds: np.ndarray, tau_s: float) -> np.ndarray:
+def heat_within(
+    begin_s: np.ndarray, seconds: np.ndarray, tau_s: float, heating: np.ndarray, steady_s: np.ndarray
+) -> np.ndarray:
     """The heat in the middle of prompt steps on a device that was cool before the first, float64 [n].
 
     Args:
         begin_s, seconds: float64 [n], when each begins and how long it takes, ascending.
+        heating: float64 [n], as `ClockModel.heating` has it.
+        steady_s: float64 [n], what tells where their middles are: what a step took by chance must not foretell itself.
     """
     heat, found = Heat(tau_s), np.empty(len(seconds))
-    for i, (begin, taken) in enumerate(zip(begin_s.tolist(), seconds.tolist(), strict=True)):
-        found[i] = 1.0 - (1.0 - heat.at(begin)) * math.exp(-0.5 * taken / tau_s)
-        heat.ran(begin, begin + taken, hot=True)
+    columns = (each.tolist() for each in (begin_s, seconds, heating, steady_s))
+    for i, (begin, taken, own, steady) in enumerate(zip(*columns, strict=True)):
+        found[i] = own - (own - heat.at(begin)) * math.exp(-0.5 * steady / tau_s)
+        heat.ran(begin, begin + taken, own)
     return found
 
 
@@ -159,6 +175,7 @@ def fit_clock(section: Mapping[str, Any] | None) -> ClockModel | None:
     """Fit the "clock" section of a profile; it must be valid. None without one, or if it has no points.
 
     cool_s is the time of a step that begins on a cool device: what it heats itself until its middle is taken out again.
+    hot_s is its time behind many of its like, which small ones do not heat all the way.
     """
     if not section or not section.get("points"):
         return None
@@ -175,14 +192,19 @@ def fit_clock(section: Mapping[str, Any] | None) -> ClockModel | None:
     cool, hot, share = [], [], 1.0
     for each in tokens:
         measured_cool, measured_hot, cool_s = means[each]
-        own = unknown.slowed(1.0 - math.exp(-0.5 * cool_s / tau_s))
+        heating = unknown.heating(each)
+        own = unknown.slowed(heating * (1.0 - math.exp(-0.5 * cool_s / tau_s)))
+        settled = unknown.slowed(heating)
         if own <= _MOST_SLOWED:
-            share = max((measured_cool - own * measured_hot) / (1.0 - own) / measured_hot, _LEAST_COOL)
+            # A small step is hardly heated by its like. What it does tell must not be blown up.
+            added = (measured_hot - measured_cool) / max(settled - own, 1.0 - _MOST_SLOWED)
+            alone = max(measured_cool - own * added, _LEAST_COOL * measured_hot)
+            share = alone / (alone + added)
         if share > 1.0:
             # What feels nothing of the clock may by noise be faster when hot.
             measured_hot, share = (measured_cool + measured_hot) / 2, 1.0
-        cool.append(share * measured_hot)
-        hot.append(measured_hot)
+        hot.append(measured_hot / (share + (1.0 - share) * settled))
+        cool.append(share * hot[-1])
     decodes = [row["hot_s"] / row["cool_s"] for row in section.get("decode_points") or ()]
     decode = max(1.0, float(np.median(decodes))) if decodes else 1.0
     return ClockModel(tau_s, e0, e1, tuple(tokens), tuple(cool), tuple(hot), decode)
@@ -231,33 +253,42 @@ def _fit_series(series: Sequence[Mapping[str, Any]]) -> tuple[float, float, floa
 
     best = min(grid, key=lambda at: cost(*at, heats[at[0]]))
     widths = (math.log(1.25), 0.1, 0.1)
+    costs = {best: cost(*best, heats[best[0]])}
     for _ in range(_ROUNDS):
         widths = tuple(width / 2 for width in widths)
-        around = [
-            (best[0] * math.exp(i * widths[0]), best[1] + j * widths[1], best[2] + k * widths[2])
-            for i in (-1, 0, 1)
-            for j in (-1, 0, 1)
-            for k in (-1, 0, 1)
-        ]
-        allowed = [at for at in around if at[1] >= 0.0 and at[2] <= 1.0 and at[2] - at[1] >= MIN_GAP - 1e-9]
-        best = min(allowed, key=lambda at: cost(*at))
+        start = None
+        while start != best:
+            start = best
+            around = [
+                (start[0] * math.exp(i * widths[0]), start[1] + j * widths[1], start[2] + k * widths[2])
+                for i in (-1, 0, 1)
+                for j in (-1, 0, 1)
+                for k in (-1, 0, 1)
+            ]
+            for at in around:
+                if at not in costs and at[1] >= 0.0 and at[2] <= 1.0 and at[2] - at[1] >= MIN_GAP - 1e-9:
+                    costs[at] = cost(*at)
+            best = min(costs, key=costs.get)
     return best
 
 
 @dataclass(frozen=True)
 class _Series:
-    """Prompt steps one behind the other on a cool device, float64 [n] in seconds."""
+    """Prompt steps one behind the other on a cool device, float64 [n] in seconds, and how they heat it."""
 
     begin_s: np.ndarray
     gpu_s: np.ndarray
+    heating: np.ndarray
 
     @classmethod
     def of(cls, row: Mapping[str, Any]) -> _Series:
-        return cls(np.array(row["begin_s"], float), np.array(row["gpu_s"], float))
+        tokens = row["tokens"]
+        heating = np.full(len(row["gpu_s"]), tokens / (tokens + HALF_TOKENS))
+        return cls(np.array(row["begin_s"], float), np.array(row["gpu_s"], float), heating)
 
     def heat(self, tau_s: float) -> np.ndarray:
         """In the middle of each step, by the times that were measured."""
-        return heat_within(self.begin_s, self.gpu_s, tau_s)
+        return heat_within(self.begin_s, self.gpu_s, tau_s, self.heating, self.gpu_s)
 
 
 def _errors(series: Sequence[_Series], heats: Sequence[np.ndarray], e0: float, e1: float) -> np.ndarray:

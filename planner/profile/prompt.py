@@ -104,9 +104,11 @@ class PromptFit:
         seconds = self.dense(tokens) + self.chunk_s * max(0, len(prefills) - 1)
         for query, context in prefills:
             seconds += self.attention_s(query, context)
-        if rows:
-            seconds += self.decodes_s + self.row_s * rows + self.key_s * keys
-        return seconds
+        return seconds + self.beside_s(rows, keys)
+
+    def beside_s(self, rows: int, keys: int) -> float:
+        """Of that, what decodes beside prompts add: their attention, which reads keys and computes little."""
+        return self.decodes_s + self.row_s * rows + self.key_s * keys if rows else 0.0
 
     def dense(self, tokens: int) -> float:
         """The dense work of so many tokens."""

@@ -76,9 +76,11 @@ class PointRecord(_Section):
 
 
 class ServedRecord(_Section):
-    """Steps of a short service in their order; of each column a value for every step."""
+    """Steps of a short service in their order; of each column a value for every step. Those that start before lead_s tell
+    of the heat alone."""
 
     concurrency: _Count
+    lead_s: Annotated[float, Field(ge=0, le=MAX_STEP_SECONDS)] = 0.0
     start_s: Annotated[tuple[Annotated[float, Field(ge=0, le=MAX_STEP_SECONDS)], ...], Field(max_length=_MOST_STEPS)]
     gpu_s: tuple[_Seconds, ...]
     host_s: tuple[Annotated[float, Field(ge=0, le=MAX_STEP_SECONDS)], ...] | None = None

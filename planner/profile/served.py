@@ -3,10 +3,11 @@
 Steps that are measured one by one follow their like. Served ones do not, and a device's clock remembers: it is told
 best by steps in the order in which serving makes them. From such a run are fitted, by what padded numbers of tokens,
 
-    time = (steady + m · key_s · decode keys) · (cool + (hot - cool) · h)         as `planner.profile.clock` has it
+    time = steady · (cool + (hot - cool) · h) + m · key_s · decode keys + row_s · decodes
 
-cool and hot of every size that was seen, the constants of h, m, and the ratio of hot decodes to cool ones. Priors are
-the clock's own tables, so that a run of a few seconds changes only what it knows.
+cool and hot of every size that was seen, the constants of h (`planner.profile.clock`), m and row_s, and the ratio of
+hot decodes to cool ones. The keys of decodes are read at the rate of the memory, whatever the clock. Priors are the
+clock's own tables, so that a run of a few seconds changes only what it knows.
 
 Numpy and the standard library only: calibration fits on the GPU machine what it has just measured.
 """
@@ -14,9 +15,11 @@ Numpy and the standard library only: calibration fits on the GPU machine what it
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -42,8 +45,10 @@ from planner.profile.tables import padded
 # prompts then are 0.3 % off in all.
 _PRIOR_COOL, _PRIOR_ADDED = 0.015, 0.015
 _PRIOR_ALL_COOL, _PRIOR_ALL_ADDED = 0.03, 0.05
-# Likewise of the keys' rate beside prompts, and of log(tau), e0 and e1.
-_PRIOR_KEY, _PRIOR_TAU, _PRIOR_E = 0.5, 0.5, 0.15
+# Likewise of the keys' rate beside prompts, of what a decode adds there per layer in microseconds, and of log(tau), e0
+# and e1.
+_PRIOR_KEY, _PRIOR_ROW_US, _PRIOR_TAU, _PRIOR_E = 0.5, 0.125, 0.5, 0.15
+_HELD = 1e12  # the precision of what must be as it is
 # A size that was seen less often has no ratio of its own.
 _FEW = 6
 # Relative errors: no step is known better than the least; beyond so many deviations one has a cause of its own. What a
@@ -71,18 +76,21 @@ class ServedFit:
     Attributes:
         clock: with every size that was seen; None without one.
         key_ratio: what the keys of decodes cost beside prompts, as a multiple of what points measured one by one say.
+        row_s: what each decode beside prompts costs more than they say.
         errors: of steps with prompts and of decodes, in sample: {"prompt": {"points":, "in_sample": {...}}, ...}.
         host_costs: what the CPU takes for a step with prompts in a service, by kind.
     """
 
     clock: ClockModel | None
     key_ratio: float
+    row_s: float
     errors: dict[str, Any]
     host_costs: Mapping[str, HostCost]
 
     def applied(self, fitted: FittedKV) -> FittedKV:
         """The fit with what mixed steps take."""
-        prompt = replace(fitted.prompt, key_s=fitted.prompt.key_s * self.key_ratio)
+        alone = fitted.prompt
+        prompt = replace(alone, key_s=alone.key_s * self.key_ratio, row_s=alone.row_s + self.row_s)
         return replace(fitted, prompt=prompt, host=_with_costs(fitted.host, self.host_costs), plain=fitted)
 
 
@@ -91,7 +99,8 @@ def fit_served(runs: Sequence[Mapping[str, Any]], fitted: FittedKV, clock: Clock
 
     Args:
         runs: columns of equal length: start_s, gpu_s, prefills, decodes (how many), keys and excess, as
-            `planner.profile.shape` and `planner.profile.decode` count them.
+            `planner.profile.shape` and `planner.profile.decode` count them; and lead_s, before which steps tell of the
+            heat alone.
         clock: of the clock's own tables.
 
     Returns:
@@ -105,11 +114,11 @@ def fit_served(runs: Sequence[Mapping[str, Any]], fitted: FittedKV, clock: Clock
     host_costs = _host_costs(runs, fitted)
     prompts = None if clock is None else _Prompts.of(runs, fitted, clock, _with_costs(fitted.host, host_costs))
     if prompts is None:
-        return ServedFit(clock, 1.0, {}, host_costs) if host_costs else None
-    clock, key_ratio, errors = prompts.fit()
+        return ServedFit(clock, 1.0, 0.0, {}, host_costs) if host_costs else None
+    clock, key_ratio, row_s, errors = prompts.fit()
     decode, decode_errors = _fit_decodes(runs, fitted, clock)
     clock = replace(clock, decode=decode)
-    return ServedFit(clock, key_ratio, {"prompt": errors} | decode_errors, host_costs)
+    return ServedFit(clock, key_ratio, row_s, {"prompt": errors} | decode_errors, host_costs)
 
 
 def _check(runs: Sequence[Mapping[str, Any]], fitted: FittedKV) -> None:
@@ -142,12 +151,14 @@ def _with_costs(host: HostFit, costs: Mapping[str, HostCost]) -> HostFit:
 
 @dataclass(frozen=True, eq=False)
 class _Solved:
-    """For given constants: cool ratios, what hot ones have more, the keys' rate less 1, and relative errors."""
+    """For given constants: cool ratios, what hot ones have more, the keys' rate less 1, what a decode adds in
+    microseconds, and relative errors."""
 
     cost: float
     cool: np.ndarray
     added: np.ndarray
     key: float
+    row_us: float
     errors: np.ndarray
 
 
@@ -157,21 +168,28 @@ class _Prompts:
 
     Attributes:
         base: the clock as its tables have it. tokens: the sizes that get a ratio.
-        nodes: float64 [steps, sizes], how much of each size's ratio a step has.
-        steady_s, key_s, measured_s: float64 [steps]; key_s: what the keys of decodes take of the steady time.
+        nodes: float64 [steps, sizes], how much of each size's ratio a step has. heating: float64 [steps].
+        steady_s, key_s, beside_s, measured_s: float64 [steps]; key_s and beside_s: of the steady time, what the keys of
+            decodes take and all that decodes add. rows: float64 [steps], how many decode.
         begin_s: float64 [steps]; first: whether a step is the first of its run; tells: whether its time is the device's
-            own.
+            own, and not of the lead.
+        least_row_us, prior_row_us: of what each decode adds.
     """
 
     base: ClockModel
     tokens: tuple[int, ...]
     nodes: np.ndarray
+    heating: np.ndarray
     steady_s: np.ndarray
     key_s: np.ndarray
+    beside_s: np.ndarray
+    rows: np.ndarray
     measured_s: np.ndarray
     begin_s: np.ndarray
     first: np.ndarray
     tells: np.ndarray
+    least_row_us: float
+    prior_row_us: float
 
     @classmethod
     def of(
@@ -182,10 +200,11 @@ class _Prompts:
         host: HostFit,
     ) -> _Prompts | None:
         """Without those during which the device waited for the CPU; None if there are hardly any."""
-        sizes, steady, keys, measured, begins, first, tells = [], [], [], [], [], [], []
+        sizes, steady, keys, beside, decodes, measured, begins, first, tells = [], [], [], [], [], [], [], [], []
         prompt = fitted.prompt
         for run in runs:
             is_first, began, taken = True, _begins(run), _host_s(run)
+            from_step = _first_telling(run)
             for n, (chunks, rows, gpu) in enumerate(zip(run["prefills"], run["decodes"], run["gpu_s"], strict=True)):
                 if not chunks:
                     continue
@@ -193,10 +212,12 @@ class _Prompts:
                     host_s = host.seconds(StepShape(chunks, [0] * rows))
                 seconds = prompt.seconds_of(chunks, rows, run["keys"][n])
                 in_time = run["start_s"][n] + LAUNCHED * host_s < began[n] + _IN_TIME * gpu
-                tells.append(in_time and gpu < _DISTURBED * seconds)
+                tells.append(n >= from_step and in_time and gpu < _DISTURBED * seconds)
                 sizes.append(padded(rows + sum(query for query, _ in chunks), fitted.engine.piece_sizes))
                 steady.append(seconds)
                 keys.append(prompt.key_s * run["keys"][n])
+                beside.append(prompt.beside_s(rows, run["keys"][n]))
+                decodes.append(rows)
                 measured.append(gpu)
                 begins.append(began[n])
                 first.append(is_first)
@@ -209,12 +230,15 @@ class _Prompts:
         # Steps that are not padded run other kernels: the largest size of pieces says nothing of them.
         beyond = {largest + 1} if largest and max(sizes) > largest else set()
         tokens = tuple(sorted(seen.union(clock.tokens, beyond)))
-        columns = (np.array(each, float) for each in (steady, keys, measured, begins))
+        heating = [clock.heating(size) for size in sizes]
+        columns = (np.array(each, float) for each in (heating, steady, keys, beside, decodes, measured, begins))
         flags = (np.array(each, bool) for each in (first, tells))
-        return cls(clock, tokens, _nodes(np.array(sizes, float), tokens), *columns, *flags)
+        nodes = _nodes(np.array(sizes, float), tokens)
+        rows_us = -1e6 * prompt.row_s, _PRIOR_ROW_US * fitted.shape.num_layers
+        return cls(clock, tokens, nodes, *columns, *flags, *rows_us)
 
-    def fit(self) -> tuple[ClockModel, float, dict[str, Any]]:
-        """The clock, the ratio of the keys' rate, and the errors.
+    def fit(self) -> tuple[ClockModel, float, float, dict[str, Any]]:
+        """The clock, the ratio of the keys' rate, what each decode adds in seconds, and the errors.
 
         tau, e0 and e1 are looked for around what is usual, in ever smaller steps; all else follows from them.
         """
@@ -225,7 +249,7 @@ class _Prompts:
                 heats[at[0]] = self._heat(math.exp(at[0]))
             return self._solve(at, heats[at[0]])
 
-        best = (math.log(USUAL_TAU_S), USUAL_E0, USUAL_E1 - 0.1)
+        best = (math.log(USUAL_TAU_S), USUAL_E0, USUAL_E1)
         widths = (0.5, 0.1, 0.1)
         cost = {best: solved(best).cost}
         for _ in range(_ROUNDS):
@@ -242,8 +266,16 @@ class _Prompts:
             widths = tuple(width / 2 for width in widths)
         found = solved(best)
         hot = found.cool + np.clip(found.added, 0.0, _MOST_ADDED)
-        clock = ClockModel(math.exp(best[0]), *best[1:], self.tokens, tuple(found.cool.tolist()), tuple(hot.tolist()))
-        return clock, max(0.0, 1.0 + found.key), _told(found.errors)
+        clock = replace(
+            self.base,
+            tau_s=math.exp(best[0]),
+            e0=best[1],
+            e1=best[2],
+            tokens=self.tokens,
+            cool=tuple(found.cool.tolist()),
+            hot=tuple(hot.tolist()),
+        )
+        return clock, max(0.0, 1.0 + found.key), 1e-6 * max(found.row_us, self.least_row_us), _told(found.errors)
 
     def _solve(self, at: tuple[float, float, float], heat: np.ndarray) -> _Solved:
         """All that is linear, for these constants: least squares in which what is far off counts less."""
@@ -252,47 +284,66 @@ class _Prompts:
         slowed = np.clip((heat[tells] - e0) / (e1 - e0), 0.0, 1.0)
         base = np.array([self.base.ratios(tokens) for tokens in self.tokens])
         count = len(self.tokens)
-        prior = np.concatenate([base[:, 0], base[:, 1] - base[:, 0], [0.0]])
-        precision = _precision(count)
-        columns = np.empty((len(slowed), 2 * count + 1))
-        columns[:, :count] = (self.steady_s[tells] / measured_s)[:, None] * nodes
-        columns[:, count:-1] = columns[:, :count] * slowed[:, None]
-        keys, solved = self.key_s[tells] / measured_s, prior
-        weight, noise = np.ones(len(slowed)), _LEAST_NOISE
+        prior = np.concatenate([base[:, 0], base[:, 1] - base[:, 0], [0.0, 0.0]])
+        precision = _precision(count, self.prior_row_us)
+        columns = np.empty((len(slowed), 2 * count + 2))
+        columns[:, :count] = ((self.steady_s - self.beside_s)[tells] / measured_s)[:, None] * nodes
+        columns[:, count:-2] = columns[:, :count] * slowed[:, None]
+        columns[:, -2] = self.key_s[tells] / measured_s
+        columns[:, -1] = 1e-6 * self.rows[tells] / measured_s
+        target = 1.0 - self.beside_s[tells] / measured_s
+        solved, size, errors = self._robust(columns, target, precision, prior)
+        if solved[-1] < self.least_row_us:
+            # Nothing that decodes add is negative in all.
+            held = prior.copy()
+            held[-1] = self.least_row_us
+            precision = precision.copy()
+            precision[-1, -1] = _HELD
+            solved, size, errors = self._robust(columns, target, precision, held)
+        far = size / _LEAST_NOISE
+        cost = float(np.where(far < _FAR, far**2, _FAR * (2 * far - _FAR)).sum())
+        cost += float((solved - prior)[:-1] @ precision[:-1, :-1] @ (solved - prior)[:-1])
+        cost += float((solved[-1] / self.prior_row_us) ** 2)
+        cost += ((log_tau - math.log(USUAL_TAU_S)) / _PRIOR_TAU) ** 2
+        cost += ((e0 - USUAL_E0) ** 2 + (e1 - USUAL_E1) ** 2) / _PRIOR_E**2
+        return _Solved(cost, solved[:count], solved[count:-2], float(solved[-2]), float(solved[-1]), errors)
+
+    def _robust(
+        self, columns: np.ndarray, target: np.ndarray, precision: np.ndarray, prior: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The solution, and the size and sign of the relative errors."""
+        weight, noise = np.ones(len(target)), _LEAST_NOISE
         for _ in range(_REWEIGHTED):
-            columns[:, -1] = keys * (nodes @ solved[:count] + slowed * (nodes @ solved[count:-1]))
             weighted = columns * (weight / noise**2)[:, None]
-            solved = np.linalg.solve(columns.T @ weighted + precision, weighted.sum(axis=0) + precision @ prior)
-            errors = columns @ solved - 1.0
+            solved = np.linalg.solve(columns.T @ weighted + precision, weighted.T @ target + precision @ prior)
+            errors = columns @ solved - target
             size = np.abs(errors)
             noise = max(_LEAST_NOISE, float(np.median(size)) / 0.6745)
             weight = 1 / np.maximum(size / (_FAR * noise), 1.0)
-        far = size / _LEAST_NOISE
-        cost = float(np.where(far < _FAR, far**2, _FAR * (2 * far - _FAR)).sum())
-        cost += float((solved - prior) @ precision @ (solved - prior))
-        cost += ((log_tau - math.log(USUAL_TAU_S)) / _PRIOR_TAU) ** 2
-        cost += ((e0 - USUAL_E0) ** 2 + (e1 - USUAL_E1) ** 2) / _PRIOR_E**2
-        return _Solved(cost, solved[:count], solved[count:-1], float(solved[-1]), errors)
+        return solved, size, errors
 
     def _heat(self, tau_s: float) -> np.ndarray:
         """In the middle of each step, by the times that were measured."""
         starts = np.flatnonzero(self.first)[1:]
-        runs = zip(np.split(self.begin_s, starts), np.split(self.measured_s, starts), strict=True)
-        return np.concatenate([heat_within(begin_s, measured_s, tau_s) for begin_s, measured_s in runs])
+        columns = (self.begin_s, self.measured_s, self.heating, self.steady_s)
+        runs = zip(*(np.split(column, starts) for column in columns), strict=True)
+        return np.concatenate([heat_within(begin_s, measured_s, tau_s, *of) for begin_s, measured_s, *of in runs])
 
 
-def _precision(count: int) -> np.ndarray:
-    """The inverse of the prior's covariance: cool ratios of `count` sizes, what hot ones have more, and the keys' rate.
+def _precision(count: int, prior_row_us: float) -> np.ndarray:
+    """The inverse of the prior's covariance: cool ratios of `count` sizes, what hot ones have more, the keys' rate, and
+    what a decode adds.
 
     What makes one device slower than another makes it so for all sizes; each by itself is less off.
     """
-    covariance = np.zeros((2 * count + 1, 2 * count + 1))
+    covariance = np.zeros((2 * count + 2, 2 * count + 2))
     for block, own, all_of_them in (
         (slice(0, count), _PRIOR_COOL, _PRIOR_ALL_COOL),
         (slice(count, 2 * count), _PRIOR_ADDED, _PRIOR_ALL_ADDED),
     ):
         covariance[block, block] = own**2 * np.eye(count) + all_of_them**2
-    covariance[-1, -1] = _PRIOR_KEY**2
+    covariance[-2, -2] = _PRIOR_KEY**2
+    covariance[-1, -1] = prior_row_us**2
     return np.linalg.inv(covariance)
 
 
@@ -306,6 +357,11 @@ def _nodes(sizes: np.ndarray, tokens: tuple[int, ...]) -> np.ndarray:
     return np.column_stack([np.interp(sizes, tokens, row) for row in np.eye(len(tokens))])
 
 
+def _first_telling(run: Mapping[str, Any]) -> int:
+    """The first step behind the lead of a run, which says no more than how hot the device was then."""
+    return bisect_left(run["start_s"], run.get("lead_s") or 0.0)
+
+
 def _begins(run: Mapping[str, Any]) -> list[float]:
     """When each step began on the device: when it was decided upon, or the one before had ended."""
     return begins_on_device(run["start_s"], run["gpu_s"])
@@ -317,15 +373,15 @@ def _fit_decodes(
     """The ratio of a hot step of decodes to a cool one, and the errors with it."""
     slowed, ratio = [], []
     for run in runs:
-        heat = Heat(clock.tau_s)
-        for begin, gpu, chunks, rows, keys, excess in zip(
-            _begins(run), run["gpu_s"], run["prefills"], run["decodes"], run["keys"], run["excess"], strict=True
-        ):
+        heat, from_step = Heat(clock.tau_s), _first_telling(run)
+        columns = (run[name] for name in ("gpu_s", "prefills", "decodes", "keys", "excess"))
+        for n, (begin, gpu, chunks, rows, keys, excess) in enumerate(zip(_begins(run), *columns, strict=True)):
             if chunks:
-                heat.ran(begin, begin + gpu, hot=True)
+                size = padded(rows + sum(query for query, _ in chunks), fitted.engine.piece_sizes)
+                heat.ran(begin, begin + gpu, clock.heating(size))
                 continue
             seconds = fitted.decode.seconds(rows, keys, excess)
-            if gpu < _DISTURBED * seconds:
+            if n >= from_step and gpu < _DISTURBED * seconds:
                 slowed.append(clock.slowed(heat.at(begin) * math.exp(-0.5 * gpu / clock.tau_s)))
                 ratio.append(gpu / seconds)
     if not ratio:
@@ -373,7 +429,8 @@ def _host_costs(runs: Sequence[Mapping[str, Any]], fitted: FittedKV) -> dict[str
     for run in runs:
         kept = run.get("host_s") or [None] * len(run["start_s"])
         few = run["concurrency"] <= _MOST_TELLING
-        for chunks, rows, turn, own in zip(run["prefills"], run["decodes"], _turns_s(run), kept, strict=True):
+        columns = (run["prefills"], run["decodes"], _turns_s(run), kept)
+        for chunks, rows, turn, own in islice(zip(*columns, strict=True), _first_telling(run), None):
             if not chunks:
                 continue
             step = StepShape(chunks, [0] * rows)

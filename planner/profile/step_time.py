@@ -100,11 +100,28 @@ class ProfileStepTime(StepTime):
             return ticks
         seconds = ticks / TICKS_PER_SECOND
         if step.prefills:
-            tokens = padded(step.num_tokens, self.fitted.engine.piece_sizes)
-            return max(1, round(ticks * clock.prompt_factor(tokens, heat, seconds)))
+            factor = clock.prompt_factor(self._padded(step), heat, seconds)
+            beside = min(ticks, self._beside_ticks(step))
+            return max(1, round((ticks - beside) * factor) + beside)
         if clock.is_felt_by_decodes(heat):
             return max(1, round(ticks * clock.decode_factor(heat, seconds)))
         return ticks
+
+    def heating(self, step: StepShape) -> float:
+        if self.clock is None or not step.prefills:
+            return super().heating(step)
+        return self.clock.heating(self._padded(step))
+
+    def _padded(self, step: StepShape) -> int:
+        return padded(step.num_tokens, self.fitted.engine.piece_sizes)
+
+    def _beside_ticks(self, step: StepShape) -> int:
+        """What the decodes of a step with prompts take of it."""
+        contexts = step.decode_contexts
+        if not contexts:
+            return 0
+        seconds = self.fitted.prompt.beside_s(len(contexts), self.fitted.shape.decode_keys(contexts))
+        return round(seconds * self._prefill_scale * TICKS_PER_SECOND)
 
     def host_ticks(self, step: StepShape) -> int:
         if step.prefills or step.verifies:

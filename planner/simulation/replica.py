@@ -170,7 +170,7 @@ class Replica:
         if heat is None:
             return ticks
         ticks = self.step_time.heated_ticks(shape, ticks, heat.at(begin))
-        heat.ran(begin, begin + ticks, hot=bool(shape.prefills))
+        heat.ran(begin, begin + ticks, self.step_time.heating(shape))
         return ticks
 
     def _decode_run(self, steps: int) -> tuple[DecodeRun, int]:

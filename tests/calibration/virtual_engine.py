@@ -69,6 +69,9 @@ class Heated(Affine):
             return round(ticks * self.clock.prompt_factor(step.num_tokens, heat, seconds))
         return round(ticks * self.clock.decode_factor(heat, seconds))
 
+    def heating(self, step):
+        return self.clock.heating(step.num_tokens) if step.prefills else 0.0
+
 
 class Scaled(StepTime):
     def __init__(self, inner, decode=1.0, prefill=1.0):
@@ -121,7 +124,7 @@ class Device:
             ticks = self.step_time.heated_ticks(step.shape, ticks, self.heat.at(begin))
         gpu = round(ticks * self.noise())
         if self.heat is not None:
-            self.heat.ran(begin, begin + gpu, hot=bool(step.shape.prefills))
+            self.heat.ran(begin, begin + gpu, self.step_time.heating(step.shape))
         self.free_at = begin + gpu
         graph = None if step.shape.prefills else len(step.shape.decode_contexts)
         return Tokens(self.clock, self.free_at, gpu, len(sampling_requests(step)[0])), graph

@@ -490,7 +490,7 @@ def test_a_short_service_is_read(tmp_path, content):
 
     def took(found):
         step_time = found.step_time("bfloat16")
-        return step_time.heated_ticks(step, step_time.ticks(step), 0.5) / 1e15
+        return step_time.heated_ticks(step, step_time.ticks(step), 0.3) / 1e15
 
     assert abs(took(after) - 0.012) < 0.3 * abs(took(before) - 0.012)
     for change, words in (

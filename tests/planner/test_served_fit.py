@@ -14,12 +14,13 @@ from planner.profile.shape import ModelShape
 from planner.profile.tables import ProfileTables, padded
 from tests.planner.profiles_for_tests import Physics, profile
 
-TRUE = ClockModel(0.06, 0.35, 0.85, (128, 256, 512, 1024), (0.99, 0.9, 0.85, 0.84), (1.02, 0.98, 0.97, 1.0), 1.04)
-TABLES = ClockModel(0.03, 0.45, 0.9, (128, 512, 1024), (0.98, 0.87, 0.85), (1.03, 1.0, 1.0))
+TRUE = ClockModel(0.06, 0.25, 0.7, (128, 256, 512, 1024), (0.99, 0.9, 0.85, 0.84), (1.02, 0.98, 0.97, 1.0), 1.04)
+TABLES = ClockModel(0.03, 0.35, 0.8, (128, 512, 1024), (0.98, 0.87, 0.85), (1.03, 1.0, 1.0))
 
 
 PHYSICS = Physics()
 KEY_S = 26.6e-9 / 32  # of the physics
+ROW_S = 3e-6  # what each decode beside prompts takes more than points say
 COLUMNS = ("start_s", "gpu_s", "prefills", "decodes", "keys", "excess")
 HOST = 1.7  # what the CPU takes longer in a service
 
@@ -38,8 +39,9 @@ def stream(sizes, clock, key_ratio=1.0, noise=0.0, steps=2500, seed=0):
         level = heat.at(now)
         taken = PHYSICS.seconds(step)
         if chunks:
-            taken += (key_ratio - 1) * KEY_S * keys
-            taken *= clock.prompt_factor(padded(step.num_tokens, sizes), level, taken)
+            size, beside = padded(step.num_tokens, sizes), KEY_S * keys
+            taken = (taken - beside) * clock.prompt_factor(size, level, taken)
+            taken += key_ratio * beside + ROW_S * len(contexts)  # at the rate of the memory, whatever the clock
         else:
             taken *= clock.decode_factor(level, taken)
         taken *= math.exp(draw.gauss(0.0, noise))
@@ -47,7 +49,7 @@ def stream(sizes, clock, key_ratio=1.0, noise=0.0, steps=2500, seed=0):
             taken *= 1.3  # something else went on
         for name, value in zip(COLUMNS, (start, taken, chunks, len(contexts), keys, 0), strict=True):
             columns[name].append(value)
-        heat.ran(now, now + taken, hot=bool(chunks))
+        heat.ran(now, now + taken, clock.heating(size) if chunks else 0.0)
         ends.append(now + taken)
         start = max(start + host, ends[-2])  # two steps are in flight
     return columns | {"concurrency": 250}
@@ -80,9 +82,10 @@ def test_what_was_put_in_is_found(fitted, noise):
         if chunks:
             size = padded(rows + chunks[0][0], sizes)
             for fit, of, errors in ((after, clock, off), (fitted, TABLES, before)):
-                steady = fit.prompt.seconds_of(chunks, rows, keys)
-                errors.append(abs(steady * of.prompt_factor(size, heat.at(begin), steady) / taken - 1))
-        heat.ran(begin, begin + taken, hot=bool(chunks))
+                steady, beside = fit.prompt.seconds_of(chunks, rows, keys), fit.prompt.beside_s(rows, keys)
+                factor = of.prompt_factor(size, heat.at(begin), steady)
+                errors.append(abs(((steady - beside) * factor + beside) / taken - 1))
+        heat.ran(begin, begin + taken, clock.heating(size) if chunks else 0.0)
     median, p90 = (sorted(off)[int(len(off) * share)] for share in (0.5, 0.9))
     assert median < 0.012 and p90 < 0.03
     assert median < 0.5 * sorted(before)[len(before) // 2]
@@ -93,8 +96,34 @@ def test_what_was_not_seen_stays(fitted):
     wide = replace(TABLES, tokens=(*TABLES.tokens, 8192), cool=(*TABLES.cool, 0.8), hot=(*TABLES.hot, 0.95))
     found = fit_served([stream(fitted.engine.piece_sizes, TRUE)], fitted, wide).clock
     assert found.tokens[-1] == 8192
-    assert found.ratios(8192) == (pytest.approx(0.8, abs=0.02), pytest.approx(0.95, abs=0.05))
+    assert found.ratios(8192) == (pytest.approx(0.8, abs=0.03), pytest.approx(0.95, abs=0.05))
     assert set(found.tokens) > set(wide.tokens)
+
+
+def test_what_decodes_beside_prompts_cost_is_found(fitted):
+    """In all, over what is usual; keys and rows come together, so that neither is told well by itself."""
+    found = fit_served([stream(fitted.engine.piece_sizes, TRUE, 1.5, seed=seed) for seed in range(2)], fitted, TABLES)
+    prompt = found.applied(fitted).prompt
+    for rows, context in ((150, 500), (50, 200), (30, 800)):
+        keys = PHYSICS.keys([context] * rows)
+        assert prompt.beside_s(rows, keys) == pytest.approx(1.5 * KEY_S * keys + ROW_S * rows, rel=0.15, abs=2e-4)
+
+
+def test_what_is_served_before_the_lead_is_over_tells_of_the_heat_alone(fitted):
+    run = stream(fitted.engine.piece_sizes, TRUE)
+    disturbed = run | {
+        "gpu_s": [2 * s if start < 3 else s for start, s in zip(run["start_s"], run["gpu_s"], strict=True)]
+    }
+    found, with_lead = (fit_served([each], fitted, TABLES) for each in (disturbed, disturbed | {"lead_s": 3.0}))
+    undisturbed = fit_served([run | {"lead_s": 3.0}], fitted, TABLES)
+    assert (
+        with_lead.errors["prompt"]["points"]
+        == undisturbed.errors["prompt"]["points"]
+        < found.errors["prompt"]["points"]
+    )
+    for size in (256, 512):
+        for ratio, expected in zip(with_lead.clock.ratios(size), undisturbed.clock.ratios(size), strict=True):
+            assert ratio == pytest.approx(expected, abs=0.02)
 
 
 def test_too_little_to_tell(fitted):
