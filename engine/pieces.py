@@ -27,28 +27,18 @@ from typing import TYPE_CHECKING
 import torch
 
 from engine.batch import Places
+from engine.padding import padded_sizes
 
 if TYPE_CHECKING:
     from engine.models.decoder import Decoder
     from engine.models.modules import DecoderWeights
 
 
-# What launching a layer kernel by kernel costs the host, and matrix products per second of a Hopper GPU: enough to tell
-# from where on the GPU takes longer than the host. Products with fp8 weights are twice as fast, and dearer to launch.
-_LAUNCH_S, _FLOPS_PER_S = 0.4e-3, 7e14
-_LAUNCH_FP8_S, _FP8_FLOPS_PER_S = 1.0e-3, 12e14
-
-
 def piece_sizes(weights: DecoderWeights, max_num_tokens: int) -> list[int]:
     """Padded numbers of tokens for which pieces are worth capturing: up to where the GPU takes longer than the host."""
     layer = weights.layers[0]
-    matrices = (layer.qkv, layer.output, layer.gate_up, layer.down)
-    has_fp8 = layer.qkv.scale is not None
-    launch_s, rate = (_LAUNCH_FP8_S, _FP8_FLOPS_PER_S) if has_fp8 else (_LAUNCH_S, _FLOPS_PER_S)
-    most = launch_s * rate / (2 * sum(matrix.weight.numel() for matrix in matrices))
-    sizes = [16, 32, *range(64, 512, 64), *range(512, 1024, 128), *range(1024, 2048, 256), *range(2048, 4096, 512)]
-    sizes += range(4096, 8193, 1024)
-    return [size for size in sizes if size <= min(max_num_tokens, max(1.3 * most, 1024))]
+    elements = sum(matrix.weight.numel() for matrix in (layer.qkv, layer.output, layer.gate_up, layer.down))
+    return padded_sizes(elements, layer.qkv.scale is not None, max_num_tokens)
 
 
 # A size is left out where a larger one takes so much less time: more than repetitions of one size differ by.

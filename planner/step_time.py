@@ -288,7 +288,7 @@ class StepTime(ABC):
         return ticks
 
     def heating(self, step: StepShape) -> float:
-        """The heat that a device comes to which runs nothing but such steps, where there is a `clock`: 0 for decodes."""
+        """The heat that a device comes to which runs nothing but such steps, if there is a `clock`; 0 for decodes."""
         return 1.0 if step.prefills else 0.0
 
     def host_ticks(self, step: StepShape) -> int:

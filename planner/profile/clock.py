@@ -28,9 +28,9 @@ from typing import Any
 import numpy as np
 
 # What served loads on three H200s showed, of two KV formats on two of them: taken where no series tells, and what a
-# series that tells little leaves alone. tau was between 0.04 and 0.08 s there, e0 between 0.24 and 0.32, e1 between 0.52
-# and 0.77; and a step of so many tokens heats half as much as one of very many: between 110 and 210, so that it is not
-# fitted again.
+# series that tells little leaves alone. tau was between 0.04 and 0.08 s there, e0 between 0.24 and 0.32, e1 between
+# 0.52 and 0.77; and a step of so many tokens heats half as much as one of very many: between 110 and 210, so that it is
+# not fitted again.
 USUAL_TAU_S, USUAL_E0, USUAL_E1, HALF_TOKENS = 0.055, 0.27, 0.68, 170.0
 # How far the truth may be from that before a series has to say so: log(tau), e0, e1.
 _PRIOR = (0.5, 0.15, 0.15)

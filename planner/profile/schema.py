@@ -76,8 +76,10 @@ class PointRecord(_Section):
 
 
 class ServedRecord(_Section):
-    """Steps of a short service in their order; of each column a value for every step. Those that start before lead_s tell
-    of the heat alone."""
+    """Steps of a short service in their order; of each column a value for every step.
+
+    Those that start before lead_s tell of the heat alone.
+    """
 
     concurrency: _Count
     lead_s: Annotated[float, Field(ge=0, le=MAX_STEP_SECONDS)] = 0.0

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
+from engine.padding import padded_sizes
 from planner.hardware import GpuSpec
 from planner.profile.decode import DecodeFit
 from planner.profile.fit import FittedKV
@@ -93,13 +94,24 @@ class Scaling:
 
 def transferred(source: FittedKV, scaling: Scaling) -> FittedKV:
     """The fit of something else, without points of its own."""
+    engine = replace(source.engine, piece_sizes=_piece_sizes(source, scaling))
     return FittedKV(
         scaling.target,
-        source.engine,
+        engine,
         _decode(source.decode, scaling),
-        _prompt(source.prompt, scaling),
-        _host(source.host, scaling),
+        replace(_prompt(source.prompt, scaling), piece_sizes=engine.piece_sizes),
+        replace(_host(source.host, scaling), piece_sizes=engine.piece_sizes),
     )
+
+
+def _piece_sizes(source: FittedKV, scaling: Scaling) -> tuple[int, ...]:
+    """What the engine pads the target's steps to. A small model's are in pieces for longer, as the GPU is done sooner."""
+    sizes, target = source.engine.piece_sizes, scaling.target
+    if not sizes or target.products.layer_flops == scaling.source.products.layer_flops:
+        return sizes
+    elements = target.products.layer_flops / 2 / target.num_layers
+    # The engine left out those of its rule that a larger one beats. Which these are is not known for the target.
+    return tuple(padded_sizes(elements, target.fp8, source.engine.max_num_batched_tokens))
 
 
 def _dense(sizes: Sequence[int], seconds: Sequence[float], scaling: Scaling, all_sampled: bool) -> tuple[float, ...]:

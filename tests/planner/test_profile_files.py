@@ -511,6 +511,22 @@ def test_a_short_service_is_read(tmp_path, content):
         run.update(json.loads(saved)["kv"]["bfloat16"]["served"][0])
 
 
+@pytest.mark.parametrize(("measured", "other"), [("llama-3.1-8b", "llama-3.2-1b"), ("llama-3.2-1b", "llama-3.1-8b")])
+def test_another_model_is_padded_as_the_engine_pads_it(measured, other):
+    """As far as the engine's own profile of it says: it leaves out sizes that a larger one beats."""
+    source, target = (
+        next(each for each in SHIPPED() if each.name == f"{name}_h200.json") for name in (measured, other)
+    )
+    match = find_profile(target.spec, H200, BF16, 1, (source,))
+    step_time = library.step_time_of(match, target.spec, H200, BF16, 1, 64, 256, 8192)
+    sizes = step_time.fitted.engine.piece_sizes
+    assert set(target.tables.engine.piece_sizes) <= set(sizes)
+    assert sizes[-1] == target.tables.engine.piece_sizes[-1]
+    assert step_time.fitted.prompt.piece_sizes == step_time.fitted.host.piece_sizes == sizes
+    within, beyond = (StepShape(prefills=[(tokens, 0)]) for tokens in (sizes[-1], sizes[-1] + 1))
+    assert [step_time.fitted.host.kind(step) for step in (within, beyond)] == ["pieces", "eager"]
+
+
 def test_windows_are_transferred():
     """gemma-3 has windows of 1,024 tokens in most layers: contexts beyond cost little."""
     from planner.profile.fit import fit_kv
