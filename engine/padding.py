@@ -11,8 +11,9 @@ _LEAST_TOKENS = 1024
 
 
 def padded_sizes(weights_per_layer: float, has_fp8: bool, max_num_tokens: int) -> list[int]:
-    """Numbers of tokens for which it is worth capturing what a step does outside of attention, ascending: up to where the
-    GPU takes longer than the host.
+    """Numbers of tokens for which it is worth capturing what a step does outside of attention, ascending.
+
+    That is up to where the GPU takes longer than the host.
 
     Args:
         weights_per_layer: elements of the matrices of a layer, on one rank.

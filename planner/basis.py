@@ -49,6 +49,8 @@ class StepTimes(Record):
     """Relative standard deviation of the times of decode steps, as one unknown factor; None if nothing tells."""
     prefill_uncertainty: float | None
     """The same of steps with prompt chunks."""
+    host_uncertainty: float | None
+    """The same of what the host takes to launch a step."""
 
     @classmethod
     def of(cls, result: SimulationResult, step_time: StepTime) -> StepTimes:
@@ -60,6 +62,7 @@ class StepTimes(Record):
             description=step_time.description,
             decode_uncertainty=uncertainty.decode if uncertainty else None,
             prefill_uncertainty=uncertainty.prefill if uncertainty else None,
+            host_uncertainty=uncertainty.host if uncertainty else None,
         )
 
 

@@ -77,6 +77,8 @@ class Confidence(Record):
     """Relative standard deviation of the factor that the times of decode steps were multiplied by."""
     prefill_uncertainty: float
     """The same of steps with prompt chunks."""
+    host_uncertainty: float
+    """The same of what the host takes to launch a step."""
     unknown_share: float
     """Share of the steps' time that lies outside of what was measured, where those deviations promise too much."""
     method: str = "load: moving-block bootstrap of its arrivals, blocks of 60 s; step times: log-normal, stratified"
@@ -107,34 +109,37 @@ class Draw:
 
     Attributes:
         seed: of the resampled load and of every random stream.
-        decode, prefill: how many standard deviations the logarithms of step times are off; 0 for no error.
+        decode, prefill, host: how many standard deviations the logarithms of step times are off; 0 for no error.
     """
 
     seed: int
     decode: float = 0.0
     prefill: float = 0.0
+    host: float = 0.0
 
 
 def draws(number: int, seed: int) -> list[Draw]:
     """`number` stratified draws; the same for everything that is compared."""
     quantiles = scale_quantiles(number, seed)
-    return [Draw(seed + i, *pair) for i, pair in enumerate(quantiles, start=1)]
+    return [Draw(seed + i, *errors) for i, errors in enumerate(quantiles, start=1)]
 
 
-def scale_quantiles(number: int, seed: int) -> list[tuple[float, float]]:
-    """Standard normal errors of decodes and of prompts: each covers its strata, and they are independent."""
+def scale_quantiles(number: int, seed: int) -> list[tuple[float, float, float]]:
+    """Standard normal errors of decodes, prompts and the host: each covers its strata, and they are independent."""
     decode = [statistics.NormalDist().inv_cdf((i + 0.5) / number) for i in range(number)]
-    prefill = decode.copy()
+    prefill, host = decode.copy(), decode.copy()
     random.Random(f"{seed} {number}").shuffle(prefill)
-    return list(zip(decode, prefill, strict=True))
+    random.Random(f"{seed} {number} host").shuffle(host)
+    return list(zip(decode, prefill, host, strict=True))
 
 
-def perturbed(step_time: StepTime, decode: float, prefill: float) -> StepTime:
+def perturbed(step_time: StepTime, decode: float, prefill: float, host: float = 0.0) -> StepTime:
     """The step times if they are off by so many standard deviations; themselves if nothing is known of their error."""
     sure = step_time.uncertainty
     if sure is None:
         return step_time
-    return step_time.scaled(decode=math.exp(sure.decode * decode), prefill=math.exp(sure.prefill * prefill))
+    errors = {"decode": (sure.decode, decode), "prefill": (sure.prefill, prefill), "host": (sure.host, host)}
+    return step_time.scaled(**{name: math.exp(deviation * error) for name, (deviation, error) in errors.items()})
 
 
 def simulate_draw(
@@ -152,7 +157,7 @@ def simulate_draw(
         options = replace(options, warmup_s=min(options.warmup_s, resampled.duration_s))
     if not isinstance(options.client_timeout_s, int | float | None):
         options = replace(options, client_timeout_s=None)  # one for each request of another load
-    step_time = perturbed(system.step_time, draw.decode, draw.prefill)
+    step_time = perturbed(system.step_time, draw.decode, draw.prefill, draw.host)
     result = simulate(resampled, replace(system, step_time=step_time), options)
     return result.model_copy(update={"timeline": ()})
 
@@ -176,6 +181,7 @@ def confidence(
         seed=seed,
         decode_uncertainty=sure.decode,
         prefill_uncertainty=sure.prefill,
+        host_uncertainty=sure.host,
         unknown_share=_unknown_share(point, step_time),
         slo_probability=None if point.slo_met is None else probability([bool(run.slo_met) for run in runs]),
         **{name: _distribution(getattr(point, name), [getattr(run, name) for run in runs]) for name in _LATENCIES},

@@ -139,9 +139,9 @@ class DraftedStepTime(DerivedStepTime):
     def steps_inside(self, contexts: list[int], steps: int) -> int:
         return self.inner.steps_inside(contexts, steps)
 
-    def scaled(self, decode: float = 1.0, prefill: float = 1.0) -> DraftedStepTime:
-        drafts = self.draft.scaled(decode, prefill)
-        return DraftedStepTime(self.inner.scaled(decode, prefill), drafts, self.num_speculative_tokens)
+    def scaled(self, decode: float = 1.0, prefill: float = 1.0, host: float = 1.0) -> DraftedStepTime:
+        drafts = self.draft.scaled(decode, prefill, host)
+        return DraftedStepTime(self.inner.scaled(decode, prefill, host), drafts, self.num_speculative_tokens)
 
     def _draft_ticks(self, step: StepShape) -> int:
         first = self.draft.ticks(step)

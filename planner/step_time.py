@@ -66,10 +66,12 @@ class Uncertainty:
     Attributes:
         decode: of steps of decodes alone.
         prefill: of steps with prompt chunks.
+        host: of what the host takes to launch a step, where that is told by itself.
     """
 
     decode: float
     prefill: float
+    host: float = 0.0
 
 
 class DecodeRun(ABC):
@@ -340,9 +342,9 @@ class StepTime(ABC):
         """
         return steps
 
-    def scaled(self, decode: float = 1.0, prefill: float = 1.0) -> StepTime:
-        """The same with the times of steps of decodes, and of steps with prompt chunks, multiplied."""
-        return ScaledStepTime(self, decode, prefill)
+    def scaled(self, decode: float = 1.0, prefill: float = 1.0, host: float = 1.0) -> StepTime:
+        """The same with the times of steps of decodes, of steps with prompt chunks, and of the host multiplied."""
+        return ScaledStepTime(self, decode, prefill, host)
 
     def decode_run(self, contexts: list[int], steps: int) -> DecodeRun:
         """The next `steps` plain decode steps of a batch with these context lengths, or as many as it cares to cover.
@@ -379,11 +381,11 @@ class DerivedStepTime(StepTime):
 
 
 class ScaledStepTime(DerivedStepTime):
-    """Another model's times multiplied; the host's are as they were."""
+    """Another model's times multiplied."""
 
-    def __init__(self, inner: StepTime, decode: float, prefill: float) -> None:
+    def __init__(self, inner: StepTime, decode: float, prefill: float, host: float = 1.0) -> None:
         super().__init__(inner)
-        self.decode, self.prefill = decode, prefill
+        self.decode, self.prefill, self.host = decode, prefill, host
         self.evidence, self.evidence_varies = inner.evidence, inner.evidence_varies
         self.description, self.uncertainty = inner.description, inner.uncertainty
         self.pipeline_depth, self.clock = inner.pipeline_depth, inner.clock
@@ -403,8 +405,17 @@ class ScaledStepTime(DerivedStepTime):
     def steps_inside(self, contexts: list[int], steps: int) -> int:
         return self.inner.steps_inside(contexts, steps)
 
-    def scaled(self, decode: float = 1.0, prefill: float = 1.0) -> StepTime:
-        return ScaledStepTime(self.inner, self.decode * decode, self.prefill * prefill)
+    def host_ticks(self, step: StepShape) -> int:
+        return round(self.inner.host_ticks(step) * self.host)
+
+    def wait_ticks(self, step: StepShape) -> int:
+        return round(self.inner.wait_ticks(step) * self.host)
+
+    def launched_ticks(self, step: StepShape) -> int:
+        return round(self.inner.launched_ticks(step) * self.host)
+
+    def scaled(self, decode: float = 1.0, prefill: float = 1.0, host: float = 1.0) -> StepTime:
+        return ScaledStepTime(self.inner, self.decode * decode, self.prefill * prefill, self.host * host)
 
 
 def to_ticks(seconds: float, what: object) -> int:

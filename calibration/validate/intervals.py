@@ -1,8 +1,8 @@
 """What a prediction may be off by: step times that are not known exactly, and an engine that differs from itself.
 
-Step times are uncertain by a factor for steps of decodes alone and one for prompts. Both are drawn from log-normal
-distributions and the load is simulated with them; the draws are stratified, so that few of them reach both tails.
-Around each the engine's own repeats are spread, as they are known from records with several runs.
+Step times are uncertain by a factor for steps of decodes alone, one for prompts and one for the host. All are drawn
+from log-normal distributions and the load is simulated with them; the draws are stratified, so that few of them reach
+both tails. Around each the engine's own repeats are spread, as they are known from records with several runs.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ class Uncertain(Protocol):
     """A step-time model that says how well it is known.
 
     Attributes:
-        uncertainty: relative standard deviations `decode` and `prefill`.
+        uncertainty: relative standard deviations `decode`, `prefill` and `host`.
     """
 
     uncertainty: Any
 
-    def scaled(self, *, decode: float, prefill: float) -> StepTime:
-        """The same with all times of decodes, and of prompts, multiplied."""
+    def scaled(self, *, decode: float, prefill: float, host: float) -> StepTime:
+        """The same with all times of decodes, of prompts and of the host multiplied."""
 
 
 def drawn(step_time: StepTime, number: int, seed: int = 0) -> list[StepTime]:

@@ -222,10 +222,9 @@ def step_times(found: StepTimes) -> str:
         text += f" ({evidence(found.shares)})"
     if found.decode_uncertainty is None or found.prefill_uncertainty is None:
         return text
-    return (
-        f"{text}; standard deviation {found.decode_uncertainty:.1%} of decodes, "
-        f"{found.prefill_uncertainty:.1%} of steps with prompts"
-    )
+    text += f"; standard deviation {found.decode_uncertainty:.1%} of decodes, "
+    text += f"{found.prefill_uncertainty:.1%} of steps with prompts"
+    return f"{text}, {found.host_uncertainty:.0%} of the CPU's time" if found.host_uncertainty else text
 
 
 def between(interval: Interval, shown: Callable[[float], str]) -> str:

@@ -118,6 +118,7 @@ class ExternalCalibration(Record):
         return Uncertainty(
             decode=math.hypot(self._deviation(parts), tpot),
             prefill=math.hypot(self._deviation(parts | {"prefill": max(0.0, mixed - step)}), tested.ttft.p50),
+            host=base.uncertainty.host if base.uncertainty else 0.0,
         )
 
     def _deviation(self, parts: Mapping[str, float]) -> float:

@@ -136,9 +136,10 @@ class ScaledStepTime(DerivedStepTime):
         """What every TTFT and E2EL takes beyond the engine's steps, as `planner.serving` adds it."""
         return self.factors.arrival_s
 
-    def scaled(self, decode: float = 1.0, prefill: float = 1.0) -> ScaledStepTime:
+    def scaled(self, decode: float = 1.0, prefill: float = 1.0, host: float = 1.0) -> ScaledStepTime:
         steps = self._steps[0] * decode, self._steps[1] * prefill
-        return ScaledStepTime(self.inner, self.factors, self.source, self.uncertainty, self.pipeline_depth, *steps)
+        base = self.inner.scaled(host=host) if host != 1.0 else self.inner
+        return ScaledStepTime(base, self.factors, self.source, self.uncertainty, self.pipeline_depth, *steps)
 
     @staticmethod
     def _stretched(ticks: int, by: float) -> int:

@@ -44,6 +44,7 @@ class ProfileStepTime(StepTime):
         decode_scale: float = 1.0,
         prefill_scale: float = 1.0,
         clock: ClockModel | None = None,
+        host_scale: float = 1.0,
     ) -> None:
         """
         Args:
@@ -54,6 +55,7 @@ class ProfileStepTime(StepTime):
                 of the profile.
             decode_scale, prefill_scale: what times of steps without and with prompt chunks are multiplied by.
             clock: how the device slows down when it is hot.
+            host_scale: what the host's times are multiplied by.
         """
         self.fitted = with_limits(fitted, max_num_seqs, max_num_batched_tokens)
         self.description = description
@@ -65,12 +67,12 @@ class ProfileStepTime(StepTime):
         self.uncertainty = uncertainty
         self.pipeline_depth = 2 if fitted.host.is_pipelined else 1
         self.clock = clock
-        self._decode_scale, self._prefill_scale = decode_scale, prefill_scale
+        self._decode_scale, self._prefill_scale, self._host_scale = decode_scale, prefill_scale, host_scale
         self._layers = fitted.shape.layers
         self._curves: dict[int, _Curve] = {}
         self._host_ticks: dict[int, int] = {}
 
-    def scaled(self, decode: float = 1.0, prefill: float = 1.0) -> ProfileStepTime:
+    def scaled(self, decode: float = 1.0, prefill: float = 1.0, host: float = 1.0) -> ProfileStepTime:
         return ProfileStepTime(
             self.fitted,
             self.description,
@@ -78,6 +80,7 @@ class ProfileStepTime(StepTime):
             decode_scale=self._decode_scale * decode,
             prefill_scale=self._prefill_scale * prefill,
             clock=self.clock,
+            host_scale=self._host_scale * host,
         )
 
     # ---- the contract ----------------------------------------------------------------------------------------------
@@ -112,6 +115,9 @@ class ProfileStepTime(StepTime):
             return super().heating(step)
         return self.clock.heating(self._padded(step))
 
+    def _of_host(self, seconds: float) -> int:
+        return round(seconds * self._host_scale * TICKS_PER_SECOND)
+
     def _padded(self, step: StepShape) -> int:
         return padded(step.num_tokens, self.fitted.engine.piece_sizes)
 
@@ -125,17 +131,17 @@ class ProfileStepTime(StepTime):
 
     def host_ticks(self, step: StepShape) -> int:
         if step.prefills or step.verifies:
-            return round(self.fitted.host_s(step) * TICKS_PER_SECOND)
+            return self._of_host(self.fitted.host_s(step))
         batch = len(step.decode_contexts)
         ticks = self._host_ticks.get(batch)
         if ticks is None:
-            self._host_ticks[batch] = ticks = round(self.fitted.host_s(step) * TICKS_PER_SECOND)
+            self._host_ticks[batch] = ticks = self._of_host(self.fitted.host_s(step))
         return ticks
 
     def wait_ticks(self, step: StepShape) -> int:
         if not step.prefills:
             return self.host_ticks(step)
-        return round(self.fitted.host.added_latency_s(step) * TICKS_PER_SECOND)
+        return self._of_host(self.fitted.host.added_latency_s(step))
 
     def launched_ticks(self, step: StepShape) -> int:
         return round(LAUNCHED * self.host_ticks(step)) if step.prefills else 0

@@ -40,6 +40,8 @@ ADDED_UNCERTAINTY = {
     "tensor_parallel_size": (0.08, 0.10),
     "gpu": (0.12, 0.15),
 }
+# What another model's launches take is worked out by its layers: stated, not measured.
+HOST_OF_ANOTHER_MODEL = 0.10
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,7 @@ def transferred(source: FittedKV, scaling: Scaling) -> FittedKV:
 
 
 def _piece_sizes(source: FittedKV, scaling: Scaling) -> tuple[int, ...]:
-    """What the engine pads the target's steps to. A small model's are in pieces for longer, as the GPU is done sooner."""
+    """What the engine pads the target's steps to: of a small model larger ones, as the GPU is done with them sooner."""
     sizes, target = source.engine.piece_sizes, scaling.target
     if not sizes or target.products.layer_flops == scaling.source.products.layer_flops:
         return sizes
@@ -233,4 +235,6 @@ def widened(uncertainty: Uncertainty, changes: Sequence[str], size_ratio: float 
         steps = doublings if change == "model" else 1.0
         added = tuple(each * steps**0.5 for each in ADDED_UNCERTAINTY[change])
         decode, prefill = decode + added[0] ** 2, prefill + added[1] ** 2
-    return Uncertainty(decode**0.5, prefill**0.5)
+    return Uncertainty(
+        decode**0.5, prefill**0.5, math.hypot(uncertainty.host, HOST_OF_ANOTHER_MODEL * ("model" in changes))
+    )

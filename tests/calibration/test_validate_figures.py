@@ -14,7 +14,7 @@ from calibration.validate.records import EngineSettings, Lives, nearest
 from calibration.validate.replay import system_of
 from calibration.validate.saturation import saturation, service, tokens_until
 from engine.scheduling import Request, Scheduler, StepShape
-from planner.step_time import StepTime
+from planner.step_time import StepTime, Uncertainty
 
 ENGINE = EngineSettings("toy", None, None, "bfloat16", 500, 16, 400, 8, 64)
 
@@ -87,22 +87,22 @@ def test_signs_limits_and_spread():
 class Known(StepTime):
     """Multiplied by what it was scaled with."""
 
-    def __init__(self, decode=1.0, prefill=1.0, deviations=(0.02, 0.05)):
-        self.factors = decode, prefill
-        self.uncertainty = type("U", (), dict(zip(("decode", "prefill"), deviations, strict=True)))()
+    def __init__(self, decode=1.0, prefill=1.0, host=1.0, deviations=(0.02, 0.05, 0.1)):
+        self.factors = decode, prefill, host
+        self.uncertainty = Uncertainty(*deviations)
 
     def predict(self, step):
         return 1.0
 
-    def scaled(self, decode=1.0, prefill=1.0):
-        return Known(decode, prefill)
+    def scaled(self, decode=1.0, prefill=1.0, host=1.0):
+        return Known(decode, prefill, host)
 
 
 def test_draws_have_the_deviations_that_they_are_drawn_with():
     logs = np.log([one.factors for one in drawn(Known(), 400)])
-    assert logs.mean(axis=0) == pytest.approx([0, 0], abs=1e-9)
-    assert logs.std(axis=0) == pytest.approx([0.02, 0.05], rel=0.02)
-    assert abs(np.corrcoef(logs.T)[0, 1]) < 0.15
+    assert logs.mean(axis=0) == pytest.approx([0, 0, 0], abs=1e-9)
+    assert logs.std(axis=0) == pytest.approx([0.02, 0.05, 0.1], rel=0.02)
+    assert np.abs(np.corrcoef(logs.T) - np.eye(3)).max() < 0.15
     assert [one.factors for one in drawn(Known(), 8)] == [one.factors for one in drawn(Known(), 8)]
     assert drawn(object(), 8) == [] and drawn(Known(), 0) == []
 

@@ -53,8 +53,8 @@ class Affine(StepTime):
     def host_ticks(self, step):
         return round(self.host_s * TICKS_PER_SECOND)
 
-    def scaled(self, decode=1.0, prefill=1.0):
-        return Scaled(self, decode, prefill)
+    def scaled(self, decode=1.0, prefill=1.0, host=1.0):
+        return Scaled(self, decode, prefill, host)
 
 
 @dataclass(frozen=True)
@@ -74,14 +74,14 @@ class Heated(Affine):
 
 
 class Scaled(StepTime):
-    def __init__(self, inner, decode=1.0, prefill=1.0):
-        self.inner, self.factors = inner, (decode, prefill)
+    def __init__(self, inner, decode=1.0, prefill=1.0, host=1.0):
+        self.inner, self.factors, self.host = inner, (decode, prefill), host
 
     def predict(self, step):
         return self.inner.predict(step) * self.factors[bool(step.prefills)]
 
     def host_ticks(self, step):
-        return self.inner.host_ticks(step)
+        return round(self.inner.host_ticks(step) * self.host)
 
 
 class Clock:

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.scheduling import KVCacheConfig, SchedulerConfig
+from engine.scheduling import KVCacheConfig, SchedulerConfig, StepShape
 from planner import search
 from planner.basis import Basis, StepTimes, basis_of
 from planner.catalog import load_gpu, load_model
@@ -83,9 +83,37 @@ def test_errors_cover_their_strata(number, seed):
         assert statistics.median(column) == pytest.approx(0, abs=1e-9)
 
 
-def test_errors_of_decodes_and_prompts_are_independent():
-    decode, prefill = zip(*scale_quantiles(400, 3), strict=True)
-    assert abs(np.corrcoef(decode, prefill)[0, 1]) < 3 / math.sqrt(400)
+def test_errors_of_decodes_prompts_and_the_host_are_independent():
+    correlation = np.corrcoef(list(zip(*scale_quantiles(400, 3), strict=True)))
+    assert correlation.shape == (3, 3)
+    assert np.abs(correlation - np.eye(3)).max() < 3 / math.sqrt(400)
+
+
+class Launched(Constant):
+    """Whose host takes 3 ms to launch a step, and begins to have the device at work after 1 ms of it."""
+
+    def host_ticks(self, step) -> int:
+        return 3 * 10**12
+
+    def launched_ticks(self, step) -> int:
+        return 2 * 10**12
+
+
+def test_the_hosts_time_is_drawn_by_itself():
+    known, steps = Launched(0.1), [StepShape(prefills=[(100, 0)]), StepShape(decode_contexts=[50])]
+    known.uncertainty = Uncertainty(0.1, 0.1, 0.2)
+    for error in (-1.5, 0.0, 2.0):
+        found = perturbed(known, 0.0, 0.0, error)
+        for step in steps:
+            assert found.ticks(step) == known.ticks(step)
+            for each in ("host_ticks", "wait_ticks", "launched_ticks"):
+                assert getattr(found, each)(step) == round(getattr(known, each)(step) * math.exp(0.2 * error))
+        again = found.scaled(host=0.5)
+        assert again.host_ticks(steps[0]) == pytest.approx(0.5 * found.host_ticks(steps[0]), abs=2)
+    ttft = [
+        simulate(load(), system(perturbed(known, 0.0, 0.0, error)), SimulationOptions()) for error in (-2.0, 0.0, 2.0)
+    ]
+    assert ttft[0].ttft_ms.mean < ttft[1].ttft_ms.mean < ttft[2].ttft_ms.mean
 
 
 def test_a_draw_is_the_resampled_load_with_scaled_steps():
