@@ -173,7 +173,8 @@ class _Prompts:
             decodes take and all that decodes add. rows: float64 [steps], how many decode.
         begin_s: float64 [steps]; first: whether a step is the first of its run; tells: whether its time is the device's
             own, and not of the lead.
-        least_row_us, prior_row_us: of what each decode adds.
+        least_key: of the keys' rate less 1: they are not read faster than in steps of decodes alone, which are bound by
+            the memory. least_row_us, prior_row_us: of what each decode adds, which is not negative in all.
     """
 
     base: ClockModel
@@ -188,6 +189,7 @@ class _Prompts:
     begin_s: np.ndarray
     first: np.ndarray
     tells: np.ndarray
+    least_key: float
     least_row_us: float
     prior_row_us: float
 
@@ -234,8 +236,9 @@ class _Prompts:
         columns = (np.array(each, float) for each in (heating, steady, keys, beside, decodes, measured, begins))
         flags = (np.array(each, bool) for each in (first, tells))
         nodes = _nodes(np.array(sizes, float), tokens)
+        least_key = min(fitted.decode.key_s / prompt.key_s, 1.0) - 1.0 if prompt.key_s else 0.0
         rows_us = -1e6 * prompt.row_s, _PRIOR_ROW_US * fitted.shape.num_layers
-        return cls(clock, tokens, nodes, *columns, *flags, *rows_us)
+        return cls(clock, tokens, nodes, *columns, *flags, least_key, *rows_us)
 
     def fit(self) -> tuple[ClockModel, float, float, dict[str, Any]]:
         """The clock, the ratio of the keys' rate, what each decode adds in seconds, and the errors.
@@ -275,7 +278,8 @@ class _Prompts:
             cool=tuple(found.cool.tolist()),
             hot=tuple(hot.tolist()),
         )
-        return clock, max(0.0, 1.0 + found.key), 1e-6 * max(found.row_us, self.least_row_us), _told(found.errors)
+        key, row_us = max(found.key, self.least_key), max(found.row_us, self.least_row_us)
+        return clock, 1.0 + key, 1e-6 * row_us, _told(found.errors)
 
     def _solve(self, at: tuple[float, float, float], heat: np.ndarray) -> _Solved:
         """All that is linear, for these constants: least squares in which what is far off counts less."""
@@ -293,17 +297,14 @@ class _Prompts:
         columns[:, -1] = 1e-6 * self.rows[tells] / measured_s
         target = 1.0 - self.beside_s[tells] / measured_s
         solved, size, errors = self._robust(columns, target, precision, prior)
-        if solved[-1] < self.least_row_us:
-            # Nothing that decodes add is negative in all.
-            held = prior.copy()
-            held[-1] = self.least_row_us
-            precision = precision.copy()
-            precision[-1, -1] = _HELD
-            solved, size, errors = self._robust(columns, target, precision, held)
+        held, stiff = prior.copy(), precision.copy()
+        for index, least in ((-2, self.least_key), (-1, self.least_row_us)):
+            if solved[index] < least:
+                held[index], stiff[index, index] = least, _HELD
+                solved, size, errors = self._robust(columns, target, stiff, held)
         far = size / _LEAST_NOISE
         cost = float(np.where(far < _FAR, far**2, _FAR * (2 * far - _FAR)).sum())
-        cost += float((solved - prior)[:-1] @ precision[:-1, :-1] @ (solved - prior)[:-1])
-        cost += float((solved[-1] / self.prior_row_us) ** 2)
+        cost += float((solved - prior) @ precision @ (solved - prior))
         cost += ((log_tau - math.log(USUAL_TAU_S)) / _PRIOR_TAU) ** 2
         cost += ((e0 - USUAL_E0) ** 2 + (e1 - USUAL_E1) ** 2) / _PRIOR_E**2
         return _Solved(cost, solved[:count], solved[count:-2], float(solved[-2]), float(solved[-1]), errors)

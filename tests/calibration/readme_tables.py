@@ -12,6 +12,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 RECORDS = ROOT / "calibration" / "records"
 PROFILES = ROOT / "planner" / "data" / "profiles"
+#: The one that was profiled, and others of its type.
+GPUS = {"A": RECORDS, "B": RECORDS / "device_b", "C": RECORDS / "device_c"}
 _LEVEL = re.compile(r"serve_h200_(bf16|fp8)_(\d+)")
 _NAMES = {"bf16": "bfloat16", "fp8": "fp8"}
 
@@ -56,7 +58,7 @@ def _all_rows(name: str, folder: Path) -> list[str]:
 
 def calibration_rows() -> list[str]:
     """Of calibration/README.md."""
-    return _all_rows("A", RECORDS) + _all_rows("B", RECORDS / "device_b")
+    return [row for name, folder in GPUS.items() for row in _all_rows(name, folder)]
 
 
 def fit_rows() -> list[str]:
@@ -79,14 +81,14 @@ def _told(errors: dict, which: str) -> str:
 
 
 def readme_rows() -> list[str]:
-    """Of README.md: the errors on both GPUs."""
-    first, second = (levels(folder / "validation.json") for folder in (RECORDS, RECORDS / "device_b"))
+    """Of README.md: the errors on all GPUs."""
+    found = [levels(folder / "validation.json") for folder in GPUS.values()]
     rows = []
-    for kv, share in sorted(first):
+    for kv, share in sorted(found[0]):
         cells = [f"{_NAMES[kv]}, {share} %"]
         for metric in ("ttft_ms.p50", "tpot_ms.mean", "e2el_ms.p50", "output_throughput_tokens_per_s"):
-            known = [levels_of[kv, share] for levels_of in (first, second) if (kv, share) in levels_of]
-            cells.append(" / ".join(_error(level, metric) for level in known))
+            known = [_error(each[kv, share], metric) if (kv, share) in each else "–" for each in found]
+            cells.append(" / ".join(known))
         rows.append(f"| {' | '.join(cells)} |")
     return rows
 
@@ -124,8 +126,8 @@ TABLES = (
         fit_rows,
         r"\| llama-[\w.-]+(, fp8 weights)? \| (bfloat16|fp8|int8|int4) \| \d",
     ),
-    (ROOT / "calibration" / "README.md", trimmed_rows, r"\| [AB], (bfloat16|fp8), \d+ % from"),
-    (ROOT / "calibration" / "README.md", calibration_rows, r"\| [AB] \| (bfloat16|fp8), \d+ % \|"),
+    (ROOT / "calibration" / "README.md", trimmed_rows, r"\| [ABC], (bfloat16|fp8), \d+ % from"),
+    (ROOT / "calibration" / "README.md", calibration_rows, r"\| [ABC] \| (bfloat16|fp8), \d+ % \|"),
 )
 
 

@@ -27,6 +27,7 @@ from calibration.validate.walk import walk
 from engine.config import EngineConfig
 from engine.errors import UserError
 from engine.scheduling import StepShape
+from planner.step_time import Uncertainty
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 REAL = [ROOT / "records" / f"engine_h200_serve_{name}.json" for name in ("half", "high")]
@@ -187,7 +188,7 @@ def test_runs_differ_and_the_spread_says_so(tmp_path):
 def test_intervals_hold_an_engine_that_is_as_uncertain_as_they_say(tmp_path):
     """Twenty engines, each off by factors drawn as the step times say they may be."""
     rng = np.random.default_rng(3)
-    known = Affine(uncertainty=type("U", (), {"decode": 0.02, "prefill": 0.03})())
+    known = Affine(uncertainty=Uncertainty(0.02, 0.03))
     inside = of = 0
     for world in range(20):
         true = Scaled(known, *np.exp(rng.normal(0, (0.02, 0.03))))
