@@ -80,7 +80,7 @@ def test_one_load_seen_from_outside_foretells_the_others():
         several = seen.output_tokens > 1
         assert np.mean(again.tpot_s[several]) == pytest.approx(np.mean(seen.tpot_s[several]), rel=0.045)
         assert np.median(again.ttft_s) == pytest.approx(np.median(seen.ttft_s), rel=0.06)
-        assert np.median(again.e2el_s) == pytest.approx(np.median(seen.e2el_s), rel=0.03)
+        assert np.median(again.e2el_s) == pytest.approx(np.median(seen.e2el_s), rel=0.045)
 
 
 # ---- records of our own engine -------------------------------------------------------------------------------------
