@@ -19,6 +19,7 @@ from planner.commands.options import (
     OutputOptions,
     Quantization,
     System,
+    checks_file_of,
     flag,
     gpu_from_option,
     takes_groups,
@@ -144,7 +145,14 @@ def calibrate_from(
         flag("--held-out", help="Share of requests, the last ones, to test on.", panel=_SEEN, metavar="SHARE"),
     ] = 0.5,
     save: Annotated[
-        Path | None, flag("--save", help="Write the calibration, for `--profile`.", panel=_SEEN, metavar="FILE")
+        Path | None,
+        flag(
+            "--save",
+            help="Write the calibration, for `--profile`.",
+            panel=_SEEN,
+            metavar="FILE",
+            callback=checks_file_of("--save"),
+        ),
     ] = None,
     output: OutputOptions = GROUP,
 ) -> None:

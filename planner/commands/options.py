@@ -643,17 +643,21 @@ class Format(StrEnum):
     JSON = "json"
 
 
-def _check_output_file(path: Path | None) -> Path | None:
-    """Refuse what cannot be written before the work is done, not after."""
-    if path is None:
-        return None
-    if path.is_dir():
-        raise UserError(f"--output-file {path}: this is a folder; give a file in it")
-    if not path.parent.is_dir():
-        raise UserError(f"--output-file {path}: there is no folder {path.parent}")
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise UserError(f"--output-file {path}: you may not write there")
-    return path
+def checks_file_of(option: str) -> Callable[[Path | None], Path | None]:
+    """A callback of this option that refuses what cannot be written before the work is done, not after."""
+
+    def check(path: Path | None) -> Path | None:
+        if path is None:
+            return None
+        if path.is_dir():
+            raise UserError(f"{option} {path}: this is a folder; give a file in it")
+        if not path.parent.is_dir():
+            raise UserError(f"{option} {path}: there is no folder {path.parent}")
+        if not os.access(path if path.exists() else path.parent, os.W_OK):
+            raise UserError(f"{option} {path}: you may not write there")
+        return path
+
+    return check
 
 
 OutputFile = Annotated[
@@ -663,7 +667,7 @@ OutputFile = Annotated[
         help="Also write the JSON here, whole or not at all.",
         panel=_OUTPUT,
         metavar="PATH",
-        callback=_check_output_file,
+        callback=checks_file_of("--output-file"),
     ),
 ]
 

@@ -161,6 +161,12 @@ def test_a_factor_that_stands_for_something_else_is_pointed_out(tmp_path, memwal
     assert "the factor weights is" in found.out and "stands for something else" in " ".join(found.out.split())
 
 
+def test_where_nothing_can_be_saved_is_told_before_the_fit(tmp_path, memwall, monkeypatch):
+    monkeypatch.setattr("planner.external.calibration.calibrate_external", None)
+    save = tmp_path / "missing" / "cal.json"
+    memwall("calibrate-from", RECORDS / "serve_h200_bf16_20.json", "--save", save).check_bad_input("there is no folder")
+
+
 def test_a_table_beside_a_record_is_refused(tmp_path, memwall):
     table = tmp_path / "mine.csv"
     table.write_text("arrival_s,first_token_s,last_token_s,input_tokens,output_tokens\n0,1,2,3,4\n")
