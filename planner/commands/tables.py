@@ -224,7 +224,7 @@ def step_times(found: StepTimes) -> str:
         return text
     text += f"; standard deviation {found.decode_uncertainty:.1%} of decodes, "
     text += f"{found.prefill_uncertainty:.1%} of steps with prompts"
-    return f"{text}, {found.host_uncertainty:.0%} of the CPU's time" if found.host_uncertainty else text
+    return f"{text}, {found.host_uncertainty:.0%} of what the CPU takes" if found.host_uncertainty else text
 
 
 def between(interval: Interval, shown: Callable[[float], str]) -> str:
