@@ -130,6 +130,7 @@ def left_out_parity(name: str, paths: tuple[str, ...] | None, dtype: str) -> tup
     """Every measured step beside what a fit to all the others predicts for it."""
     profile = profile_of(name, paths)
     fitted, tables = profile.fitted(dtype), profile.tables.kv[dtype].on_device(profile.launched_ahead)
+    fitted = fitted.plain or fitted  # points tell of the fit to points, not of what a service added
     prompts = prompt_errors(tables.prefill, tables.mixed, fitted.decode, fitted.prompt, fitted.engine)
     found = (
         ("decode steps", tables.decode, decode_errors(tables.decode, fitted.decode, fitted.shape, fitted.engine)),
