@@ -49,8 +49,8 @@ class StepTimes(Record):
     """Relative standard deviation of the times of decode steps, as one unknown factor; None if nothing tells."""
     prefill_uncertainty: float | None
     """The same of steps with prompt chunks."""
-    host_uncertainty: float | None
-    """The same of what the host takes to launch a step."""
+    host_uncertainty: float | None = None
+    """The same of what the host takes to launch a step; None as well where a plan was made before that was told."""
 
     @classmethod
     def of(cls, result: SimulationResult, step_time: StepTime) -> StepTimes:

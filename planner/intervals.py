@@ -77,8 +77,8 @@ class Confidence(Record):
     """Relative standard deviation of the factor that the times of decode steps were multiplied by."""
     prefill_uncertainty: float
     """The same of steps with prompt chunks."""
-    host_uncertainty: float
-    """The same of what the host takes to launch a step."""
+    host_uncertainty: float = 0.0
+    """The same of what the host takes to launch a step; 0 where it was not drawn."""
     unknown_share: float
     """Share of the steps' time that lies outside of what was measured, where those deviations promise too much."""
     method: str = "load: moving-block bootstrap of its arrivals, blocks of 60 s; step times: log-normal, stratified"

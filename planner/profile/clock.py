@@ -2,13 +2,14 @@
 
 A step of matrix products draws more power than the device may take for long, so that the device lowers its clock; in
 between, while it decodes, it recovers. How far it has got is told by its heat E, between 0 and 1: the share of time
-spent in prompt steps, of which the past counts ever less.
+spent in prompt steps, of which the past counts ever less, and small steps less than large ones.
 
-    E(t + d) = u - (u - E(t)) · exp(-d / tau)         u = 1 during a step with prompt chunks, 0 otherwise
+    E(t + d) = u - (u - E(t)) · exp(-d / tau)         u = n / (n + 170) in a step with prompt chunks of n tokens with
+                                                      its decodes and padding, 0 otherwise
     time     = steady · (cool + (hot - cool) · h)     h = clip((E - e0) / (e1 - e0), 0, 1), E in the middle of the step
 
 `steady` is what a profile says of the step: measured among equal ones, in a stream of which the first are cool and the
-last hot. `cool` and `hot` are ratios to it by number of tokens: 512 tokens on an H200 take 0.85 of their steady time
+last hot. `cool` and `hot` are ratios to it by number of tokens: 512 tokens on an H200 take 0.83 of their steady time
 between decodes, and 1.18 times as long as that behind others. Small steps draw less power: their matrix units wait for
 weights. What a step needs to read the keys of requests that decode beside its prompts is no matter of this clock, and
 left out of `steady` here. Steps of decodes alone slow down a little, too, by one ratio that is told by what they take

@@ -34,8 +34,8 @@ _COMMON_DECODE, _COMMON_PROMPT = 0.004, 0.009
 # The same between devices of one type: two H200s, of which one drew 89 W when idle and the other 99 W, ran the same
 # loads' steps with prompts 3 % apart, as the power limit decides their clock, and steps of decodes 1.4 %.
 _DEVICE_DECODE, _DEVICE_PROMPT = 0.010, 0.021
-# What the CPU takes for steps with prompts in all of a run, against what a profile says: root mean square of 29 runs on
-# the machine that was profiled, and of 30 on two others. They are virtual, and not at any time as fast.
+# What the CPU takes for steps with prompts in all of a run, against what a profile says: about the standard deviation
+# of 65 runs on the machine that was profiled and on two others. They are virtual, and not at any time as fast.
 _COMMON_HOST = 0.14
 # A step between two points is about so far off, as a share of what a point that is left out is: it is half as far from
 # them. (Noise would leave 1, a curve without noise a quarter.)

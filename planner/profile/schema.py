@@ -98,6 +98,8 @@ class ServedRecord(_Section):
             raise ValueError("its columns are not of one length")
         if any(after < before for before, after in pairwise(self.start_s)):
             raise ValueError("a step starts before the one before it")
+        if self.start_s and self.lead_s > self.start_s[-1]:
+            raise ValueError(f"its lead of {self.lead_s:g} s is longer than all of it, {self.start_s[-1]:.3g} s")
         for n, (chunks, decodes) in enumerate(zip(self.prefills, self.decodes, strict=True), 1):
             if not (chunks or decodes):
                 raise ValueError(f"step {n} has neither prompt chunks nor decodes")

@@ -108,8 +108,9 @@ def transferred(source: FittedKV, scaling: Scaling) -> FittedKV:
 
 def _piece_sizes(source: FittedKV, scaling: Scaling) -> tuple[int, ...]:
     """What the engine pads the target's steps to: of a small model larger ones, as the GPU is done with them sooner."""
-    sizes, target = source.engine.piece_sizes, scaling.target
-    if not sizes or target.products.layer_flops == scaling.source.products.layer_flops:
+    sizes, target, measured = source.engine.piece_sizes, scaling.target, scaling.source
+    is_alike = target.products.layer_flops == measured.products.layer_flops and target.fp8 == measured.fp8
+    if not sizes or is_alike:
         return sizes
     elements = target.products.layer_flops / 2 / target.num_layers
     # The engine left out those of its rule that a larger one beats. Which these are is not known for the target.

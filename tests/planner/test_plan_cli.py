@@ -183,6 +183,13 @@ def test_export_of_a_written_plan(memwall, tmp_path):
         ):
             assert words[words.index(flag) + 1] == str(value)
     memwall("export", plan, "--rank", len(report.plans) + 1).check_bad_input("--rank is", "1 to")
+    # A plan of a version that did not draw the CPU's time by itself.
+    content = json.loads(plan.read_text())
+    for each in content["plans"]:
+        del each["step_times"]["host_uncertainty"]
+        (each["confidence"] or {}).pop("host_uncertainty", None)
+    plan.write_text(json.dumps(content))
+    assert memwall("export", plan, "--target", "vllm").code == 0
 
 
 def test_export_of_a_plan_without_plans(memwall, tmp_path):

@@ -496,6 +496,8 @@ def test_a_short_service_is_read(tmp_path, content):
     for change, words in (
         (lambda: run["gpu_s"].pop(), "not of one length"),
         (lambda: run["start_s"].__setitem__(9, 0.0), "before the one before it"),
+        (lambda: run.update(lead_s=3.0), "its lead of 3 s is longer than all of it"),
+        (lambda: run.update(lead_s=-1.0), "lead_s"),
         (lambda: (run["prefills"].__setitem__(2, []), run["decodes"].__setitem__(2, 0)), "neither prompt chunks nor"),
         (lambda: run.update(decodes=[1 << 20] * steps), "decodes"),
         (lambda: run.update({name: each * 150 for name, each in run.items() if name != "concurrency"}), "10,?000"),
@@ -511,7 +513,15 @@ def test_a_short_service_is_read(tmp_path, content):
         run.update(json.loads(saved)["kv"]["bfloat16"]["served"][0])
 
 
-@pytest.mark.parametrize(("measured", "other"), [("llama-3.1-8b", "llama-3.2-1b"), ("llama-3.2-1b", "llama-3.1-8b")])
+@pytest.mark.parametrize(
+    ("measured", "other"),
+    [
+        ("llama-3.1-8b", "llama-3.2-1b"),
+        ("llama-3.2-1b", "llama-3.1-8b"),
+        ("llama-3.1-8b", "llama-3.1-8b_fp8"),
+        ("llama-3.1-8b_fp8", "llama-3.1-8b"),
+    ],
+)
 def test_another_model_is_padded_as_the_engine_pads_it(measured, other):
     """As far as the engine's own profile of it says: it leaves out sizes that a larger one beats."""
     source, target = (
