@@ -72,7 +72,7 @@ class ClockModel:
 
     def heating(self, tokens: int) -> float:
         """The heat that a device comes to which does nothing but steps with prompts of so many tokens, padded."""
-        return tokens / (tokens + self.half_tokens)
+        return _heating(tokens, self.half_tokens)
 
     def slowed(self, heat: float) -> float:
         """From 0, the cool time, to 1, the hot one."""
@@ -113,6 +113,10 @@ class ClockModel:
     def is_felt_by_decodes(self, heat: float) -> bool:
         """Whether a step of decodes that begins at this heat takes longer than its steady time."""
         return self.decode > 1.0 and heat > self.e0
+
+
+def _heating(tokens: int, half_tokens: float = HALF_TOKENS) -> float:
+    return tokens / (tokens + half_tokens)
 
 
 class Heat:
@@ -241,20 +245,27 @@ def _fit_series(series: Sequence[Mapping[str, Any]]) -> tuple[float, float, floa
     measured = [_Series.of(each) for each in series if len(each["gpu_s"]) > 3]
     if not measured:
         return usual
-    heats = {tau: [each.heat(tau) for each in measured] for tau in (USUAL_TAU_S, *_TAUS)}
     grid = [(tau, e0, e1) for tau in _TAUS for e0 in _E0S for e1 in _E1S if e1 - e0 >= MIN_GAP - 1e-9]
     grid.insert(0, usual)
-    noise = max(_LEAST_NOISE, min(_deviation(_errors(measured, heats[tau], e0, e1)) for tau, e0, e1 in grid))
+    heats: dict[float, list[np.ndarray]] = {}
 
-    def cost(tau: float, e0: float, e1: float, heat: list[np.ndarray] | None = None) -> float:
-        errors = _errors(measured, heat or [each.heat(tau) for each in measured], e0, e1) / noise
-        from_usual = (math.log(tau / USUAL_TAU_S), e0 - USUAL_E0, e1 - USUAL_E1)
+    def errors_at(at: tuple[float, float, float]) -> np.ndarray:
+        tau, e0, e1 = at
+        if tau not in heats:
+            heats[tau] = [each.heat(tau) for each in measured]
+        return _errors(measured, heats[tau], e0, e1)
+
+    errors = {at: errors_at(at) for at in grid}
+    noise = max(_LEAST_NOISE, min(map(_deviation, errors.values())))
+
+    def cost(at: tuple[float, float, float], errors: np.ndarray) -> float:
+        from_usual = (math.log(at[0] / USUAL_TAU_S), at[1] - USUAL_E0, at[2] - USUAL_E1)
         prior = sum((each / width) ** 2 for each, width in zip(from_usual, _PRIOR, strict=True))
-        return float((np.minimum(np.abs(errors), _FAR) ** 2).sum()) + prior
+        return float((np.minimum(np.abs(errors / noise), _FAR) ** 2).sum()) + prior
 
-    best = min(grid, key=lambda at: cost(*at, heats[at[0]]))
+    costs = {at: cost(at, errors[at]) for at in grid}
+    best = min(costs, key=costs.get)
     widths = (math.log(1.25), 0.1, 0.1)
-    costs = {best: cost(*best, heats[best[0]])}
     for _ in range(_ROUNDS):
         widths = tuple(width / 2 for width in widths)
         start = None
@@ -268,7 +279,7 @@ def _fit_series(series: Sequence[Mapping[str, Any]]) -> tuple[float, float, floa
             ]
             for at in around:
                 if at not in costs and at[1] >= 0.0 and at[2] <= 1.0 and at[2] - at[1] >= MIN_GAP - 1e-9:
-                    costs[at] = cost(*at)
+                    costs[at] = cost(at, errors_at(at))
             best = min(costs, key=costs.get)
     return best
 
@@ -283,8 +294,7 @@ class _Series:
 
     @classmethod
     def of(cls, row: Mapping[str, Any]) -> _Series:
-        tokens = row["tokens"]
-        heating = np.full(len(row["gpu_s"]), tokens / (tokens + HALF_TOKENS))
+        heating = np.full(len(row["gpu_s"]), _heating(row["tokens"]))
         return cls(np.array(row["begin_s"], float), np.array(row["gpu_s"], float), heating)
 
     def heat(self, tau_s: float) -> np.ndarray:
