@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -123,6 +123,16 @@ class FittedKV:
                 raise ValueError("a transferred fit has no points of its own")
             self._errors = self._compute_errors(self.tables)
         return self._errors
+
+    def padded_by(self, engine: EngineSettings) -> FittedKV:
+        """The same fit for an engine with other sizes of graphs and pieces."""
+        return replace(
+            self,
+            engine=engine,
+            decode=replace(self.decode, graph_sizes=engine.graph_sizes),
+            prompt=replace(self.prompt, piece_sizes=engine.piece_sizes),
+            host=replace(self.host, piece_sizes=engine.piece_sizes),
+        )
 
     def uncertainty(self, errors: dict[str, Any] | None = None, *, same_device: bool = False) -> Uncertainty:
         """Of what the decode steps and the steps with prompts of a run take together, inside what was measured.

@@ -10,7 +10,7 @@ from planner.profile.clock import ClockModel
 from planner.profile.decode import excess_of
 from planner.profile.fit import FittedKV
 from planner.profile.host import LAUNCHED
-from planner.profile.tables import EngineSettings, padded
+from planner.profile.tables import padded
 from planner.step_time import (
     TICKS_PER_SECOND,
     AffineRun,
@@ -256,14 +256,7 @@ def with_limits(fitted: FittedKV, max_num_seqs: int | None, max_num_batched_toke
         pieces = tuple(size for size in pieces if size <= max_num_batched_tokens)
     if (graphs, pieces) == (engine.graph_sizes, engine.piece_sizes):
         return fitted
-    changed: EngineSettings = replace(engine, graph_sizes=graphs, piece_sizes=pieces)
-    return replace(
-        fitted,
-        engine=changed,
-        decode=replace(fitted.decode, graph_sizes=graphs),
-        prompt=replace(fitted.prompt, piece_sizes=pieces),
-        host=replace(fitted.host, piece_sizes=pieces),
-    )
+    return fitted.padded_by(replace(engine, graph_sizes=graphs, piece_sizes=pieces))
 
 
 def _graph_sizes(measured: tuple[int, ...], max_num_seqs: int) -> tuple[int, ...]:

@@ -96,14 +96,14 @@ class Scaling:
 
 def transferred(source: FittedKV, scaling: Scaling) -> FittedKV:
     """The fit of something else, without points of its own."""
-    engine = replace(source.engine, piece_sizes=_piece_sizes(source, scaling))
-    return FittedKV(
+    found = FittedKV(
         scaling.target,
-        engine,
+        source.engine,
         _decode(source.decode, scaling),
-        replace(_prompt(source.prompt, scaling), piece_sizes=engine.piece_sizes),
-        replace(_host(source.host, scaling), piece_sizes=engine.piece_sizes),
+        _prompt(source.prompt, scaling),
+        _host(source.host, scaling),
     )
+    return found.padded_by(replace(source.engine, piece_sizes=_piece_sizes(source, scaling)))
 
 
 def _piece_sizes(source: FittedKV, scaling: Scaling) -> tuple[int, ...]:
