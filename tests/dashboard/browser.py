@@ -118,6 +118,22 @@ class Visitor:
         self.page.get_by_role("heading", name=title, level=1).wait_for()
         self.settle()
 
+    def back(self) -> None:
+        """The browser's Back button; waits until the script has run for the entry that it finds."""
+        self.interactions += 1
+        # The script starts some time after the address has changed, and until then nothing seems to run. What it says
+        # of the address would be put into the next entry if that were asked for before.
+        self.page.evaluate("""() => new Promise((done, failed) => {
+            setTimeout(() => failed('the script has not run'), 60000)
+            const app = document.querySelector('[data-testid="stApp"]')
+            const watch = new MutationObserver(() => {
+                if (app.getAttribute('data-test-script-state') === 'running') { watch.disconnect(); done() }
+            })
+            watch.observe(app, {attributes: true})
+            history.back()
+        })""")
+        self.settle()
+
     def drop(self, key: str, path: Path) -> None:
         """A file into the field with this key."""
         self.interactions += 1

@@ -141,18 +141,16 @@ def test_the_back_button_finds_every_page_as_it_was_left(visitor):
     visitor.choose("kv_dtype", "int4")
     visitor.visit("Catalog", "Which models and GPUs")
     for _ in range(3):  # the browser may have more entries than the visitor saw pages
-        visitor.page.go_back()
-        visitor.page.wait_for_timeout(500)
-        visitor.settle()
+        visitor.back()
         if visitor.page.url.startswith(f"{visitor.address}/memory"):
             break
     assert "kv_dtype=int4" in visitor.page.url
     assert chosen() == "int4"
     visitor.page.go_forward()
     visitor.page.get_by_text("Which models and GPUs").wait_for()
-    visitor.page.go_back()
-    visitor.page.get_by_text("What fits in memory?").wait_for()
     visitor.settle()
+    visitor.back()
+    visitor.page.get_by_text("What fits in memory?").wait_for()
     assert chosen() == "int4"
 
 
