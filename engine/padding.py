@@ -1,4 +1,4 @@
-"""What numbers of tokens steps with prompts are padded to: a rule of a model's shape, which needs no GPU."""
+"""What steps are padded to: rules that need no GPU."""
 
 from __future__ import annotations
 
@@ -8,6 +8,12 @@ _LAUNCH_S, _FLOPS_PER_S = 0.4e-3, 7e14
 _LAUNCH_FP8_S, _FP8_FLOPS_PER_S = 1.0e-3, 12e14
 # However large the model.
 _LEAST_TOKENS = 1024
+
+
+def graph_sizes(max_num_seqs: int) -> list[int]:
+    """Batches that decodes are padded to, ascending: 1, 2, 4, and every eighth up to max_num_seqs."""
+    sizes = [1, 2, 4, *range(8, max_num_seqs + 1, 8)]
+    return [size for size in sizes if size < max_num_seqs] + [max_num_seqs]
 
 
 def padded_sizes(weights_per_layer: float, has_fp8: bool, max_num_tokens: int) -> list[int]:

@@ -37,12 +37,6 @@ if TYPE_CHECKING:
     from engine.sequence import Sequence
 
 
-def graph_sizes(max_num_seqs: int) -> list[int]:
-    """Padded batch sizes of CUDA graphs: 1, 2, 4, and every eighth up to max_num_seqs."""
-    sizes = [1, 2, 4, *range(8, max_num_seqs + 1, 8)]
-    return [size for size in sizes if size < max_num_seqs] + [max_num_seqs]
-
-
 class _Inputs:
     """What a graph of so many decodes reads, as views of one int32 tensor or array.
 

@@ -22,8 +22,9 @@ from engine.models.decoder import Decoder
 from engine.models.hf import model_config, read_config, read_json
 from engine.models.loading import load_weights
 from engine.ops import ops_for
+from engine.padding import graph_sizes
 from engine.pieces import piece_sizes
-from engine.runner import ModelRunner, graph_sizes
+from engine.runner import ModelRunner
 from engine.scheduling import KVCacheConfig
 
 if TYPE_CHECKING:

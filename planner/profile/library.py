@@ -147,7 +147,7 @@ def find_profile(
             changes = _changes(profile, measured, model, gpu, kv_cache_dtype, tensor_parallel_size)
             if changes and _is_special(profile.spec, model):
                 continue
-            added = sum(ADDED_UNCERTAINTY[change][0] ** 2 for change in changes)
+            added = sum(ADDED_UNCERTAINTY[change].decode ** 2 for change in changes)
             distance = abs(math.log(model.num_parameters / profile.spec.num_parameters))
             distance += abs(math.log(measured.bits / kv_cache_dtype.bits))
             found.append((added, distance, place, Match(profile, measured, changes)))

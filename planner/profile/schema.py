@@ -78,11 +78,11 @@ class PointRecord(_Section):
 class ServedRecord(_Section):
     """Steps of a short service in their order; of each column a value for every step.
 
-    Those that start before lead_s tell of the heat alone.
+    Those that start before lead_s tell of the heat alone; None where the service began from rest, and did not say.
     """
 
     concurrency: _Count
-    lead_s: Annotated[float, Field(ge=0, le=MAX_STEP_SECONDS)] = 0.0
+    lead_s: Annotated[float, Field(ge=0, le=MAX_STEP_SECONDS)] | None = None
     start_s: Annotated[tuple[Annotated[float, Field(ge=0, le=MAX_STEP_SECONDS)], ...], Field(max_length=_MOST_STEPS)]
     gpu_s: tuple[_Seconds, ...]
     host_s: tuple[Annotated[float, Field(ge=0, le=MAX_STEP_SECONDS)], ...] | None = None
@@ -98,7 +98,7 @@ class ServedRecord(_Section):
             raise ValueError("its columns are not of one length")
         if any(after < before for before, after in pairwise(self.start_s)):
             raise ValueError("a step starts before the one before it")
-        if self.start_s and self.lead_s > self.start_s[-1]:
+        if self.start_s and self.lead_s is not None and self.lead_s > self.start_s[-1]:
             raise ValueError(f"its lead of {self.lead_s:g} s is longer than all of it, {self.start_s[-1]:.3g} s")
         for n, (chunks, decodes) in enumerate(zip(self.prefills, self.decodes, strict=True), 1):
             if not (chunks or decodes):

@@ -40,6 +40,9 @@ from planner.profile.host import LAUNCHED, HostCost, HostFit
 from planner.profile.regression import summary
 from planner.profile.tables import padded
 
+# A power limit that is an average over a second lets a device that comes from rest be faster for so long: in the loads
+# of three H200s steps with prompts are 2 % faster until then, and 3 to 8 % slower for the rest of that second.
+_FROM_REST_S = 0.75
 # How far a ratio of the clock's tables may be off, as each was measured a few times among others; and how far all of
 # them together. Chosen on loads of two H200s, each foreseen from seconds of others: at 80 % load and more steps with
 # prompts then are 0.3 % off in all.
@@ -54,6 +57,10 @@ _FEW = 6
 # Relative errors: no step is known better than the least; beyond so many deviations one has a cause of its own. What a
 # power limit adds that is held once per second, when steps take up to a tenth longer, belongs to the mean.
 _LEAST_NOISE, _FAR = 0.005, 6.0
+# Steps in a row are off together. In the loads of three H200s a step with prompts is 1.5 to 4 % off by itself, and it
+# takes 2 to 5 of them to tell as much as one that is off independently (integrated autocorrelation): each weighs
+# against the priors of tau, e0 and e1 as one with this standard deviation would alone.
+_TOGETHER = 0.04
 _ROUNDS, _REWEIGHTED = 6, 4
 # Before so much of a step's time has passed, as a share of it, the CPU has launched all of it.
 _IN_TIME = 0.85
@@ -100,7 +107,7 @@ def fit_served(runs: Sequence[Mapping[str, Any]], fitted: FittedKV, clock: Clock
     Args:
         runs: columns of equal length: start_s, gpu_s, prefills, decodes (how many), keys and excess, as
             `planner.profile.shape` and `planner.profile.decode` count them; and lead_s, before which steps tell of the
-            heat alone.
+            heat alone, for as long as a device is faster that comes from rest if there is none.
         clock: of the clock's own tables.
 
     Returns:
@@ -303,7 +310,7 @@ class _Prompts:
                 held[index], stiff[index, index] = least, _HELD
                 solved, size, errors = self._robust(columns, target, stiff, held)
         far = size / _LEAST_NOISE
-        cost = float(np.where(far < _FAR, far**2, _FAR * (2 * far - _FAR)).sum())
+        cost = float(np.where(far < _FAR, far**2, _FAR * (2 * far - _FAR)).sum()) * (_LEAST_NOISE / _TOGETHER) ** 2
         cost += float((solved - prior) @ precision @ (solved - prior))
         cost += ((log_tau - math.log(USUAL_TAU_S)) / _PRIOR_TAU) ** 2
         cost += ((e0 - USUAL_E0) ** 2 + (e1 - USUAL_E1) ** 2) / _PRIOR_E**2
@@ -360,7 +367,10 @@ def _nodes(sizes: np.ndarray, tokens: tuple[int, ...]) -> np.ndarray:
 
 def _first_telling(run: Mapping[str, Any]) -> int:
     """The first step behind the lead of a run, which says no more than how hot the device was then."""
-    return bisect_left(run["start_s"], run.get("lead_s") or 0.0)
+    lead_s, starts = run.get("lead_s"), run["start_s"]
+    if lead_s is None:
+        lead_s = min(_FROM_REST_S, starts[-1] / 2)
+    return bisect_left(starts, lead_s)
 
 
 def _begins(run: Mapping[str, Any]) -> list[float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from dataclasses import replace
 
+from engine.padding import graph_sizes
 from engine.scheduling import StepShape
 from planner.profile.clock import ClockModel
 from planner.profile.decode import excess_of
@@ -21,8 +22,6 @@ from planner.step_time import (
     Uncertainty,
     to_ticks,
 )
-
-_GRAPH_STEP = 8
 
 
 class ProfileStepTime(StepTime):
@@ -251,16 +250,9 @@ def with_limits(fitted: FittedKV, max_num_seqs: int | None, max_num_batched_toke
     engine = fitted.engine
     graphs, pieces = engine.graph_sizes, engine.piece_sizes
     if graphs and max_num_seqs is not None and max_num_seqs != graphs[-1]:
-        graphs = _graph_sizes(graphs, max_num_seqs)
+        graphs = tuple(graph_sizes(max_num_seqs))
     if max_num_batched_tokens is not None:
         pieces = tuple(size for size in pieces if size <= max_num_batched_tokens)
     if (graphs, pieces) == (engine.graph_sizes, engine.piece_sizes):
         return fitted
     return fitted.padded_by(replace(engine, graph_sizes=graphs, piece_sizes=pieces))
-
-
-def _graph_sizes(measured: tuple[int, ...], max_num_seqs: int) -> tuple[int, ...]:
-    """The engine's rule: some small sizes, then every eighth, and the limit itself."""
-    beyond = range(measured[-1] // _GRAPH_STEP * _GRAPH_STEP + _GRAPH_STEP, max_num_seqs, _GRAPH_STEP)
-    kept = [size for size in measured if size < max_num_seqs]
-    return (*kept, *beyond, max_num_seqs)

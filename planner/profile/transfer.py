@@ -29,19 +29,18 @@ _FP8_REACHED = 0.86
 # What a step takes once, whatever its layers: sampling among 128,256 tokens, and to begin and end. With it the decodes
 # of Llama-3.1-8B and Llama-3.2-1B on one H200 tell each other within some per cent.
 _ONCE_S = 0.2e-3
-# Relative standard deviations that each change adds, to decode steps and to prompt steps. The first is of a model of
-# half or twice the size, and grows as further factors of two do that are independent of each other: Llama-3.2-1B and
-# Llama-3.1-8B on an H200, three of them apart, tell each other's decodes to 4 % and prompts to 17 % (root mean square),
-# as matrices of a small model leave more of a GPU idle. The others are stated, not measured.
+# What each change adds. The first is of a model of half or twice the size, and grows as further factors of two do that
+# are independent of each other: Llama-3.2-1B and Llama-3.1-8B on an H200, three of them apart, tell each other's decodes
+# to 4 % and prompts to 17 % (root mean square), as matrices of a small model leave more of a GPU idle. The others, and
+# all of the host's, are stated, not measured: what launches take is worked out by layers, weights in fp8 and ranks have
+# launches of their own, and another GPU stands in a machine with another CPU.
 ADDED_UNCERTAINTY = {
-    "model": (0.03, 0.10),
-    "kv_cache_dtype": (0.04, 0.03),
-    "quantization": (0.08, 0.10),
-    "tensor_parallel_size": (0.08, 0.10),
-    "gpu": (0.12, 0.15),
+    "model": Uncertainty(0.03, 0.10, host=0.10),
+    "kv_cache_dtype": Uncertainty(0.04, 0.03),
+    "quantization": Uncertainty(0.08, 0.10, host=0.05),
+    "tensor_parallel_size": Uncertainty(0.08, 0.10, host=0.10),
+    "gpu": Uncertainty(0.12, 0.15, host=0.15),
 }
-# What another model's launches take is worked out by its layers: stated, not measured.
-HOST_OF_ANOTHER_MODEL = 0.10
 
 
 @dataclass(frozen=True)
@@ -231,11 +230,13 @@ def widened(uncertainty: Uncertainty, changes: Sequence[str], size_ratio: float 
         size_ratio: parameters of the model over those of the one that was measured.
     """
     doublings = max(1.0, abs(math.log2(size_ratio)))
-    decode, prefill = uncertainty.decode**2, uncertainty.prefill**2
+    found = uncertainty
     for change in changes:
-        steps = doublings if change == "model" else 1.0
-        added = tuple(each * steps**0.5 for each in ADDED_UNCERTAINTY[change])
-        decode, prefill = decode + added[0] ** 2, prefill + added[1] ** 2
-    return Uncertainty(
-        decode**0.5, prefill**0.5, math.hypot(uncertainty.host, HOST_OF_ANOTHER_MODEL * ("model" in changes))
-    )
+        times = doublings**0.5 if change == "model" else 1.0
+        added = ADDED_UNCERTAINTY[change]
+        found = Uncertainty(
+            math.hypot(found.decode, times * added.decode),
+            math.hypot(found.prefill, times * added.prefill),
+            math.hypot(found.host, times * added.host),
+        )
+    return found

@@ -18,7 +18,8 @@ from engine import pieces
 from engine import runner as engine_runner
 from engine.core import EngineCore
 from engine.models.modules import Linear
-from engine.runner import _pack, graph_sizes
+from engine.padding import graph_sizes
+from engine.runner import _pack
 from engine.sampling_params import MAX_LOGPROBS, SamplingParams
 from engine.scheduling import Step
 from engine.slots import Slots

@@ -450,12 +450,15 @@ def test_models_further_apart_tell_less_of_each_other():
     from planner.profile.transfer import widened
     from planner.step_time import Uncertainty
 
-    known = Uncertainty(0.01, 0.02)
+    known = Uncertainty(0.01, 0.02, host=0.14)
     near, far = (widened(known, ["model"], ratio) for ratio in (1.5, 8.0))
     assert near.decode == pytest.approx((0.01**2 + 0.03**2) ** 0.5)
     assert far.decode == pytest.approx((0.01**2 + 3 * 0.03**2) ** 0.5)
+    assert far.host == pytest.approx((0.14**2 + 3 * 0.10**2) ** 0.5)
     assert far == widened(known, ["model"], 1 / 8)
     assert widened(known, ["gpu"], 8.0) == widened(known, ["gpu"])
+    assert widened(known, ["gpu"]).host > known.host  # another machine, another CPU
+    assert widened(known, ["kv_cache_dtype"]).host == known.host
 
 
 def test_another_device_of_the_type_is_known_less_well(tmp_path, content):
