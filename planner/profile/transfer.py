@@ -30,10 +30,10 @@ _FP8_REACHED = 0.86
 # of Llama-3.1-8B and Llama-3.2-1B on one H200 tell each other within some per cent.
 _ONCE_S = 0.2e-3
 # What each change adds. The first is of a model of half or twice the size, and grows as further factors of two do that
-# are independent of each other: Llama-3.2-1B and Llama-3.1-8B on an H200, three of them apart, tell each other's decodes
-# to 4 % and prompts to 17 % (root mean square), as matrices of a small model leave more of a GPU idle. The others, and
-# all of the host's, are stated, not measured: what launches take is worked out by layers, weights in fp8 and ranks have
-# launches of their own, and another GPU stands in a machine with another CPU.
+# are independent of each other: Llama-3.2-1B and Llama-3.1-8B on an H200, three of them apart, tell each other's steps
+# of decodes to 4 % and prompts to 17 % (root mean square), as matrices of a small model leave more of a GPU idle. The
+# others, and all of the host's, are stated, not measured: what launches take is worked out by layers, weights in fp8
+# and ranks have launches of their own, and another GPU stands in a machine with another CPU.
 ADDED_UNCERTAINTY = {
     "model": Uncertainty(0.03, 0.10, host=0.10),
     "kv_cache_dtype": Uncertainty(0.04, 0.03),

@@ -126,6 +126,31 @@ def test_what_is_served_before_the_lead_is_over_tells_of_the_heat_alone(fitted):
             assert ratio == pytest.approx(expected, abs=0.02)
 
 
+def test_a_service_that_does_not_tell_its_lead_began_from_rest(fitted):
+    """A power limit holds for the average of a second: what is fast before it binds says nothing of a busy device."""
+    run = stream(fitted.engine.piece_sizes, TRUE)
+    fast = run | {
+        "gpu_s": [0.9 * s if start < 0.7 else s for start, s in zip(run["start_s"], run["gpu_s"], strict=True)]
+    }
+    untold, told, undisturbed = (fit_served([each], fitted, TABLES) for each in (fast, fast | {"lead_s": 0.0}, run))
+    assert untold.errors["prompt"]["points"] < told.errors["prompt"]["points"]
+    off = [
+        sum(abs(each.clock.ratios(size)[1] - undisturbed.clock.ratios(size)[1]) for size in (256, 512))
+        for each in (untold, told)
+    ]
+    assert off[0] < off[1]
+
+
+def test_a_service_too_short_for_that_tells_by_its_second_half(fitted):
+    run = stream(fitted.engine.piece_sizes, TRUE)
+    short = {name: run[name][250:300] for name in COLUMNS} | {"concurrency": 250}
+    short["start_s"] = [start - short["start_s"][0] for start in short["start_s"]]
+    half = short["start_s"][-1] / 2
+    assert 0.1 < half < 0.75
+    expected = sum(bool(each) for start, each in zip(short["start_s"], short["prefills"], strict=True) if start >= half)
+    assert fit_served([short] * 4, fitted, TABLES).errors["prompt"]["points"] == pytest.approx(4 * expected, abs=8)
+
+
 def test_too_little_to_tell(fitted):
     sizes = fitted.engine.piece_sizes
     assert fit_served([stream(sizes, TRUE, steps=20)], fitted, TABLES) is None
