@@ -10,22 +10,35 @@ import json
 import sys
 from pathlib import Path
 
+from calibration.command import exit_code
 from calibration.measure.fit import fit_errors
 from calibration.measure.table import dumps
+from engine.bench.record import write_text
+from planner.profile.schema import read_profile
 
 
 def refit(path: Path) -> bool:
     """Bring the `fit` sections of a profile up to date; whether they were not."""
-    profile = json.loads(path.read_text(encoding="utf-8"))
+    profile = json.loads(read_profile(path))
     before = dumps(profile)
     for name, errors in fit_errors(profile).items():
         profile["kv"][name]["fit"] = errors
     after = dumps(profile)
     if after != before:
-        path.write_text(after, encoding="utf-8")
+        write_text(path, after)
     return after != before
 
 
+def main(arguments: list[str]) -> int:
+    """Run the command. Returns its exit code."""
+
+    def run(paths: list[str]) -> int:
+        for path in paths:
+            print(f"{path}: {'written' if refit(Path(path)) else 'as it was'}")
+        return 0
+
+    return exit_code("python -m calibration.refit", run, arguments)
+
+
 if __name__ == "__main__":
-    for argument in sys.argv[1:]:
-        print(f"{argument}: {'written' if refit(Path(argument)) else 'as it was'}")
+    sys.exit(main(sys.argv[1:]))

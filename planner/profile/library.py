@@ -10,7 +10,7 @@ import gzip
 import json
 import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
@@ -259,10 +259,22 @@ def _complete(limits, profile: Profile, gpu: GpuSpec):
     return replace(limits, matmul_fp8_flops_per_s=limits_on(limits, measured_on, measured_on).matmul_fp8_flops_per_s)
 
 
-def _link(profile: Profile, model: ModelSpec, gpu: GpuSpec, ranks: int, other_gpu: bool):
+def _link(profile: Profile, model: ModelSpec, gpu: GpuSpec, ranks: int, other_gpu: bool) -> Callable[[int], float]:
+    """What the ranks need to exchange the sums of a step of so many tokens.
+
+    As measured; for another number of ranks or GPU by the data sheet, in the ratio that the nearest measured number of
+    ranks has to it; by the data sheet alone where nothing was measured, or where GPUs are linked in another way.
+    """
     if ranks == 1:
         return lambda tokens: 0.0
-    measured = None
-    if not other_gpu:
-        measured = measured_link_s(profile.tables.allreduce, ranks, model.num_layers, model.hidden_size)
-    return measured or RooflineStepTime(model, gpu, ranks).all_reduce_s
+    sheet_s = RooflineStepTime(model, gpu, ranks).all_reduce_s
+    measured_on = load_gpu(profile.record.gpu) if profile.record.gpu else gpu
+    worlds = {world for world, _, _ in profile.tables.allreduce}
+    if not worlds or measured_on.fast_link != gpu.fast_link:
+        return sheet_s
+    nearest = min(worlds, key=lambda world: abs(math.log(world / ranks)))
+    measured_s = measured_link_s(profile.tables.allreduce, nearest, model.num_layers, model.hidden_size)
+    if nearest == ranks and not other_gpu:
+        return measured_s
+    nearest_s = RooflineStepTime(model, measured_on, nearest).all_reduce_s
+    return lambda tokens: sheet_s(tokens) * measured_s(tokens) / nearest_s(tokens)

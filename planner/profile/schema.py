@@ -32,6 +32,8 @@ _CPU_FORMAT = "float32"  # of an engine on a CPU, which no deployment has
 # The share of a smaller step's time that a larger one may take at the least, where their spreads do not meet: padding
 # and other kernels can make a larger one faster (448 tokens on an H200 took 1.3 times as long as 512), but not by far.
 _SLACK = 0.5
+# The same of all-reduces, whose library has other ways for other sizes.
+_ALLREDUCE_SLACK = 0.5
 # A hot device is slower. Noise may say otherwise, and so may a CPU that could not launch a small step in time on the
 # cool one: by so much at the most. No clock gives way by more than the other.
 _LEAST_HEATED, _MOST_HEATED = 0.2, 3.0
@@ -377,16 +379,27 @@ def load_profile(path: Path | str) -> Profile:
         UserError: there is no such file, it is no profile of this version, or it holds nonsense.
     """
     path = Path(path)
-    text = _read(path)
+    return parse_profile(read_profile(path), path.name)
+
+
+def parse_profile(text: str, name: str) -> Profile:
+    """A profile from the text of its file.
+
+    Args:
+        name: the file's, for messages.
+
+    Raises:
+        UserError: it is no profile of this version, or it holds nonsense.
+    """
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"profile {path.name} is not JSON: {error}") from None
+        raise UserError(f"profile {name} is not JSON: {error}") from None
     if not isinstance(content, dict) or content.get("kind") != KIND:
-        raise UserError(f"{path.name} is no profile of `memwall calibrate`: its kind is not {KIND!r}")
+        raise UserError(f"{name} is no profile of `memwall calibrate`: its kind is not {KIND!r}")
     if content.get("version") != VERSION:
         raise UserError(
-            f"profile {path.name} has version {content.get('version')!r}, and this memwall reads version {VERSION}: "
+            f"profile {name} has version {content.get('version')!r}, and this memwall reads version {VERSION}: "
             "calibrate again"
         )
     try:
@@ -395,21 +408,26 @@ def load_profile(path: Path | str) -> Profile:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "its top level"
         reason = first["msg"].removeprefix("Value error, ")
-        raise UserError(f"profile {path.name} cannot be used: {where}: {reason}") from None
+        raise UserError(f"profile {name} cannot be used: {where}: {reason}") from None
     tables = ProfileTables.from_json(record.model_dump())
     try:
         spec = model_from_config(
-            dict(record.model.config), record.model.name, record.quantization, source=f"profile {path.name}"
+            dict(record.model.config), record.model.name, record.quantization, source=f"profile {name}"
         )
         _check(record, tables)
     except ValueError as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"profile {path.name} cannot be used: {error}") from None
-    return Profile(path.name, record, tables, spec)
+        raise UserError(f"profile {name} cannot be used: {error}") from None
+    return Profile(name, record, tables, spec)
 
 
-def _read(path: Path) -> str:
+def read_profile(path: Path) -> str:
+    """The text of a profile's file, gzipped or not.
+
+    Raises:
+        UserError: it cannot be read.
+    """
     try:
         if path.stat().st_size > _MAX_BYTES:
             raise UserError(f"profile {path}: the file is too large to be one")
@@ -445,6 +463,20 @@ def _check(record: ProfileRecord, tables: ProfileTables) -> None:
         if any(not point.prefills for point in kv.mixed):
             raise ValueError(f"the mixed table of {name} KV has a step without prompt chunks")
         _check_growth(name, kv.decode, kv.prefill)
+    _check_allreduce(tables.allreduce)
+
+
+def _check_allreduce(rows: Iterable[tuple[int, int, float]]) -> None:
+    """More bytes must not take much less time; the library changes its ways between some sizes."""
+    slowest: dict[int, tuple[float, int]] = {}
+    for ranks, size, seconds in sorted(rows):
+        before_s, before = slowest.get(ranks, (0.0, 0))
+        if seconds < _ALLREDUCE_SLACK * before_s:
+            raise ValueError(
+                f"an all-reduce of {size:,} bytes between {ranks} GPUs takes {seconds * 1e6:.3g} us, and one of "
+                f"{before:,} bytes {before_s * 1e6:.3g} us"
+            )
+        slowest[ranks] = max((before_s, before), (seconds, size))
 
 
 def _check_growth(name: str, decode: Iterable[Point], prefill: Iterable[Point]) -> None:

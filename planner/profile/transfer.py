@@ -202,14 +202,12 @@ def limits_on(limits: Limits, measured_on: GpuSpec, gpu: GpuSpec) -> Limits:
 
 def measured_link_s(
     allreduce: Sequence[tuple[int, int, float]], ranks: int, num_layers: int, hidden_size: int
-) -> Callable[[int], float] | None:
-    """Two all-reduces a layer of bf16 hidden states, from a table; None if it has nothing for so many ranks.
+) -> Callable[[int], float]:
+    """Two all-reduces a layer of bf16 hidden states, from a table that has some of so many ranks.
 
     Between measured sizes a power law; below them the latency of the smallest, beyond them the rate of the largest.
     """
     table = sorted((size, seconds) for world, size, seconds in allreduce if world == ranks)
-    if not table:
-        return None
 
     def one(size: float) -> float:
         if size <= table[0][0]:

@@ -157,6 +157,14 @@ BAD = {
         "before the one before",
     ),
     "a list for a clock": (swap("clock", []), "clock"),
+    "an all-reduce of one": (
+        lambda c: c["allreduce"].append({"world_size": 1, "bytes": 8, "time_s": 1e-5}),
+        "allreduce.0.world_size",
+    ),
+    "less time for more bytes": (
+        lambda c: c["allreduce"].extend({"world_size": 2, "bytes": n, "time_s": 0.1 / n} for n in (1024, 8192)),
+        "of 8,192 bytes between 2 GPUs takes 12.2 us, and one of 1,024 bytes 97.7 us",
+    ),
 }
 
 
@@ -416,6 +424,27 @@ def test_the_exchange_of_ranks_is_measured_where_it_was(tmp_path, content):
     slow, _ = predicted(write(tmp_path, content, "b.json"), step, tensor_parallel_size=2)
     # 1,024 tokens are 8 MiB: 64 exchanges of 2 ms.
     assert slow.predict(step) == pytest.approx(without.predict(step) + 64 * 2e-3, rel=0.05)
+
+
+def test_other_numbers_of_ranks_keep_the_measured_ones_distance_from_the_data_sheet(tmp_path, content):
+    step = StepShape(prefills=[(1024, 0)])
+    sheet = {n: predicted(write(tmp_path, content, f"{n}.json"), step, tensor_parallel_size=n)[1] for n in (2, 4)}
+    gpu, model = load_gpu("h200_sxm"), load_model("llama-3.1-8b")
+    link_s = {n: RooflineStepTime(model, gpu, n).all_reduce_s(1024) for n in (2, 4)}
+    size, seconds = 1024 * 4096 * 2, 3 * link_s[2] / 64  # three times as slow as the data sheet has it
+    row = {"world_size": 2, "bytes": size, "time_s": seconds, "low_s": seconds, "high_s": seconds, "samples": 9}
+    content["allreduce"].append(row)
+    for ranks in (2, 4):
+        _, found_s = predicted(write(tmp_path, content, "slow.json"), step, tensor_parallel_size=ranks)
+        assert found_s == pytest.approx(sheet[ranks] + 2 * link_s[ranks], rel=1e-3)
+    # An H100 has the same link; a GPU that talks over PCIe has another one, of which nothing is known.
+    for other, times in (("h100_sxm", 2.0), ("rtx_pro_6000", 0.0)):
+        gpu = load_gpu(other)
+        more_s = times * RooflineStepTime(model, gpu, 2).all_reduce_s(1024)
+        found_s = predicted(write(tmp_path, content, "slow.json"), step, gpu=gpu, tensor_parallel_size=2)[1]
+        plain = content | {"allreduce": []}
+        without_s = predicted(write(tmp_path, plain, "plain.json"), step, gpu=gpu, tensor_parallel_size=2)[1]
+        assert found_s == pytest.approx(without_s + more_s, rel=1e-3)
 
 
 def test_what_is_beyond_the_roofline_is_kept(tmp_path):
