@@ -110,9 +110,7 @@ def _parser() -> ArgumentParser:
         metavar="N",
         help=f"simulations for the intervals of each level [{NUM_DRAWS}]",
     )
-    parser.add_argument(
-        "--no-intervals", action="store_true", help="no such simulations; intervals then know the engine's spread alone"
-    )
+    parser.add_argument("--no-intervals", action="store_true", help="no such simulations, and no intervals")
     parser.add_argument("--seed", type=integer, default=0, metavar="N", help="of what is drawn for intervals [0]")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write everything that was found")
     parser.add_argument("--html", type=Path, metavar="PATH", help="write the parity report, one page for a browser")

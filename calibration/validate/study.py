@@ -27,11 +27,10 @@ from calibration.validate.intervals import (
     LEVEL,
     Coverage,
     Interval,
+    around,
     coverage,
     drawn,
-    interval,
     metric_values,
-    spread_at,
 )
 from calibration.validate.profiles import Predictor
 from calibration.validate.records import Lives, ServedRecord, ServedRun
@@ -136,7 +135,7 @@ def study(
 
     Args:
         predictor_for: step times for a record.
-        num_draws: simulations for the interval of a level; 0: the engine's own spread alone.
+        num_draws: simulations for the interval of a level; 0: without intervals.
         say: takes a line for someone who waits.
 
     Raises:
@@ -150,7 +149,7 @@ def study(
     by_series: dict[tuple[Any, ...], list[Level]] = {}
     for level in levels:
         by_series.setdefault(level.record.engine.series, []).append(level)
-    intervals = tuple(_intervals(level, by_series[level.record.engine.series]) for level in levels)
+    intervals = tuple(map(_intervals, levels))
     names = _series_names([of[0].record for of in by_series.values()])
     pairs = zip(names, by_series.values(), strict=True)
     saturations = {name: found for name, of in pairs if (found := _saturation(of))}
@@ -259,15 +258,13 @@ def _notes(level: Level) -> Iterable[str]:
 # ---- several levels --------------------------------------------------------------------------------------------------
 
 
-def _intervals(level: Level, series: Sequence[Level]) -> dict[str, Interval | None]:
+def _intervals(level: Level) -> dict[str, Interval | None]:
     found = {}
     for metric in WITH_INTERVAL:
         here = level.comparison(metric)
         if here is None:
             continue
-        levels = [other.measured for one in series if (other := one.comparison(metric))]
-        draws = metric_values(level.draws[0], metric)
-        found[metric] = interval(here.predicted_median, draws, spread_at(here.measured, levels))
+        found[metric] = around(here.predicted_median, metric_values(level.draws[0], metric))
     return found
 
 
@@ -311,8 +308,8 @@ def _series_names(records: Sequence[ServedRecord]) -> list[str]:
 def _coverages(levels: Sequence[Level], intervals: Sequence[Mapping[str, Interval | None]]) -> dict[str, Coverage]:
     points: dict[str, list[tuple[Interval | None, float]]] = {}
     for level, of_metrics in zip(levels, intervals, strict=True):
-        for metric, around in of_metrics.items():
-            points.setdefault(metric, []).extend((around, value) for value in level.comparison(metric).measured)
+        for metric, held in of_metrics.items():
+            points.setdefault(metric, []).extend((held, value) for value in level.comparison(metric).measured)
     every = [point for of_metric in points.values() for point in of_metric]
     return {"all": coverage(every)} | {metric: coverage(of_metric) for metric, of_metric in points.items()}
 
@@ -395,7 +392,7 @@ def _level_document(level: Level, intervals: Mapping[str, Interval | None]) -> d
                 "spread": one.spread,
                 "limit": one.limit,
                 "is_met": one.is_met,
-                "interval": None if (around := intervals.get(one.metric)) is None else [around.low, around.high],
+                "interval": None if (held := intervals.get(one.metric)) is None else [held.low, held.high],
             }
             for one in level.comparisons
         },
