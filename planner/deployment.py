@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 AUTO_ROUTER = "auto"
 _LENGTH_STEP = 1024
+_USUAL_MEMORY_SHARE = 0.92
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +59,7 @@ class Deployment:
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 8192
     block_size: int | None = None
-    gpu_memory_utilization: float = 0.92
+    gpu_memory_utilization: float = _USUAL_MEMORY_SHARE
     kv_cache_policy: str = "hybrid"
     enforce_eager: bool = False
     enable_prefix_caching: bool = False
@@ -142,16 +143,19 @@ class Deployment:
         return f"{given[0][0]}: {faults[0]}" if given and None not in faults else None
 
     def _calibration(self) -> ExternalCalibration | None:
-        """The first calibration from outside that is of this deployment.
+        """The calibration from outside that is of this deployment; None if none was given.
 
         Raises:
-            UserError: some were given, and none is.
+            UserError: some were given, and none is, or several are.
         """
         fault = self.calibration_fault()
         if fault is not None:
             raise UserError(fault)
-        given = (each for _, each in load_calibrations(self.profiles))
-        return next((each for each in given if each.differs(*self._seen_as()) is None), None)
+        found = [(name, each) for name, each in load_calibrations(self.profiles) if not each.differs(*self._seen_as())]
+        if len(found) > 1:
+            names = " and ".join(name for name, _ in found)
+            raise UserError(f"{names} are calibrations of the same deployment; give one of them")
+        return found[0][1] if found else None
 
     def _seen_as(self) -> tuple[str, str, int, str]:
         return self.model.name, self.gpu.id, self.tensor_parallel_size, str(self.kv_cache_dtype)
@@ -181,8 +185,8 @@ class Deployment:
         if self.num_gpu_blocks_override is not None or self.active_speculation is not None:
             return None
         if self.calibration_fault() is None and (calibration := self._calibration()) is not None:
-            limits = self.max_num_seqs, self.max_num_batched_tokens
-            blocks = calibration.pool(*limits, self.gpu_memory_utilization)
+            share = self.gpu_memory_utilization if self.gpu_memory_utilization != _USUAL_MEMORY_SHARE else None
+            blocks = calibration.pool(self.max_num_seqs, self.max_num_batched_tokens, share)
             size = calibration.settings.get("block_size")
             return (size, blocks) if blocks and self.block_size in (None, size) else None
         match = self._profile_for(self.model)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import Field, ValidationError
+from pydantic import Field, FiniteFloat, ValidationError
 
 from engine.scheduling import StepShape
 from planner.errors import UserError
@@ -20,7 +20,7 @@ from planner.external.replay import Replayed, replay
 from planner.external.scaled import NAMES, SCALES, Factors, ScaledStepTime
 from planner.external.served_run import ServedRun
 from planner.external.server_facts import ServerFacts
-from planner.external.settings import ExternalSystem
+from planner.external.settings import ASSUMED, ExternalSystem
 from planner.schema import Record
 from planner.step_time import StepTime, Uncertainty
 
@@ -34,14 +34,22 @@ _TYPICAL_BATCH, _TYPICAL_CONTEXT = 32, 1024
 _MUCH_WORSE = 2.0
 # A factor beyond that, or below its inverse, is no longer what it is called.
 _FAR_OFF = 3.0
+# Errors on requests that were not fitted, as shares, from which on a calibration foretells nothing: TPOT, TTFT. Engines
+# that were calibrated from outside are a few per cent off, and TTFT near saturation some tens.
+_USELESS_TPOT, _USELESS_TTFT = 0.25, 1.0
+# A standard deviation beyond which nothing is known: times of a third to three times as long.
+_MOST_UNCERTAIN = 1.0
+# How far typical steps of a base may lie from those of the one that was fitted on: one that was fitted anew from the
+# same measurements moves by some per cent.
+_SAME_BASE = 0.05
 
 
 class FactorRecord(Record):
     """One factor with its 90 % interval."""
 
-    value: float
-    low: float
-    high: float
+    value: FiniteFloat
+    low: FiniteFloat
+    high: FiniteFloat
     identified: bool = Field(description="whether the runs show it; if not, the base's value is kept")
     alike: str | None = Field(default=None, description="the factor it cannot be told from")
 
@@ -70,6 +78,9 @@ class ExternalCalibration(Record):
     kv_cache_dtype: str
     quantization: str | None
     base: str = Field(description="description of the step time that is scaled")
+    base_steps_s: tuple[FiniteFloat, ...] | None = Field(
+        default=None, description="what typical steps take it: decodes without and with context, and with a prompt"
+    )
     factors: dict[str, FactorRecord]
     correlation: tuple[tuple[float, ...], ...] | None = Field(
         default=None, description="of what the factors are off by, in their order; none where it was not kept"
@@ -98,9 +109,23 @@ class ExternalCalibration(Record):
                 f"the calibration scales step times of the {self.base}, but here they are of the {base.description}; "
                 "calibrate from the runs again"
             )
+        self._check_base(base)
         names = ", ".join(dict.fromkeys(run.name for run in self.runs))
         depth = self.settings.get("pipeline_depth", 1)
         return ScaledStepTime(base, self.as_factors(), names, self.uncertainty(base), depth)
+
+    def _check_base(self, base: StepTime) -> None:
+        """
+        Raises:
+            UserError: the base goes by the same name, but takes other times.
+        """
+        for then_s, now_s in zip(self.base_steps_s or (), _typical_steps(base), strict=False):
+            if abs(now_s - then_s) > _SAME_BASE * then_s:
+                raise UserError(
+                    f"the calibration scales a {self.base} that took {then_s * 1e3:.3g} ms for a typical step, and "
+                    f"the one here takes {now_s * 1e3:.3g} ms; calibrate from the runs again, or leave out the profile "
+                    "that was given beside it"
+                )
 
     def uncertainty(self, base: StepTime) -> Uncertainty:
         """Relative standard deviations of a typical decode step and of a typical step with a prompt chunk.
@@ -108,16 +133,15 @@ class ExternalCalibration(Record):
         Each factor's interval counts by the share of the step that it scales, and factors that can make up for each
         other by what both together are off by; what requests that were not fitted are off by on average comes on top.
         """
-        decodes = [_TYPICAL_CONTEXT] * _TYPICAL_BATCH
-        floor = base.predict(StepShape(decode_contexts=[0] * _TYPICAL_BATCH))
-        step = base.predict(StepShape(decode_contexts=decodes))
-        mixed = base.predict(StepShape(prefills=[(_TYPICAL_CONTEXT, 0)], decode_contexts=decodes))
+        floor, step, mixed = _typical_steps(base)
         parts = {"weights": floor, "kv": max(0.0, step - floor), "request_s": float(_TYPICAL_BATCH)}
         tested = self.after or self.fitted
         tpot = tested.tpot.mean if tested.tpot else 0.0
+        decode = math.hypot(self._deviation(parts), tpot)
+        prefill = math.hypot(self._deviation(parts | {"prefill": max(0.0, mixed - step)}), tested.ttft.p50)
         return Uncertainty(
-            decode=math.hypot(self._deviation(parts), tpot),
-            prefill=math.hypot(self._deviation(parts | {"prefill": max(0.0, mixed - step)}), tested.ttft.p50),
+            decode=min(decode, _MOST_UNCERTAIN),
+            prefill=min(prefill, _MOST_UNCERTAIN),
             host=base.uncertainty.host if base.uncertainty else 0.0,
         )
 
@@ -153,19 +177,34 @@ class ExternalCalibration(Record):
         if fault is not None:
             raise UserError(fault)
 
-    def pool(self, max_num_seqs: int, max_num_batched_tokens: int, gpu_memory_utilization: float) -> int | None:
-        """KV blocks that requests could hold, where the server said so and its memory was shared out like this."""
-        asked = {
-            "max_num_seqs": max_num_seqs,
-            "max_num_batched_tokens": max_num_batched_tokens,
-            "gpu_memory_utilization": gpu_memory_utilization,
-        }
+    def pool(self, max_num_seqs: int, max_num_batched_tokens: int, gpu_memory_utilization: float | None) -> int | None:
+        """KV blocks that requests could hold, where the server said so and its memory was shared out like this.
+
+        Args:
+            gpu_memory_utilization: None for what is usual: the server's own, whatever it was, if nothing says it.
+        """
+        asked = {"max_num_seqs": max_num_seqs, "max_num_batched_tokens": max_num_batched_tokens}
+        if gpu_memory_utilization is not None or not self._is_assumed("gpu_memory_utilization"):
+            asked["gpu_memory_utilization"] = gpu_memory_utilization
         blocks = self.settings.get("num_gpu_blocks")
         if type(blocks) is not int or self.origin.get("num_gpu_blocks") == "the memory model":
             return None
         if any(self.settings.get(name) != value for name, value in asked.items()):
             return None
         return blocks - 1  # vLLM counts the null block
+
+    def _is_assumed(self, setting: str) -> bool:
+        return self.origin.get(setting) == ASSUMED
+
+
+def _typical_steps(base: StepTime) -> tuple[float, float, float]:
+    """Seconds of decodes without and with context, and of the latter beside a prompt."""
+    decodes = [_TYPICAL_CONTEXT] * _TYPICAL_BATCH
+    return (
+        base.predict(StepShape(decode_contexts=[0] * _TYPICAL_BATCH)),
+        base.predict(StepShape(decode_contexts=decodes)),
+        base.predict(StepShape(prefills=[(_TYPICAL_CONTEXT, 0)], decode_contexts=decodes)),
+    )
 
 
 def calibrate_external(
@@ -200,7 +239,7 @@ def calibrate_external(
     after = [replay(run, system, fit.factors) for run in runs]
     rest = [~mask for mask in masks]
     deployment = external.deployment
-    fitted = run_errors(runs, after, masks)
+    fitted, tested = run_errors(runs, after, masks), run_errors(runs, after, rest)
     assert fitted is not None, "fit_factors refuses runs without fitted requests"
     return ExternalCalibration(
         command=command,
@@ -211,6 +250,7 @@ def calibrate_external(
         kv_cache_dtype=str(deployment.kv_cache_dtype),
         quantization=quantization,
         base=system.step_time.description,
+        base_steps_s=_typical_steps(system.step_time),
         factors={name: _factor(fit, name) for name in NAMES},
         correlation=tuple(tuple(round(float(each), 4) for each in row) for row in fit.correlation),
         settings={name: value for name, (value, _) in external.origin.items()}
@@ -219,9 +259,9 @@ def calibrate_external(
         runs=tuple(_run_record(run, mask) for run, mask in zip(runs, masks, strict=True)),
         held_out_share=held_out,
         before=run_errors(runs, before, rest),
-        after=run_errors(runs, after, rest),
+        after=tested,
         fitted=fitted,
-        warnings=tuple(_warnings(runs, external, facts, fit, after)),
+        warnings=(*_useless(tested or fitted, tested is None), *_warnings(runs, external, facts, fit, after)),
     )
 
 
@@ -269,6 +309,17 @@ def _run_record(run: ServedRun, mask: np.ndarray) -> RunRecord:
     )
 
 
+def _useless(errors: RunErrors, is_fitted: bool) -> Iterable[str]:
+    """What to say of a calibration that does not foretell the runs that it is from."""
+    tpot, ttft = errors.tpot.mean if errors.tpot else 0.0, errors.ttft.p50
+    if abs(tpot) > _USELESS_TPOT or abs(ttft) > _USELESS_TTFT:
+        which = "the requests that it was fitted to" if is_fitted else "requests of the same runs that it has not seen"
+        yield (
+            f"do not plan with this: on {which} the mean TPOT is off by {tpot:+.0%} and the median TTFT by "
+            f"{ttft:+.0%}; units, arrivals or settings are probably not those of the server"
+        )
+
+
 def _warnings(
     runs: Sequence[ServedRun], external: ExternalSystem, facts: ServerFacts, fit: Fit, after: Sequence[Replayed]
 ) -> list[str]:
@@ -278,9 +329,7 @@ def _warnings(
         depth, base = external.system.pipeline_depth, external.system.step_time.pipeline_depth
         why = "as the profile's engine has them" if depth == base == 2 else "which fits better"
         warnings.append(f"nothing says how many steps the server has in flight; {depth} are assumed, {why}")
-    guessed = [
-        name for name, (_, origin) in external.origin.items() if origin in ("vLLM's default", "the memory model")
-    ]
+    guessed = [name for name, (_, origin) in external.origin.items() if origin in (ASSUMED, "the memory model")]
     important = [name for name in guessed if name in ("max_num_seqs", "max_num_batched_tokens", "num_gpu_blocks")]
     if important:
         warnings.append(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, FiniteFloat
 
 from planner.external.replay import Replayed
 from planner.external.served_run import ServedRun
@@ -17,12 +17,12 @@ _PERCENTILES = (50, 90, 99)
 class MetricError(Record):
     """One metric over the requests of one part of the runs; errors are simulated over served, less 1."""
 
-    served_mean_ms: float
-    mean: float
-    p50: float
-    p90: float
-    p99: float
-    median_request: float = Field(description="median over requests of |simulated - served| / served")
+    served_mean_ms: FiniteFloat
+    mean: FiniteFloat
+    p50: FiniteFloat
+    p90: FiniteFloat
+    p99: FiniteFloat
+    median_request: FiniteFloat = Field(description="median over requests of |simulated - served| / served")
     num_requests: int
 
 

@@ -27,6 +27,12 @@ _ONE = 1 << 20
 _LISTED_STEPS = 256
 
 
+# No engine is a hundred times faster or slower than the base; none takes a second for each request of a step, or gives
+# much of the base's time back; and no request waits a minute on its way in.
+_POSSIBLE_SCALE = (0.009, 110.0)
+_POSSIBLE = {"request_s": (-1e-3, 1.0), "arrival_s": (0.0, 60.0)}
+
+
 @dataclass(frozen=True, slots=True)
 class Factors:
     """What scales a base step time; the defaults leave it as it is.
@@ -52,8 +58,11 @@ class Factors:
                 raise UserError(f"the factor {name} is {value}, which is not a number")
             if value <= 0 and name in SCALES:
                 raise UserError(f"the factor {name} is {value:g}; it scales a time and must be positive")
-            if abs(value) > 1e4:
-                raise UserError(f"the factor {name} is {value:g}, which no engine comes near")
+            low, high = _POSSIBLE.get(name, _POSSIBLE_SCALE)
+            if not low <= value <= high:
+                raise UserError(
+                    f"the factor {name} is {value:g}, which no engine comes near; it lies between {low:g} and {high:g}"
+                )
 
 
 NAMES = tuple(field.name for field in fields(Factors))

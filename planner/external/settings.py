@@ -26,6 +26,10 @@ _SMALL = {"max_num_batched_tokens": 2048, "max_num_seqs": 256}
 _ASYNC_SINCE = (0, 14)
 
 
+#: Where a setting comes from that neither flag nor log says.
+ASSUMED = "vLLM's default"
+
+
 @dataclass(frozen=True)
 class ExternalSystem:
     """The simulated counterpart of a server, and how its settings were found.
@@ -56,7 +60,7 @@ class _Settings:
         self._defaults = defaults
         self.origin: dict[str, tuple[Any, str]] = {}
 
-    def get(self, name: str, default: Any = None, why: str = "vLLM's default") -> Any:
+    def get(self, name: str, default: Any = None, why: str = ASSUMED) -> Any:
         found = getattr(self._facts, name, None)
         if self._flags.get(name) is not None:
             value, origin = self._flags[name], self.said_by

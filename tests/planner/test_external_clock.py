@@ -107,6 +107,12 @@ def test_records_say_themselves_what_served_them(trimmed):
         )
 
 
+def test_a_first_guess_that_is_low_by_chance_is_left(trimmed):
+    """It has all times scaled alike; next to it the loss is twice as high, as requests jump between steps."""
+    factors = load_external(trimmed).as_factors()
+    assert max(factors.prefill, factors.weights, factors.kv) > 1.01 * min(factors.prefill, factors.weights, factors.kv)
+
+
 def test_what_makes_up_for_each_other_widens_less(trimmed):
     """A dearer prompt step lets decode steps be cheaper: both together are known better than each."""
     found = load_external(trimmed)

@@ -22,6 +22,7 @@ from planner.external.calibration import (
     load_external,
     parse_external,
 )
+from planner.external.errors import MetricError
 from planner.external.fit import fit_factors, quiet_requests
 from planner.external.moments import orthonormal, tpot_features, ttft_features
 from planner.external.replay import replay
@@ -109,7 +110,19 @@ def test_leaping_over_scaled_steps_changes_nothing():
     assert leaping["evidence"] is Evidence.SCALED
 
 
-@pytest.mark.parametrize("values", [{"kv": 0.0}, {"weights": -1.0}, {"prefill": float("nan")}, {"kv": 1e9}])
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"kv": 0.0},
+        {"weights": -1.0},
+        {"prefill": float("nan")},
+        {"kv": 1e9},
+        {"weights": 9000.0},
+        {"request_s": -5.0},
+        {"arrival_s": -5.0},
+        {"arrival_s": 1e3},
+    ],
+)
 def test_nonsense_factors_are_refused(values):
     with pytest.raises(UserError, match=next(iter(values))):
         Factors(**values)
@@ -287,6 +300,11 @@ def test_saved_and_loaded_it_is_the_same(calibration, tmp_path):
         (lambda d: d["factors"]["kv"].update(value=-1.0, low=-2.0), "kv is -1"),
         (lambda d: d["factors"]["kv"].update(low=50.0), "outside its interval"),
         (lambda d: d["factors"]["kv"].update(value="fast"), "factors.kv.value"),
+        (lambda d: d["factors"]["kv"].update(low=float("-inf")), "factors.kv.low"),
+        (lambda d: d["factors"]["arrival_s"].update(value=-5.0, low=-6.0), "the factor arrival_s is -5"),
+        (lambda d: d["after"]["tpot"].update(mean=float("nan")), "after.tpot.mean"),
+        (lambda d: d["before"]["ttft"].update(p50=float("inf")), "before.ttft.p50"),
+        (lambda d: d.update(base_steps_s=[0.01, "fast"]), "base_steps_s.1"),
     ],
 )
 def test_edited_files_are_refused(calibration, change, words):
@@ -295,6 +313,36 @@ def test_edited_files_are_refused(calibration, change, words):
     with pytest.raises(UserError) as caught:
         parse_external(document, "edited.json")
     assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_base_of_the_same_name_with_other_times_is_refused(calibration):
+    assert calibration.step_time(BASE.scaled(decode=1.02))
+    with pytest.raises(UserError, match="ms for a typical step, and the one here takes"):
+        calibration.step_time(BASE.scaled(decode=1.3, prefill=1.3))
+    older = calibration.model_copy(update={"base_steps_s": None})  # which did not say
+    assert older.step_time(BASE.scaled(decode=1.3))
+
+
+def test_what_foretells_nothing_says_so(calibration):
+    assert not any("do not plan with this" in warning for warning in calibration.warnings)
+    run = served(TRUTH, 4.0, 80, 3)
+    slow = replace_times(run, 1000.0)  # milliseconds that were taken for seconds
+    external = external_system(MODEL, GPU, ServerFacts(), [slow], {"async_scheduling": True}, base=BASE)
+    found = calibrate_external([slow], external, ServerFacts())
+    assert "do not plan with this: on requests of the same runs that it has not seen" in found.warnings[0]
+    uncertain = found.step_time(BASE).uncertainty
+    assert uncertain.decode <= 1.0 and uncertain.prefill <= 1.0
+    nonsense = found.model_copy(update={"after": found.after.model_copy(update={"ttft": huge(found.after.ttft)})})
+    assert nonsense.step_time(BASE).uncertainty.prefill == 1.0
+
+
+def replace_times(run: ServedRun, by: float) -> ServedRun:
+    first, last = (run.arrival_s + by * (each - run.arrival_s) for each in (run.first_token_s, run.last_token_s))
+    return replace(run, first_token_s=first, last_token_s=last)
+
+
+def huge(error: MetricError) -> MetricError:
+    return error.model_copy(update={"mean": 1e6, "p50": 1e6})
 
 
 def test_missing_and_broken_files_are_refused(tmp_path):

@@ -128,6 +128,18 @@ def test_the_servers_pool_is_used_where_settings_are_its(path):
     assert plain().memory().num_kv_blocks != 1_800
 
 
+def test_what_the_log_does_not_say_of_memory_is_no_difference(tmp_path):
+    """A server's share of the memory that was only assumed may be the one that is usual here."""
+    said, assumed = ("log line 2", "vLLM's default")
+    for origin, blocks in ((assumed, 1_800), (said, None)):
+        found = calibration(origin={"num_gpu_blocks": "log line 3", "gpu_memory_utilization": origin})
+        path = write(tmp_path, found)
+        usual = replace(plain(profiles=(path,)), gpu_memory_utilization=0.92)
+        assert (usual.memory().num_kv_blocks == blocks) == (blocks is not None), origin
+        other = replace(plain(profiles=(path,)), gpu_memory_utilization=0.8)
+        assert other.memory().num_kv_blocks != 1_800
+
+
 # ---- the time outside of steps -------------------------------------------------------------------------------------
 
 
@@ -152,17 +164,6 @@ def test_the_slo_is_judged_with_it(path):
     assert not simulate(load(), system, options).slo_met
     floors = Floors(load(), plain(profiles=(path,)), system.step_time, 0.0)
     assert floors.violated(SLO(ttft_ms=49)).at_least_ms > 50
-
-
-def test_a_server_faster_outside_than_inside(tmp_path):
-    """A negative constant, as a fit may find: no first token comes before its request."""
-    document = calibration().model_dump()
-    document["factors"]["arrival_s"] = {"value": -10.0, "low": -10.0, "high": -10.0, "identified": True}
-    path = write(tmp_path, ExternalCalibration.model_validate(document))
-    options = SimulationOptions(slo=SLO(ttft_ms=1), stop_when_slo_is_lost=True)
-    result = simulate(load(), plain(profiles=(path,)).system(load()), options)
-    assert result.ttft_ms.max == 0
-    assert result.slo_met
 
 
 # ---- whose it is ---------------------------------------------------------------------------------------------------
@@ -195,6 +196,12 @@ def test_the_one_of_several_that_fits_is_used(tmp_path):
     mine = write(tmp_path, calibration(), "mine.json")
     assert plain(profiles=(other, mine)).step_time().evidence is Evidence.SCALED
     assert plain(profiles=(other, mine)).calibration_fault() is None
+
+
+def test_two_of_one_deployment_are_refused(tmp_path):
+    paths = tuple(write(tmp_path, calibration(), name) for name in ("a.json", "b.json"))
+    with pytest.raises(UserError, match=r"a\.json and b\.json are calibrations of the same deployment"):
+        plain(profiles=paths).step_time()
 
 
 def test_another_base_is_refused(tmp_path):
