@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from importlib.metadata import EntryPoint
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -96,3 +97,25 @@ def test_bad_input_is_one_sentence(calibrate_from, result, tmp_path):
     short.write_text(f"arrival_s,input_tokens,output_tokens,ttft_s,e2el_s\n{rows}")
     calibrate_from(short, "--model", "llama-3.1-8b").check_bad_input("streamed")
     calibrate_from(result, "--model", "llama-3.1-8b", "--held-out", "1.5").check_bad_input("held-out share")
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("--save result.json", "--save result.json would overwrite the benchmark result.json; give it another name"),
+        ("--save soft.json", "would overwrite the benchmark result.json"),
+        ("--save ./server.log", "would overwrite --server-log server.log"),
+        ("--output-file server.log", "--output-file server.log would overwrite --server-log server.log"),
+        ("--metrics m.prom --output-file m.prom", "would overwrite --metrics m.prom"),
+        ("--model m.prom --save m.prom", "would overwrite --model m.prom"),
+        ("--save same.json --output-file ./same.json", "are the same file; give each a name of its own"),
+    ],
+)
+def test_inputs_are_not_overwritten(calibrate_from, tmp_path, monkeypatch, line, words):
+    monkeypatch.chdir(tmp_path)
+    for name in ("result.json", "server.log", "m.prom"):
+        Path(name).write_text("precious")
+    Path("soft.json").symlink_to("result.json")
+    calibrate_from("result.json", "--server-log", "server.log", *line.split()).check_bad_input(words)
+    assert {path.read_text() for path in tmp_path.iterdir()} == {"precious"}
+    assert len(list(tmp_path.iterdir())) == 4
