@@ -19,6 +19,7 @@ from engine.bench.serve import step_log_paths
 from engine.bench.step_log import LoggedStep, read_step_log
 from engine.errors import UserError
 from engine.kv.groups import kv_groups
+from planner.external.kinds import ensure_no_other_kind
 from planner.external.served_run import RequestTimes
 
 # Times are written in whole microseconds, each rounded on its own.
@@ -200,8 +201,13 @@ def read_bench_serve(path: Path) -> ServedRecord:
     """
     document = read_record(path)
     name = re.sub(r"(\.json)?(\.gz)?$", "", path.name)
-    if document.get("suite") != "serve":
-        raise UserError(f"{path.name} is of `memwall bench {document.get('suite')}`; validate takes records of serve")
+    ensure_no_other_kind(document, path.name)
+    if document.get("suite") is None:
+        raise UserError(
+            f"{path.name} is no record of `memwall bench`: it names no suite; validate takes those of serve"
+        )
+    if document["suite"] != "serve":
+        raise UserError(f"{path.name} is of `memwall bench {document['suite']}`; validate takes records of serve")
     if document.get("server"):
         raise UserError(
             f"{path.name} was measured over HTTP, so the settings of the engine behind it are not in it; take a record "
