@@ -124,8 +124,9 @@ def calibrate_from(
         list[Path],
         typer.Argument(
             metavar="RESULT…",
-            help="What `vllm bench serve --save-detailed` or SGLang's bench_serving wrote, or a table of requests; or "
-            "records of `memwall bench serve`.",
+            help="What `vllm bench serve --save-detailed` or SGLang's bench_serving wrote (the latter has no start "
+            "times: --request-rate inf without --max-concurrency), or a table of requests; or records of `memwall "
+            "bench serve`.",
         ),
     ],
     model: Annotated[
@@ -296,7 +297,7 @@ def _factors(calibration: ExternalCalibration) -> str:
         if record.alike:
             state += f", looks like {record.alike}"
         rows.append([name, value, interval, _MEANING[name], state])
-    title = f"factors on the {calibration.base}"
+    title = f"factors on the {calibration.base.removeprefix('from the ')}"  # of a transfer it begins so
     return f"{title}\n{tables.columns(['', 'value', '90 % interval', 'meaning', ''], rows, left=5)}"
 
 
