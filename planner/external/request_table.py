@@ -128,7 +128,6 @@ class _Clock:
     def __init__(self, table: Table, roles: dict[str, _Column]) -> None:
         self.table = table
         self.roles = roles
-
         dates = {role: dates_ns(table, roles[role].name) for role in _INSTANTS if role in roles}
         self._dates = {role: found for role, found in dates.items() if found is not None}
         if self._dates and (other := next((role for role in dates if role not in self._dates), None)):
