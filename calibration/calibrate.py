@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 
 from calibration.command import exit_code
 from engine.bench.options import comma_separated
-from engine.bench.record import as_committed, commit, ensure_distinct, ensure_writable, write_text
+from engine.bench.record import as_committed, commit, ensure_writable, write_text
 from engine.commands.arguments import ArgumentParser, add_engine_options, engine_config, number
+from engine.commands.files import ensure_distinct
 from engine.errors import UserError
 
 if TYPE_CHECKING:

@@ -21,6 +21,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from engine.commands.files import ensure_distinct
 from planner.errors import UserError
 
 PACKAGES = ("numpy", "scipy", "simpy", "pandas", "pydantic", "joblib")
@@ -44,6 +45,9 @@ def main() -> None:
         if arguments.one:
             print(json.dumps(_measure(json.loads(arguments.one))))
             return
+        traces = (("--trace", arguments.trace), ("--prefix-trace", arguments.prefix_trace))
+        inputs = [(flag, Path(path) if path else None) for flag, path in traces]
+        ensure_distinct(inputs, [("--output-file", Path(arguments.output_file))])
         record = _run_all(arguments)
     except UserError as error:
         sys.exit(f"error: {error}")

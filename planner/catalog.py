@@ -78,14 +78,24 @@ def load_model(name_or_path: str | Path, quantization: str | None = None) -> Mod
         return replace(model, hf_repo=_repository(model_id, name))
     if not name:
         raise unknown_name("model", name, list_models(), _WHERE_MODELS)
-    path = Path(name).expanduser()
-    if _exists(path):
-        file = path / "config.json" if path.is_dir() else path
+    file = config_file(name)
+    if file is not None:
         label = file.resolve().parent.name if file.name == "config.json" else file.stem
         return model_from_config(_read_config(file), label or "model", quantization, source=str(file))
     if name.endswith(".json") or name.startswith(("/", "./", "../", "~", "\\")):
         raise UserError(f"{name}: no such file or folder; give a Hugging Face config.json or the folder that holds it")
     raise unknown_name("model", name, list_models(), _WHERE_MODELS)
+
+
+def config_file(name_or_path: str | Path | None) -> Path | None:
+    """The config.json that `load_model` reads for a name; None where the catalog has the name, or nobody."""
+    name = str(name_or_path or "").strip()
+    if not name or _canonical(name) in _model_names():
+        return None
+    path = Path(name).expanduser()
+    if not _exists(path):
+        return None
+    return path / "config.json" if path.is_dir() else path
 
 
 def load_gpu(gpu_id: str) -> GpuSpec:

@@ -14,9 +14,11 @@ from calibration.validate.profiles import Predictor, step_time_for, transferred_
 from calibration.validate.records import ServedRecord, read
 from calibration.validate.study import NUM_DRAWS, document, study
 from calibration.validate.text import text
-from engine.bench.record import as_committed, commit, dumps, ensure_distinct, ensure_writable, write_text
+from engine.bench.record import as_committed, commit, dumps, ensure_writable, write_text
 from engine.commands.arguments import ArgumentParser, integer
+from engine.commands.files import ensure_distinct
 from engine.errors import UserError
+from planner.catalog import config_file
 
 _PROG = "memwall validate"
 _EXIT_CODES = (
@@ -44,8 +46,8 @@ def run(arguments: list[str], predictor_for: Callable[[ServedRecord], Predictor]
         raise UserError("--transfer needs --profile, of whatever the step times are to be transferred from")
     outputs = [(flag, path) for flag, path in (("--json", options.json), ("--html", options.html)) if path is not None]
     inputs = [("record", path) for path in options.records]
-    files = (("--profile", options.profile), ("--server-log", options.server_log), ("--metrics", options.metrics))
-    inputs += [(flag, path) for flag, path in files if path is not None]
+    inputs += [("--profile", options.profile), ("--server-log", options.server_log), ("--metrics", options.metrics)]
+    inputs += [("--model", config_file(options.model))]
     ensure_distinct(inputs, outputs)
     for _, path in outputs:
         ensure_writable(path)
@@ -60,6 +62,7 @@ def run(arguments: list[str], predictor_for: Callable[[ServedRecord], Predictor]
             predictors.update(outside.read(path))
         else:
             records.append(read(path))
+    ensure_distinct([("the step log", log) for record in records for log in record.step_logs], outputs)
     if options.transfer and predictors:
         raise UserError(f"--transfer is for records of memwall bench serve; {next(iter(predictors)).name} is none")
     if records and (useless := _given_of_outside(options)):

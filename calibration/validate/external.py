@@ -16,10 +16,9 @@ from engine.errors import UserError
 from planner.catalog import load_gpu, load_model
 from planner.deployment import Deployment
 from planner.external.bench_detail import is_bench_detail
-from planner.external.readers import read_served_runs, read_server_facts
+from planner.external.readers import read_benchmark_text, read_served_runs, read_server_facts
 from planner.external.settings import ExternalSystem, external_system
 from planner.step_time import Evidence
-from planner.workload.tables import read_text
 
 _TABLES = (".csv", ".jsonl", ".csv.gz", ".jsonl.gz")
 
@@ -45,13 +44,12 @@ class OutsideServer:
     flags: Mapping[str, Any] = field(default_factory=dict)
 
     def can_read(self, path: Path) -> bool:
-        """Whether a file is of somebody else's benchmark."""
-        if path.name.endswith(_TABLES):
-            return True
-        try:
-            return is_bench_detail(read_text(path))
-        except (UserError, OSError):
-            return False
+        """Whether a file is of somebody else's benchmark.
+
+        Raises:
+            UserError: it has no text to tell from.
+        """
+        return path.name.endswith(_TABLES) or is_bench_detail(read_benchmark_text(path))
 
     def read(self, path: Path) -> list[tuple[ServedRecord, Predictor]]:
         """Each load of a file with the step times to predict it with; runs of the same load are one record.

@@ -19,6 +19,7 @@ from engine.bench.serve import step_log_paths
 from engine.bench.step_log import LoggedStep, read_step_log
 from engine.errors import UserError
 from engine.kv.groups import kv_groups
+from planner.external.kinds import ensure_no_other_kind
 from planner.external.served_run import RequestTimes
 
 # Times are written in whole microseconds, each rounded on its own.
@@ -138,6 +139,7 @@ class ServedRecord:
         source: what measured, e.g. "memwall bench serve".
         request_rate_per_s: offered; None if all came at once.
         num_skipped: requests of the workload that were left out, as the engine could not run them.
+        step_logs: the files beside the record that its steps were read from.
     """
 
     name: str
@@ -150,6 +152,7 @@ class ServedRecord:
     environment: Mapping[str, Any] = field(default_factory=dict)
     command: str = ""
     commit: str = ""
+    step_logs: tuple[Path, ...] = ()
 
     @property
     def label(self) -> str:
@@ -198,8 +201,13 @@ def read_bench_serve(path: Path) -> ServedRecord:
     """
     document = read_record(path)
     name = re.sub(r"(\.json)?(\.gz)?$", "", path.name)
-    if document.get("suite") != "serve":
-        raise UserError(f"{path.name} is of `memwall bench {document.get('suite')}`; validate takes records of serve")
+    ensure_no_other_kind(document, path.name)
+    if document.get("suite") is None:
+        raise UserError(
+            f"{path.name} is no record of `memwall bench`: it names no suite; validate takes those of serve"
+        )
+    if document["suite"] != "serve":
+        raise UserError(f"{path.name} is of `memwall bench {document['suite']}`; validate takes records of serve")
     if document.get("server"):
         raise UserError(
             f"{path.name} was measured over HTTP, so the settings of the engine behind it are not in it; take a record "
@@ -213,7 +221,7 @@ def read_bench_serve(path: Path) -> ServedRecord:
             raise UserError(f"{path.name} has no finished run")
         logs = _step_logs(path, name, document["command"], len(runs))
         runs = tuple(
-            run if log is None else _with_steps(path, number, run, log)
+            run if log is None else _with_steps(path, number, run, read_step_log(log))
             for number, (run, log) in enumerate(zip(runs, logs, strict=True), 1)
         )
         return ServedRecord(
@@ -227,6 +235,7 @@ def read_bench_serve(path: Path) -> ServedRecord:
             document["environment"],
             document["command"],
             document["commit"],
+            tuple(log for log in logs if log is not None),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path.name} is no complete record of `memwall bench serve`: {error!r}") from None
@@ -282,18 +291,17 @@ def _run(name: str, columns: Mapping[str, Any], run: Mapping[str, Any]) -> Serve
 _TIMES = ("arrival_s", "scheduled_s", "first_token_s", "last_token_s")
 
 
-def _step_logs(path: Path, name: str, command: str, num_runs: int) -> list[list[LoggedStep] | None]:
+def _step_logs(path: Path, name: str, command: str, num_runs: int) -> list[Path | None]:
     """The step log of each run, beside the record: named as the benchmark was told, or as the record with .steps."""
     names = [*_told(command), f"{name}.steps.jsonl.gz", f"{name}.steps.jsonl"]
-    found: list[list[LoggedStep] | None] = [None] * num_runs
+    found: list[Path | None] = [None] * num_runs
     for whole in (path.with_name(one) for one in names):
         # A benchmark of several runs that was interrupted in its second has one run, and a log with a number.
         numbered = step_log_paths(whole, max(num_runs, 2))
         for index in range(num_runs):
             logs = [numbered[index], *([whole] if num_runs == 1 else [])]
-            log = next((each for each in logs if each.is_file()), None)
-            if found[index] is None and log is not None:
-                found[index] = read_step_log(log)
+            if found[index] is None:
+                found[index] = next((each for each in logs if each.is_file()), None)
     return found
 
 

@@ -9,10 +9,11 @@ from pathlib import Path
 from types import ModuleType
 
 from engine.bench.options import add_common_options, at_least, lengths, rate
-from engine.bench.record import MAX_BYTES, Record, as_committed, commit, ensure_distinct, ensure_writable
+from engine.bench.record import MAX_BYTES, Record, as_committed, commit, ensure_writable
 from engine.bench.serve import step_log_paths
 from engine.bench.workload import Lengths, ensure_replayable, save_workload, synthesise
 from engine.commands.arguments import EXIT_CODES, ArgumentParser, engine_config
+from engine.commands.files import ensure_distinct
 from engine.commands.streams import discard_stdout
 from engine.config import EngineConfig
 from engine.errors import UserError
@@ -115,13 +116,13 @@ def _command_as_committed(options: argparse.Namespace, arguments: list[str]) -> 
 
 def _check_files(options: argparse.Namespace) -> None:
     """Raise UserError if a file that is to be written is one that is read, or is to be written twice."""
-    inputs: list[tuple[str, Path]] = []
+    inputs: list[tuple[str, Path | None]] = []
     if options.model is not None:
         model = Path(options.model)
         of_model = [path for pattern in _MODEL_FILES for path in model.glob(pattern)] if model.is_dir() else [model]
         inputs += [("the model's", path) for path in of_model if path.is_file()]
-    inputs += [(f"--{name}", path) for name in ("workload", "dataset") if (path := getattr(options, name, None))]
-    outputs = [("--output", options.output)] if options.output is not None else []
+    inputs += [(f"--{name}", getattr(options, name, None)) for name in ("workload", "dataset")]
+    outputs: list[tuple[str, Path | None]] = [("--output", options.output)]
     if path := getattr(options, "step_log", None):
         outputs += [("--step-log", log) for log in step_log_paths(path, options.repeat)]
     ensure_distinct(inputs, outputs)

@@ -9,7 +9,6 @@ import os
 import platform
 import subprocess
 import zlib
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
@@ -128,33 +127,6 @@ def _write_bytes(path: Path, data: bytes) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def ensure_distinct(inputs: Iterable[tuple[str, Path]], outputs: Iterable[tuple[str, Path]]) -> None:
-    """Raise UserError, before anything runs, if an output would overwrite an input or another output.
-
-    Args:
-        inputs, outputs: (option, file); links are followed. Pipes and devices may take several outputs.
-    """
-    kept = list(inputs)
-    num_inputs = len(kept)
-    for option, path in outputs:
-        if path.exists() and not path.is_file():
-            continue
-        for index, (other, taken) in enumerate(kept):
-            if not _is_same(path, taken):
-                continue
-            if index < num_inputs:
-                raise UserError(f"{option} {path} would overwrite {other} {taken}; give it another name")
-            raise UserError(f"{option} {path} and {other} {taken} are the same file; give each a name of its own")
-        kept.append((option, path))
-
-
-def _is_same(one: Path, other: Path) -> bool:
-    try:
-        return one.resolve() == other.resolve() or one.samefile(other)
-    except (OSError, RuntimeError):  # one of them does not exist yet
-        return False
 
 
 def ensure_writable(path: Path) -> None:

@@ -1,9 +1,10 @@
-"""Files that a command is to write."""
+"""Files that a command is to write, and that they are not those it reads."""
 
 from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 from engine.errors import UserError
@@ -43,3 +44,31 @@ def ensure_different(path: Path, flag: str, source: Path, of: str) -> None:
     """
     if source.is_file() and path.exists() and path.samefile(source):
         raise UserError(f"{flag}: {path} is the file of {of}, which would be overwritten; name another")
+
+
+def ensure_distinct(inputs: Iterable[tuple[str, Path | None]], outputs: Iterable[tuple[str, Path | None]]) -> None:
+    """Raise UserError, before anything runs, if an output would overwrite an input or another output.
+
+    Args:
+        inputs, outputs: (option, file), the file None where it was not given; links are followed. Pipes and devices
+            may take several outputs.
+    """
+    kept = [(option, path) for option, path in inputs if path is not None]
+    num_inputs = len(kept)
+    for option, path in outputs:
+        if path is None or (path.exists() and not path.is_file()):
+            continue
+        for index, (other, taken) in enumerate(kept):
+            if not _is_same(path, taken):
+                continue
+            if index < num_inputs:
+                raise UserError(f"{option} {path} would overwrite {other} {taken}; give it another name")
+            raise UserError(f"{option} {path} and {other} {taken} are the same file; give each a name of its own")
+        kept.append((option, path))
+
+
+def _is_same(one: Path, other: Path) -> bool:
+    try:
+        return one.resolve() == other.resolve() or one.samefile(other)
+    except (OSError, RuntimeError):  # one of them does not exist yet
+        return False

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from engine.commands.files import ensure_distinct
 from planner.commands import tables
 from planner.commands.options import (
     DEFAULT_SYSTEM,
@@ -22,6 +23,7 @@ from planner.commands.options import (
     checks_file_of,
     flag,
     gpu_from_option,
+    model_files,
     takes_groups,
 )
 from planner.errors import UserError
@@ -122,8 +124,9 @@ def calibrate_from(
         list[Path],
         typer.Argument(
             metavar="RESULT…",
-            help="What `vllm bench serve --save-detailed` or SGLang's bench_serving wrote, or a table of requests; or "
-            "records of `memwall bench serve`.",
+            help="What `vllm bench serve --save-detailed` or SGLang's bench_serving wrote (the latter has no start "
+            "times: --request-rate inf without --max-concurrency), or a table of requests; or records of `memwall "
+            "bench serve`.",
         ),
     ],
     model: Annotated[
@@ -165,6 +168,8 @@ def calibrate_from(
     from planner.external.readers import read_own_records, read_served_runs, read_server_facts
     from planner.external.settings import external_system
 
+    inputs = [*(("the benchmark", path) for path in results), ("--server-log", server_log), ("--metrics", metrics)]
+    ensure_distinct([*inputs, *model_files(model)], [("--save", save), *output.files()])
     facts, flags, said_by = read_server_facts(server_log, metrics), server.given(), "flag"
     own = read_own_records(results)
     if own is None:
@@ -292,7 +297,7 @@ def _factors(calibration: ExternalCalibration) -> str:
         if record.alike:
             state += f", looks like {record.alike}"
         rows.append([name, value, interval, _MEANING[name], state])
-    title = f"factors on the {calibration.base}"
+    title = f"factors on the {calibration.base.removeprefix('from the ')}"  # of a transfer it begins so
     return f"{title}\n{tables.columns(['', 'value', '90 % interval', 'meaning', ''], rows, left=5)}"
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from engine.commands.files import ensure_distinct
 from planner.commands import tables
 from planner.commands.options import GROUP, OutputOptions, takes_groups
 
@@ -32,10 +33,11 @@ def catalog(
     """List the models and GPUs that have a name, or show one in full."""
     from pydantic import RootModel
 
-    from planner.catalog import list_gpus, list_models
+    from planner.catalog import config_file, list_gpus, list_models
     from planner.records import CatalogRecord, GpuRecord, ModelRecord
 
     if name is not None:
+        ensure_distinct([("the model's", config_file(name) if kind is Kind.MODELS else None)], output.files())
         record = model_record(name) if kind is Kind.MODELS else gpu_record(name)
         tables.deliver(record, _model_page(record) if kind is Kind.MODELS else _gpu_page(record), output)
         return

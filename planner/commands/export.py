@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from engine.commands.files import ensure_distinct
 from planner.commands import tables
 from planner.commands.options import OutputFile
 
@@ -20,6 +21,7 @@ def export(
     """Print the command that launches a plan."""
     from planner.export import choose_plan, export_plan
 
+    ensure_distinct([("the plan", plan)], [("--output-file", output_file)])
     script = export_plan(choose_plan(plan, rank), target)
     tables.show(script.rstrip("\n"))
     if output_file is not None:

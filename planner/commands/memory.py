@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from engine.commands.files import ensure_distinct
 from planner.commands import tables
 from planner.commands.options import (
     DEFAULT_MODEL,
@@ -21,6 +22,7 @@ from planner.commands.options import (
     System,
     TensorParallelSize,
     gpu_from_option,
+    model_files,
     speculation_from_options,
     takes_groups,
 )
@@ -66,6 +68,7 @@ def memory(
     from planner.simulation import AcceptanceProcess
     from planner.speculation import MAX_SPECULATIVE_TOKENS
 
+    ensure_distinct([*model_files(model), *speculation.files()], output.files())
     gpu = gpu_from_option(system)
     # Memory does not depend on how many drafts are accepted.
     any_acceptance = AcceptanceProcess((1.0,) * MAX_SPECULATIVE_TOKENS)

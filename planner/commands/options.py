@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import json
 import math
 import os
 from collections.abc import Callable
@@ -135,6 +136,20 @@ def profiles_from_option(profiles: list[str] | None, quantization: str | None) -
             ]
             raise UserError(f"{name}: the calibration is of {words[0]}, not of {words[1]}")
     return tuple(profiles)
+
+
+def profile_files(profiles: list[str] | None) -> list[tuple[str, Path | None]]:
+    """The files of `--profile`, as `ensure_distinct` takes inputs."""
+    from planner.profile.library import NO_PROFILE
+
+    return [("--profile", Path(name)) for name in profiles or () if name != NO_PROFILE]
+
+
+def model_files(model: str | None) -> list[tuple[str, Path | None]]:
+    """The file of `--model`, if it has one, as `ensure_distinct` takes inputs."""
+    from planner.catalog import config_file
+
+    return [("--model", config_file(model))]
 
 
 def gpu_from_option(system: str) -> GpuSpec:
@@ -290,6 +305,17 @@ class SpeculationOptions:
         ),
     ] = None
 
+    def files(self) -> list[tuple[str, Path | None]]:
+        """The files that are read, as `ensure_distinct` takes inputs."""
+        from planner.catalog import config_file
+
+        try:
+            config = json.loads(self.speculative_config or "{}")
+        except (ValueError, RecursionError):  # which reading it will complain about
+            return []
+        drafter = config.get("model") if isinstance(config, dict) else None
+        return [("--speculative-config", config_file(drafter))] if isinstance(drafter, str) else []
+
 
 def acceptance_from_options(options: SpeculationOptions) -> AcceptanceProcess | None:
     """The acceptance process of the flags; None where no rates are given.
@@ -444,6 +470,16 @@ class WorkloadOptions:
         int | None, flag("--max-requests", help="Keep the first N requests.", panel=_EITHER, metavar="N")
     ] = None
     seed: Annotated[int, flag("--seed", help="Same seed, same result.", panel=_EITHER, min=0, metavar="N")] = 0
+
+    def files(self) -> list[tuple[str, Path | None]]:
+        """The files that are read, as `ensure_distinct` takes inputs."""
+        from planner.workload import length_trace
+
+        return [
+            ("--trace", self.trace),
+            ("--isl", length_trace(self.isl or "")),
+            ("--osl", length_trace(self.osl or "")),
+        ]
 
     def given(self, *names: str) -> list[str]:
         """Those of these flags that were set, as they are written on the command line."""
@@ -678,3 +714,7 @@ class OutputOptions:
 
     output: Annotated[Format, flag("--output", help="What to print.", panel=_OUTPUT)] = Format.TABLE
     output_file: OutputFile = None
+
+    def files(self) -> list[tuple[str, Path | None]]:
+        """The file that is written, as `ensure_distinct` takes outputs."""
+        return [("--output-file", self.output_file)]

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
+from engine.commands.files import ensure_distinct
 from planner.commands.options import (
     DEFAULT_MODEL,
     DEFAULT_SYSTEM,
@@ -29,6 +30,8 @@ from planner.commands.options import (
     SpeculationOptions,
     WorkloadOptions,
     flag,
+    model_files,
+    profile_files,
     profiles_from_option,
     slo_from_options,
     speculation_from_options,
@@ -164,6 +167,8 @@ def plan(
     from planner.search import DEFAULT_SLO, Question
     from planner.search import plan as search_plans
 
+    inputs = [*model_files(model), *profile_files(profile), *workload.files(), *speculation.files()]
+    ensure_distinct(inputs, output.files())
     spec = load_model(model, quantization)
     gpus = _gpus(search.system)
     load = workload_from_options(workload)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from engine.commands.files import ensure_distinct
 from planner.commands import tables
 from planner.commands.options import (
     DEFAULT_MODEL,
@@ -29,6 +30,8 @@ from planner.commands.options import (
     WorkloadOptions,
     flag,
     gpu_from_option,
+    model_files,
+    profile_files,
     profiles_from_option,
     simulation_from_options,
     speculation_from_options,
@@ -97,6 +100,8 @@ def simulate(
     from planner.deployment import Deployment, length_for
     from planner.simulate_report import simulate_report
 
+    inputs = [*model_files(model), *profile_files(profile), *workload.files(), *speculation.files()]
+    ensure_distinct(inputs, [("--save-workload", save_workload), *output.files()])
     gpu, spec = gpu_from_option(system), load_model(model, quantization)
     options = simulation_from_options(run, slo, workload.seed)
     load = workload_from_options(workload)

@@ -8,12 +8,22 @@ from pathlib import Path
 
 from planner.errors import UserError
 from planner.external.bench_detail import is_bench_detail, read_bench_detail
+from planner.external.kinds import ensure_benchmark_text
 from planner.external.memwall_record import MemwallRecord, is_memwall_record, read_memwall_record
 from planner.external.request_table import read_request_table
 from planner.external.served_run import ServedRun
 from planner.external.server_facts import ServerFacts
 from planner.external.server_log import read_server_log
 from planner.workload.tables import read_text
+
+
+def read_benchmark_text(path: str | Path) -> str:
+    """The text of a file that should be a benchmark, gzipped or not.
+
+    Raises:
+        UserError: there is none to be had.
+    """
+    return read_text(path, "benchmark")
 
 
 def read_served_runs(path: str | Path) -> list[ServedRun]:
@@ -27,7 +37,8 @@ def read_served_runs(path: str | Path) -> list[ServedRun]:
         UserError: one sentence with file, line and field.
     """
     file = Path(path).name
-    text = read_text(path)
+    text = read_benchmark_text(path)
+    ensure_benchmark_text(text, file)
     if is_bench_detail(text):
         return read_bench_detail(text, file)
     return [read_request_table(text, file)]
@@ -39,7 +50,7 @@ def read_own_records(paths: Sequence[Path]) -> MemwallRecord | None:
     Raises:
         UserError: one of them is something else, cannot be used, or is of another server than the first.
     """
-    texts = {path: read_text(path) for path in paths}
+    texts = {path: read_benchmark_text(path) for path in paths}
     own = [path for path, text in texts.items() if is_memwall_record(text)]
     if not own:
         return None
@@ -69,7 +80,7 @@ def read_server_facts(*paths: Path | None) -> ServerFacts:
     for path in paths:
         if path is not None:
             try:
-                facts = facts.merged(read_server_log(read_text(path)))
+                facts = facts.merged(read_server_log(read_text(path, "server log", "UTF-8 text")))
             except UserError as error:
                 named = str(error) if path.name in str(error) else f"{path.name}: {error}"
                 raise UserError(named) from None

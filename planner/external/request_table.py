@@ -1,7 +1,7 @@
 """Read a table of served requests: JSONL or CSV with the instants of each request and its two lengths.
 
 Column names are looked up in one table of aliases; a unit at the end of a name counts (_s, _ms, _us, _ns). First and
-last token may be instants, or durations from the arrival (ttft, e2el).
+last token may be instants, or durations from the arrival (ttft, e2el). Instants are numbers, or all of them ISO 8601.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 
 from planner.errors import UserError
 from planner.external.served_run import CLOCK_SLACK_S, ServedRun, served_run
-from planner.workload.tables import Table, numbers, read_csv, read_jsonl, show_columns, whole_numbers
+from planner.workload.tables import Table, dates_ns, numbers, read_csv, read_jsonl, show_columns, whole_numbers
 
 _ALIASES = {
     "arrival": "arrival arrival_time arrived_at arrival_ts sent sent_at send_time start start_time request_time ts"
@@ -31,6 +31,7 @@ _ALIASES = {
     " completion_len num_completion_tokens generated_tokens num_decode_tokens osl",
 }
 _TIMES = ("arrival", "queued", "scheduled", "first", "ttft", "last", "e2el")
+_INSTANTS = ("arrival", "queued", "scheduled", "first", "last")
 _UNITS = {"s": 1.0, "sec": 1.0, "secs": 1.0, "seconds": 1.0, "ms": 1e3, "us": 1e6, "ns": 1e9}
 _WHAT = {
     "arrival": "arrival times (e.g. arrival_s)",
@@ -127,8 +128,19 @@ class _Clock:
     def __init__(self, table: Table, roles: dict[str, _Column]) -> None:
         self.table = table
         self.roles = roles
+        dates = {role: dates_ns(table, roles[role].name) for role in _INSTANTS if role in roles}
+        self._dates = {role: found for role, found in dates.items() if found is not None}
+        if self._dates and (other := next((role for role in dates if role not in self._dates), None)):
+            date = next(iter(self._dates))
+            raise UserError(
+                f"{table.file}: {roles[date].name} has ISO 8601 dates and {roles[other].name} numbers; write both "
+                "alike, or tokens as durations from the arrival (e.g. ttft_s and e2el_s)"
+            )
 
     def seconds(self, role: str) -> np.ndarray:
+        if role in self._dates:
+            # From the first arrival, as nanoseconds since 1970 do not fit a float64.
+            return (self._dates[role] - self._dates["arrival"][0]) / 1e9
         column = self.roles[role]
         return numbers(self.table, column.name) / column.per_second
 

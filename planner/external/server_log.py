@@ -1,7 +1,8 @@
 """Read a pasted server log, or the text of `/metrics`: vLLM from 0.6 on, and SGLang where its lines say the same.
 
-A table of patterns, tried on every line. What a later line says replaces what an earlier one said: a log may hold
-several starts, and vLLM first prints the settings it was given and then those it uses.
+A table of patterns, tried on every line. What a later line says replaces what an earlier one said, None included: a log
+may hold several starts, and vLLM first prints the settings it was given and then those it uses. Where either of them is
+printed again, what it said before and does not say any more is forgotten.
 """
 
 from __future__ import annotations
@@ -91,6 +92,11 @@ _COMPILED = tuple((name, re.compile(pattern), convert) for name, pattern, conver
 _SGLANG = re.compile(r"max_total_num_tokens=|server_args=|ServerArgs\(|#running-req|\bsglang\b")
 _VLLM = re.compile(r"\bvllm\b|vLLM|LLM engine \(v|GPU KV cache size|# (?:GPU|CUDA|cuda) blocks")
 
+# Lines that list settings: those that were given, and those that are used.
+_DUMPS = {
+    "given": re.compile(r"non-default args: |\bargs: Namespace\(|\bserver_args="),
+    "used": re.compile(r"LLM engine \(v[\w.+-]+\) with config"),
+}
 _STATS = re.compile(r"Running: (\d+) reqs")
 _SGLANG_STATS = re.compile(r"#running-req: (\d+)")
 _SPECULATION = re.compile(r"(?:SpecDecoding|Speculative) metrics: (.*)")
@@ -107,9 +113,10 @@ def read_server_log(text: str) -> ServerFacts:
         UserError: there is nothing in it that this module knows.
     """
     facts = _Facts()
-    for number, line in enumerate(text.splitlines(), 1):
-        if not read_metrics_line(line, number, facts.counters):
-            _read_line(line, number, facts)
+    for number, line in enumerate(text.split("\n"), 1):
+        for part in line.split("\r"):  # a progress bar writes over its line again and again
+            if not read_metrics_line(part, number, facts.counters):
+                _read_line(part, number, facts)
     found = facts.result()
     if found == ServerFacts():
         raise UserError(
@@ -120,6 +127,7 @@ def read_server_log(text: str) -> ServerFacts:
 
 
 def _read_line(line: str, number: int, facts: _Facts) -> None:
+    facts.forget_earlier_dump(line, number)
     if "engine" not in facts.found:
         for engine, mark in (("sglang", _SGLANG), ("vllm", _VLLM)):
             if mark.search(line):
@@ -129,6 +137,7 @@ def _read_line(line: str, number: int, facts: _Facts) -> None:
         match = pattern.search(line)
         if match:
             value = convert(match[1])
+            facts.found.pop(name, None)
             if value is not None:
                 facts.found[name] = Found(value, number)
     if _PREEMPTED.search(line):
@@ -180,6 +189,15 @@ def _stats(line: str, number: int) -> EngineStats | None:
     )
 
 
+def _rounds(accepted: float | None, drafted: float | None, length: float | None, positions: list[float]) -> float:
+    """Rounds of an interval; 0 where the line does not tell."""
+    if drafted and positions:
+        return drafted / len(positions)  # a round drafts every position
+    # Rates go before the length, so that both are the same story where only one of the counts was printed.
+    per_round = sum(positions) or (length or 1.0) - 1
+    return accepted / per_round if accepted and per_round > 0 else 0.0
+
+
 class _Facts:
     """Collects while the lines go by."""
 
@@ -189,6 +207,10 @@ class _Facts:
         self.stats: list[EngineStats] = []
         self.preemptions = 0
         self.preemption_line = 0
+        self._dumped_on: dict[str, int] = {}  # line of the last one of each kind
+        self._forget_speculation()
+
+    def _forget_speculation(self) -> None:
         self._accepted = 0
         self._drafted = 0
         self._rounds = 0.0
@@ -196,6 +218,18 @@ class _Facts:
         self._length = 0.0  # sum over lines, where no line counts its tokens
         self._lines = 0
         self._speculation_line = 0
+
+    def forget_earlier_dump(self, line: str, number: int) -> None:
+        """Drop what an earlier list of settings said where this line is such a list, as of another start."""
+        for kind, mark in _DUMPS.items():
+            if mark.search(line):
+                earlier = self._dumped_on.get(kind)
+                self._dumped_on[kind] = number
+                if earlier is not None and kind == "used":
+                    self._forget_speculation()  # of another drafter, or of one that there is no more
+                for name in [name for name, found in self.found.items() if found.line == earlier]:
+                    if name != "engine":
+                        del self.found[name]
 
     def add_speculation(self, metrics: str, line: int) -> None:
         """A line of the engine's acceptance counters; each covers one interval, so they add up."""
@@ -206,16 +240,17 @@ class _Facts:
         cumulative = "Number of draft tokens" in metrics  # vLLM 0.6 and 0.7 count from the start
         if cumulative:
             self._accepted = self._drafted = 0
-        self._accepted += int(accepted or 0)
-        self._drafted += int(drafted or 0)
-        self._speculation_line = line
         length = _field(metrics, r"Mean acceptance length: ([\d.]+)")
         rates = re.search(r"Per-position acceptance rate: ((?:[\d.]+(?:, )?)+)", metrics)
         positions = [float(rate) for rate in re.findall(r"\d+(?:\.\d+)?", rates[1])] if rates else []
-        # A round drafts every position, so the rounds of the interval follow from the drafts.
-        rounds = drafted / len(positions) if positions else 0.0
-        if length is not None and not rounds and length > 1:
-            rounds = accepted / (length - 1)
+        rounds = _rounds(accepted, drafted, length, positions)
+        if None in (accepted, drafted) and not rounds:
+            self._add_length(length, line)
+            return
+        # Of a line that was cut, the missing count is what the rates make of the other.
+        self._accepted += int(round(rounds * sum(positions)) if accepted is None else accepted)
+        self._drafted += int(round(rounds * len(positions)) if drafted is None else drafted)
+        self._speculation_line = line
         self._rounds += rounds
         self._accepted_at += [0.0] * (len(positions) - len(self._accepted_at))
         for i, rate in enumerate(positions):
@@ -223,15 +258,19 @@ class _Facts:
 
     def add_sglang_speculation(self, line: str, number: int) -> None:
         """SGLang prints the mean acceptance length of the last interval, the bonus token included."""
-        self._length += _field(line, r"accept len: ([\d.]+)") or 0.0
-        self._lines += 1
-        self._speculation_line = number
+        self._add_length(_field(line, r"accept len: ([\d.]+)") or 0.0, number)
+
+    def _add_length(self, length: float | None, line: int) -> None:
+        if length is not None:
+            self._length += length
+            self._lines += 1
+            self._speculation_line = line
 
     def _acceptance(self) -> Acceptance | None:
-        if self._drafted:
+        if self._drafted or self._rounds:
             rates = tuple(count / self._rounds for count in self._accepted_at) if self._rounds else ()
             length = 1 + self._accepted / self._rounds if self._rounds else None
-            return Acceptance(self._accepted, self._drafted, length, rates, self._speculation_line)
+            return Acceptance(self._accepted, self._drafted or None, length, rates, self._speculation_line)
         if self._lines:
             return Acceptance(None, None, self._length / self._lines, (), self._speculation_line)
         return None

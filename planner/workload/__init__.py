@@ -9,6 +9,7 @@ from planner.workload.synthetic import (
     SyntheticSpec,
     Uniform,
     default_workload,
+    length_trace,
     parse_length,
     synthesize,
 )
@@ -27,6 +28,7 @@ __all__ = [
     "Workload",
     "WorkloadSummary",
     "default_workload",
+    "length_trace",
     "load_workload",
     "parse_length",
     "save_workload",

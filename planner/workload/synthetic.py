@@ -243,10 +243,16 @@ def parse_length(text: str, *, which: Literal["input", "output"] = "input") -> L
         return Uniform(_whole(low, text), _whole(high, text))
     if kind == "lognormal":
         return _parse_lognormal(rest, text)
-    if kind == "empirical" and rest:
-        workload = load_workload(Path(rest), sort=True)
+    if (trace := length_trace(text)) is not None:
+        workload = load_workload(trace, sort=True)
         return Empirical(workload.input_tokens if which == "input" else workload.output_tokens)
     raise _no_length(text)
+
+
+def length_trace(text: str) -> Path | None:
+    """The trace that `parse_length` reads for a description; None for one that needs none."""
+    kind, _, rest = text.strip().partition(":")
+    return Path(rest) if kind.strip().lower() == "empirical" and rest else None
 
 
 def _parse_lognormal(rest: str, text: str) -> LogNormal:

@@ -56,11 +56,15 @@ class Table:
         )
 
 
-def read_text(path: str | Path) -> str:
-    """The text of a file, gunzipped when it is gzip by its first bytes. UserError when there is no text to be had."""
+def read_text(path: str | Path, what: str = "trace", form: str = "CSV, JSONL or JSON text") -> str:
+    """The text of a file, gunzipped when it is gzip by its first bytes. UserError when there is no text to be had.
+
+    Args:
+        what, form: what the file should be, and what that is made of, for messages.
+    """
     path = Path(path)
     if path.is_dir():
-        raise UserError(f"{path} is a directory; name a trace file in it")
+        raise UserError(f"{path} is a directory; name a {what} file in it")
     try:
         raw = path.read_bytes()
         if raw[:2] == b"\x1f\x8b":
@@ -72,12 +76,12 @@ def read_text(path: str | Path) -> str:
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
     if b"\0" in raw[:65536]:
-        raise UserError(f"{path.name} is a binary file; traces are CSV, JSONL or JSON text")
+        raise UserError(f"{path.name} is a binary file; {what}s are {form}")
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{path.name} line {line} is not UTF-8 text; traces are CSV, JSONL or JSON text") from None
+        raise UserError(f"{path.name} line {line} is not UTF-8 text; {what}s are {form}") from None
     if not text.strip():
         raise UserError(f"{path.name} is empty")
     return text
@@ -238,6 +242,25 @@ def seconds(table: Table, column: str, units_per_second: int) -> np.ndarray:
         row = int(np.abs(values.astype(np.float64)).argmax())
         raise _bad_cell(table, row, column, "a possible time")
     return (values - values[0]) / units_per_second
+
+
+def dates_ns(table: Table, column: str) -> np.ndarray | None:
+    """A column of ISO 8601 dates as int64 nanoseconds [n] since 1970, without a zone in UTC; None where it has none.
+
+    Raises:
+        UserError: it has dates, and a cell that is none.
+    """
+    cells = table.frame[column]
+    if cells.dtype.kind in "ifub":
+        return None
+    texts = cells.where(cells.map(lambda cell: type(cell) is str), None)
+    # "2026" is a date as well, but in a column of times it is a number.
+    is_date = _dates(texts).notna().to_numpy() & ~np.isfinite(_numeric(cells))
+    if not is_date.any():
+        return None
+    if not is_date.all():
+        raise _bad_cell(table, int(np.flatnonzero(~is_date)[0]), column, "an ISO 8601 date as on other lines")
+    return _dates_ns(cells)
 
 
 def _numeric(column: pd.Series) -> np.ndarray:

@@ -571,6 +571,20 @@ def test_bad_arguments(record, arguments, sentence, monkeypatch):
         run([str(record) if word == "RECORD" else word for word in arguments], lambda one: Predictor(Affine(), ""))
 
 
+@pytest.mark.parametrize("given", ["a.steps.jsonl", "./a.steps.jsonl", "link.jsonl"])
+@pytest.mark.parametrize("flag", ["--json", "--html"])
+def test_a_step_log_is_not_overwritten(record, monkeypatch, flag, given):
+    monkeypatch.chdir(record.parent)
+    log = record.with_name("a.steps.jsonl")
+    record.with_name("link.jsonl").symlink_to(log)
+    before = log.read_bytes()
+    with pytest.raises(
+        UserError, match=f"{flag} .*jsonl would overwrite the step log .*a.steps.jsonl; give it another"
+    ):
+        run([str(record), flag, given], lambda one: Predictor(Affine(), ""))
+    assert log.read_bytes() == before
+
+
 class Tags(HTMLParser):
     def __init__(self):
         super().__init__()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import shutil
 from pathlib import Path
@@ -155,7 +156,20 @@ def test_bad_input_is_one_sentence(folder, tmp_path):
         " 9 tokens/s, Accepted: 120 tokens, Drafted: 200 tokens, Per-position acceptance rate: 0.8, 0.4, Avg Draft "
         "acceptance rate: 60.0%\n"
     )
+    (tmp_path / "cut.json.gz").write_bytes(gzip.compress(Path(result).read_bytes())[:-100])
+    (tmp_path / "empty.json").write_text("")
+    (tmp_path / "cal.json").write_text('{\n "version": 1,\n "kind": "memwall-external-calibration"\n}\n')
+    (tmp_path / "profile.json").write_text('{"version": 1, "kind": "memwall-profile"}')
+    (tmp_path / "nothing.json").write_text('{"version": 1}')
     for arguments, words in (
+        ([str(tmp_path / "cut.json.gz")], "cut.json.gz is damaged gzip data"),
+        ([str(tmp_path / "empty.json")], "empty.json is empty"),
+        (
+            [str(tmp_path / "cal.json")],
+            "cal.json is a calibration of `memwall calibrate-from`, not a benchmark; it bel",
+        ),
+        ([str(tmp_path / "profile.json")], "is a profile of `memwall calibrate`, not a benchmark; it belongs behind"),
+        ([str(tmp_path / "nothing.json")], "nothing.json is no record of `memwall bench`: it names no suite"),
         ([result], "which model was served; pass --model"),
         ([result, "--server-log", log], "which GPU served it; pass --system"),
         ([result, "--model", "llama-3.1-8b", "--system", "h201"], "h201"),

@@ -47,3 +47,11 @@ def test_a_missing_trace_is_one_sentence(tmp_path, run_bench):
     with pytest.raises(SystemExit, match=r"^error: .*nowhere\.csv"):
         run_bench("--trace", tmp_path / "nowhere.csv", "--output-file", tmp_path / "speed.json")
     assert not (tmp_path / "speed.json").exists()
+
+
+def test_a_trace_is_not_overwritten(tmp_path, run_bench):
+    trace = tmp_path / "trace.csv"
+    trace.write_text("precious")
+    with pytest.raises(SystemExit, match=r"^error: --output-file .* would overwrite --trace"):
+        run_bench("--trace", trace, "--output-file", tmp_path / "." / "trace.csv")
+    assert trace.read_text() == "precious"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from importlib.metadata import EntryPoint
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -74,6 +75,7 @@ def test_it_prints_what_it_found_and_saves_it(calibrate_from, result, tmp_path):
         "arrival_s",
     ):
         assert words in done.out
+    assert "factors on the profile of" in done.out, "the step times are transferred"
     calibration = load_external(saved)
     assert calibration.gpu == "rtx4090" and calibration.settings["pipeline_depth"] == 2
     # The step times that are scaled are those of a transferred profile, not what the result was made with.
@@ -95,4 +97,36 @@ def test_bad_input_is_one_sentence(calibrate_from, result, tmp_path):
     rows = "".join(f"{i},5,5,0,0.3\n" for i in range(40))
     short.write_text(f"arrival_s,input_tokens,output_tokens,ttft_s,e2el_s\n{rows}")
     calibrate_from(short, "--model", "llama-3.1-8b").check_bad_input("streamed")
+    (tmp_path / "binary.log").write_bytes(b"\x00\x01\x02")
+    calibrate_from(result, "--server-log", tmp_path / "binary.log").check_bad_input(
+        "binary.log is a binary file; server logs are UTF-8 text"
+    )
+    calibrate_from(tmp_path / "binary.log").check_bad_input("benchmarks are CSV, JSONL or JSON text")
     calibrate_from(result, "--model", "llama-3.1-8b", "--held-out", "1.5").check_bad_input("held-out share")
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("--save result.json", "--save result.json would overwrite the benchmark result.json; give it another name"),
+        ("--save soft.json", "would overwrite the benchmark result.json"),
+        ("--save ./server.log", "would overwrite --server-log server.log"),
+        ("--output-file server.log", "--output-file server.log would overwrite --server-log server.log"),
+        ("--metrics m.prom --output-file m.prom", "would overwrite --metrics m.prom"),
+        ("--model m.prom --save m.prom", "would overwrite --model m.prom"),
+        ("--save same.json --output-file ./same.json", "are the same file; give each a name of its own"),
+    ],
+)
+def test_inputs_are_not_overwritten(calibrate_from, tmp_path, monkeypatch, line, words):
+    monkeypatch.chdir(tmp_path)
+    for name in ("result.json", "server.log", "m.prom"):
+        Path(name).write_text("precious")
+    Path("soft.json").symlink_to("result.json")
+    calibrate_from("result.json", "--server-log", "server.log", *line.split()).check_bad_input(words)
+    assert {path.read_text() for path in tmp_path.iterdir()} == {"precious"}
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_help_says_which_results_of_sglang_can_be_used(calibrate_from):
+    said = " ".join(calibrate_from("--help").out.replace("│", " ").split())
+    assert "has no start times: --request-rate inf without --max-concurrency" in said

@@ -199,3 +199,88 @@ def test_a_table_without_tokens_times_says_which(tmp_path):
     with pytest.raises(UserError, match="no request with an answer"):
         text = "arrival_s,input_tokens,output_tokens,ttft_s,e2el_s\n0,1,0,,\n"
         read_served_runs(written(tmp_path, "run.csv", text))
+
+
+# ---- dates, and files of another kind ------------------------------------------------------------------------------
+
+DATED = [
+    {"arrival": "2026-01-01T00:59:59.5Z", "first_token": "2026-01-01 01:00:00+00:00", "input_tokens": 10}
+    | {"last_token": "2026-01-01T02:00:00.750000+01:00", "output_tokens": 3},
+    {"arrival": "2026-01-01T01:00:01", "first_token": "2026-01-01T01:00:01.000001Z", "input_tokens": 10}
+    | {"last_token": "2026-01-01T01:00:03Z", "output_tokens": 3},
+]
+
+
+def as_csv_text(rows) -> str:
+    return "\n".join([",".join(rows[0]), *(",".join(str(cell) for cell in row.values()) for row in rows)]) + "\n"
+
+
+def as_jsonl_text(rows) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+@pytest.mark.parametrize(("name", "text_of"), [("t.csv", as_csv_text), ("t.jsonl", as_jsonl_text)])
+def test_instants_may_be_dates(tmp_path, name, text_of):
+    (run,) = read_served_runs(written(tmp_path, name, text_of(DATED)))
+    assert run.arrival_s == pytest.approx([0.0, 1.5], abs=1e-9)
+    assert run.ttft_s == pytest.approx([0.5, 1e-6], abs=1e-9)
+    assert run.e2el_s == pytest.approx([1.25, 2.0], abs=1e-9)
+    durations = [{**row, "ttft_ms": 500, "e2el_s": 2.0} for row in DATED]
+    for row in durations:
+        del row["first_token"], row["last_token"]
+    (run,) = read_served_runs(written(tmp_path, name, text_of(durations)))
+    assert run.ttft_s == pytest.approx([0.5, 0.5]) and run.e2el_s == pytest.approx([2.0, 2.0])
+
+
+@pytest.mark.parametrize(("name", "text_of"), [("t.csv", as_csv_text), ("t.jsonl", as_jsonl_text)])
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"arrival": 5.5}, "line 3: arrival is '?5.5'?, which is not an ISO 8601 date as on other lines"),
+        ({"arrival": "2026"}, "line 3: arrival is .*2026.*, which is not an ISO 8601 date"),
+        ({"first_token": "noon"}, "line 3: first_token is .*noon.*, which is not an ISO 8601 date"),
+    ],
+)
+def test_dates_and_numbers_do_not_mix(tmp_path, name, text_of, change, words):
+    text = text_of([DATED[0], DATED[1] | change])
+    words = words if name == "t.csv" else words.replace("line 3", "line 2")
+    with pytest.raises(UserError, match=words):
+        read_served_runs(written(tmp_path, name, text))
+    numbers = [row | {"first_token": 3.0} for row in DATED]
+    with pytest.raises(UserError, match="arrival has ISO 8601 dates and first_token numbers; write both alike"):
+        read_served_runs(written(tmp_path, name, text_of(numbers)))
+
+
+def test_a_cell_that_is_a_list_is_no_date(tmp_path):
+    rows = [row | {"arrival": [1]} for row in DATED]
+    with pytest.raises(UserError, match="arrival"):
+        read_served_runs(written(tmp_path, "t.jsonl", as_jsonl_text(rows)))
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("memwall-external-calibration", "is a calibration of `memwall calibrate-from`, not a benchmark; it belongs"),
+        ("memwall-profile", "is a profile of `memwall calibrate`, not a benchmark; it belongs behind --profile"),
+        ("memwall-validation", "is what `memwall validate --json` wrote, not a benchmark; give the records"),
+    ],
+)
+def test_files_of_another_kind_are_named(tmp_path, indent, kind, words):
+    text = json.dumps({"version": 1, "kind": kind, "input_lens": []}, indent=indent)
+    with pytest.raises(UserError, match=f"a.json {words}"):
+        read_served_runs(written(tmp_path, "a.json", text))
+
+
+def test_json_over_several_lines(tmp_path):
+    for document, shape in (({"plans": []}, "object"), ([{"arrival_s": 0}], "array")):
+        with pytest.raises(UserError, match=f"a.json is one JSON {shape} over several lines, and no benchmark; wanted"):
+            read_served_runs(written(tmp_path, "a.json", json.dumps(document, indent=1)))
+    text = json.dumps(detail(GOOD), indent=1)
+    check(read_served_runs(written(tmp_path, "a.json", text))[0], GOOD)
+    line = text[: len(text) // 2].count("\n") + 1
+    with pytest.raises(UserError, match=f"a.json line {line} is not complete JSON"):
+        read_served_runs(written(tmp_path, "a.json", text[: len(text) // 2]))
+    # A column of that name makes no request another kind of file.
+    rows = [{"kind": "chat", "arrival_s": 0, "input_tokens": 1, "output_tokens": 2, "ttft_s": 1, "e2el_s": 2}]
+    assert len(read_served_runs(written(tmp_path, "a.jsonl", as_jsonl_text(rows)))[0]) == 1

@@ -213,3 +213,97 @@ def test_any_text_is_read_or_refused(text):
     except UserError:
         return
     assert isinstance(facts, ServerFacts)
+
+
+# ---- several starts, progress bars, lines that were cut ------------------------------------------------------------
+
+START = """\
+non-default args: {'model': 'org/m', 'max_num_seqs': 64, 'quantization': 'fp8'}
+Initializing a V1 LLM engine (v0.11.0) with config: model='org/m', speculative_config=SpeculativeConfig(\
+method='ngram', num_spec_tokens=3), dtype=torch.bfloat16, quantization=fp8, kv_cache_dtype=fp8
+GPU KV cache size: 1,024 tokens
+"""
+RESTART = """\
+non-default args: {'model': 'org/m'}
+Initializing a V1 LLM engine (v0.11.0) with config: model='org/m', speculative_config=None, dtype=torch.float16, \
+quantization=None, kv_cache_dtype=auto
+GPU KV cache size: 2,048 tokens
+"""
+SPECULATION = "SpecDecoding metrics: Mean acceptance length: 2.15, {}Per-position acceptance rate: 0.700, 0.450\n"
+
+
+def test_the_later_start_wins_where_it_says_none_too():
+    alone = read_server_log(START)
+    assert (alone.value("quantization"), alone.value("max_num_seqs"), alone.value("num_speculative_tokens")) == (
+        "fp8",
+        64,
+        3,
+    )
+    facts = read_server_log(START + SPECULATION.format("Drafted: 300 tokens, ") + RESTART)
+    for name in ("quantization", "max_num_seqs", "num_speculative_tokens", "acceptance"):
+        assert getattr(facts, name) is None, name
+    assert facts.engine == Found("vllm", 2)
+    assert facts.dtype == Found("float16", 6)
+    assert facts.kv_cache_dtype == Found("auto", 6)
+    assert facts.kv_cache_tokens == Found(2048, 7)
+    again = read_server_log(START + RESTART + START)
+    assert again.quantization == Found("fp8", 8) and again.max_num_seqs == Found(64, 7)
+
+
+def test_a_later_none_replaces_without_a_list_of_settings_too():
+    facts = read_server_log("GPU KV cache size: 16 tokens\nquantization=fp8\nquantization=None\n")
+    assert facts.quantization is None
+
+
+def test_engines_of_one_start_do_not_forget_each_other():
+    given, used, *_ = START.splitlines()
+    facts = read_server_log(f"{given}\n{used}\n{used}\n")
+    assert facts.max_num_seqs == Found(64, 1) and facts.quantization == Found("fp8", 3)
+
+
+def test_lines_count_as_editors_count_them():
+    """A progress bar returns to the start of its line; form feeds and the like are no ends of lines either."""
+    text = (
+        "Loading: 0%\rLoading: 50%\rLoading: 100%\r\n"
+        "a\x0cb\x85c\u2028d\r\n"
+        "10%\rGPU KV cache size: 1,024 tokens\rLoading: 100% \r\n"
+        "50%\rvllm:num_preemptions_total 3.0\n"
+        "max_num_seqs=8\r\n"
+    )
+    facts = read_server_log(text)
+    assert facts.kv_cache_tokens == Found(1024, 3)
+    assert facts.num_preemptions == Found(3, 4)
+    assert facts.max_num_seqs == Found(8, 5)
+
+
+@pytest.mark.parametrize(
+    ("counts", "accepted", "drafted"),
+    [
+        ("Accepted: 1150 tokens, Drafted: 2000 tokens, ", 1150, 2000),
+        ("Drafted: 2000 tokens, ", 1150, 2000),
+        ("Accepted: 1150 tokens, ", 1150, 2000),
+    ],
+)
+def test_a_count_that_is_missing_follows_from_the_other(counts, accepted, drafted):
+    acceptance = read_server_log(SPECULATION.format(counts)).acceptance
+    assert (acceptance.accepted, acceptance.drafted) == (accepted, drafted)
+    assert acceptance.mean_acceptance_length == pytest.approx(2.15)
+    assert acceptance.unconditional_rates == pytest.approx((0.7, 0.45))
+
+
+def test_what_is_printed_of_a_cut_line_agrees_with_itself():
+    """The stated length is of other rates: those that are there decide."""
+    for counts in ("Drafted: 3000 tokens, ", "Accepted: 1400 tokens, "):
+        line = SPECULATION.format(counts).replace("2.15", "2.40")
+        acceptance = read_server_log(line).acceptance
+        assert acceptance.mean_acceptance_length == pytest.approx(1 + sum(acceptance.unconditional_rates), rel=1e-3)
+
+
+def test_a_line_of_a_length_and_one_count():
+    prefix = "SpecDecoding metrics: Mean acceptance length: 2.50, "
+    found = read_server_log(prefix + "Accepted: 150 tokens").acceptance
+    assert (found.accepted, found.drafted, found.mean_acceptance_length) == (150, None, 2.5)
+    found = read_server_log(prefix + "Drafted: 300 tokens").acceptance
+    assert (found.accepted, found.drafted, found.mean_acceptance_length) == (None, None, 2.5)
+    with pytest.raises(UserError, match="nothing in the server log"):
+        read_server_log("SpecDecoding metrics: Accepted: 150 tokens")

@@ -366,3 +366,42 @@ def test_a_small_token_budget_needs_no_other_flag(memwall):
     """The default batch limits are 64 and 256; a budget of 128 tokens leaves the first of them."""
     outcome = memwall("plan", *SMALL, "--max-num-batched-tokens", "128", "--output", "json")
     assert outcome.code == 0, outcome.err
+
+
+# ---- what a command reads it does not overwrite --------------------------------------------------------------------
+
+DRAFTED = '{"model": "./config.json", "num_speculative_tokens": 2}'
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        (
+            "plan --trace t.csv --output-file t.csv",
+            "--output-file t.csv would overwrite --trace t.csv; give it another",
+        ),
+        ("plan --trace t.csv --output-file ./t.csv", "would overwrite --trace"),
+        ("plan --trace t.csv --output-file soft.csv", "soft.csv would overwrite --trace t.csv"),
+        ("plan --trace soft.csv --output-file t.csv", "t.csv would overwrite --trace soft.csv"),
+        ("plan --trace t.csv --output-file hard.csv", "hard.csv would overwrite --trace t.csv"),
+        ("plan --isl empirical:t.csv --output-file t.csv", "would overwrite --isl t.csv"),
+        ("plan --profile none --profile t.csv --output-file t.csv", "would overwrite --profile t.csv"),
+        ("plan --model config.json --output-file config.json", "would overwrite --model config.json"),
+        ("plan -sc DRAFTED --output-file config.json", "would overwrite --speculative-config config.json"),
+        ("simulate --osl empirical:t.csv --output-file t.csv", "would overwrite --osl t.csv"),
+        ("simulate --trace w.jsonl --save-workload w.jsonl", "--save-workload w.jsonl would overwrite --trace w.jsonl"),
+        ("simulate --save-workload w.jsonl --output-file w.jsonl", "are the same file; give each a name of its own"),
+        ("memory --model . --output-file config.json", "would overwrite --model config.json"),
+        ("catalog models ./config.json --output-file config.json", "would overwrite the model's config.json"),
+        ("export t.csv --output-file t.csv", "would overwrite the plan t.csv"),
+    ],
+)
+def test_inputs_are_not_overwritten(memwall, tmp_path, monkeypatch, line, words):
+    monkeypatch.chdir(tmp_path)
+    for name in ("t.csv", "w.jsonl", "config.json"):
+        Path(name).write_text("precious")
+    Path("hard.csv").hardlink_to("t.csv")
+    Path("soft.csv").symlink_to("t.csv")
+    memwall(*(DRAFTED if word == "DRAFTED" else word for word in line.split())).check_bad_input(words)
+    assert {path.read_text() for path in tmp_path.iterdir()} == {"precious"}
+    assert len(names(tmp_path)) == 5
