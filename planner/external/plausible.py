@@ -88,7 +88,7 @@ def check_token_times(run: ServedRun, step_time: StepTime, served: str) -> None:
     of = f"by {run.told_by} " if run.told_by else ""
     raise UserError(
         f"{run.name}: {of}the median token takes {_shown(found)}, but a step of {served} {_shown(step)}, so a unit is "
-        "wrong; times are in seconds unless the column's name says otherwise: rename it, e.g. with _ms at its end"
+        "wrong; times are in seconds, and a table's in what its column's name ends in: _s, _ms, _us or _ns"
     )
 
 
