@@ -90,7 +90,8 @@ def _parser() -> ArgumentParser:
         nargs="+",
         metavar="RECORD",
         help="of `memwall bench serve`, one per load level (a step log NAME.steps[.RUN].jsonl.gz beside NAME.json is "
-        "read too), of `vllm bench serve --save-detailed` or SGLang's bench_serving, or a table of requests",
+        "read too), of `vllm bench serve --save-detailed` or SGLang's bench_serving, or a table of requests, whose "
+        "columns are in seconds unless their names end in _ms, _us or _ns",
     )
     parser.add_argument(
         "--profile",

@@ -81,8 +81,8 @@ def contradictions(
     weights = facts.quantization
     if weights is not None and given not in (None, weights.value):
         found.append(
-            f"the log says that the weights were quantised by {weights.value} (line {weights.line}), the command line "
-            f"says {given}, which is simulated"
+            f"the log says that the weights were quantised by {weights.value} (line {weights.line}), but {given} was "
+            "given, which is simulated"
         )
     if deployment.enforce_eager and step_time.evidence is Evidence.UNCALIBRATED:
         where = "" if facts.enforce_eager is None else f", log line {facts.enforce_eager.line}"
@@ -115,7 +115,7 @@ def _memory(deployment: Deployment, facts: ServerFacts) -> str | None:
         beside = f" beside {weights:,.2f} GiB of weights" if weights else ""
         raise UserError(
             f"the server had {cache.value:,.2f} GiB of KV cache per GPU{beside} (log line {cache.line}), but "
-            f"{gpu.name} has {total:,.1f} GiB of memory; --system is another GPU than the one that served"
+            f"{gpu.name} has {total:,.1f} GiB of memory; name the GPU (--system) that served"
         )
     report = plan_memory(deployment.model, gpu, deployment.memory_settings(), with_remedies=False)
     fixed = report.weights_bytes_per_rank + report.activation_bytes_per_rank
@@ -125,7 +125,7 @@ def _memory(deployment: Deployment, facts: ServerFacts) -> str | None:
         return None
     return (
         f"with {cache.value:,.2f} GiB of KV cache (log line {cache.line}) the server's GPU had some {had:,.0f} GiB of "
-        f"memory, but {gpu.name} has {total:,.0f}: it was another GPU than --system says, or it had other work too"
+        f"memory, but {gpu.name} has {total:,.0f}: it was another GPU (--system), or it had other work too"
     )
 
 

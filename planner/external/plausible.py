@@ -49,7 +49,7 @@ def check_duration(where: str, duration: Any, requests: ServedRun, assumed: bool
         return
     span, longest = float(requests.arrival_s[-1]), float(requests.e2el_s.max())
     most = _DURATION_FACTOR * duration + _DURATION_SLACK_S
-    units = "these files are in seconds: divide the times, if they were written in another unit"
+    units = "check them, and that they are in seconds"
     if span > most:
         raise UserError(f"{where}: start_times span {span:,.1f} s, but duration is {duration:,.1f} s; {units}")
     if longest > most:

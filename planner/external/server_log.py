@@ -29,7 +29,7 @@ def _boolean(text: str) -> bool | None:
 
 def _name(text: str) -> str | None:
     text = text.strip("'\" ").removeprefix("torch.")
-    return None if text in ("None", "auto", "") else text
+    return None if text in ("None", "null", "auto", "") else text
 
 
 def _sizes(text: str) -> tuple[int, ...]:
