@@ -17,6 +17,7 @@ from calibration.validate.text import text
 from engine.bench.record import as_committed, commit, dumps, ensure_distinct, ensure_writable, write_text
 from engine.commands.arguments import ArgumentParser, integer
 from engine.errors import UserError
+from planner.external.readers import refuse_twice
 
 _PROG = "memwall validate"
 _EXIT_CODES = (
@@ -54,6 +55,7 @@ def run(arguments: list[str], predictor_for: Callable[[ServedRecord], Predictor]
         if names.count(path) > 1:
             raise UserError(f"{path.name} is given {names.count(path)} times; give it once")
     outside = _outside(options)
+    refuse_twice([path for path in options.records if outside.can_read(path)])
     records, predictors = [], {}
     for path in options.records:
         if outside.can_read(path):

@@ -176,10 +176,10 @@ def calibrate_from(
     from planner.catalog import load_model
     from planner.external.calibration import calibrate_external
     from planner.external.contradictions import served_quantization
-    from planner.external.readers import read_own_records, read_served_runs, read_server_facts
+    from planner.external.readers import read_own_records, read_served_runs, read_server_facts, refuse_twice
     from planner.external.settings import external_system
 
-    _refuse_twice(results)
+    refuse_twice(results)
     facts, flags, said_by = read_server_facts(server_log, metrics), server.given(), "flag"
     own = read_own_records(results)
     if own is None:
@@ -210,21 +210,6 @@ def calibrate_from(
     if save is not None:
         tables.write_whole(save, document)
     tables.deliver(calibration, calibration_table(calibration, facts), output)
-
-
-def _refuse_twice(results: Sequence[Path]) -> None:
-    """
-    Raises:
-        UserError: a file is given twice, or its content is, which would count as twice the data.
-    """
-    from planner.workload.tables import read_text
-
-    first: dict[str, Path] = {}
-    for path in results:
-        same = first.setdefault(read_text(path), path)
-        if same is not path:
-            what = "is given twice" if same.resolve() == path.resolve() else f"has the same content as {same.name}"
-            raise UserError(f"{path.name} {what}; give each benchmark once")
 
 
 def _named(runs: Sequence[ServedRun], model: str | None, facts: ServerFacts) -> str:

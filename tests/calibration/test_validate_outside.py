@@ -186,6 +186,7 @@ def test_bad_input_is_one_sentence(folder, tmp_path):
     for arguments, words in (
         ([result, "--server-log", str(several), "--system", "rtx4090"], "4 replicas shared the benchmark's requests"),
         ([str(tmp_path / "ms.json"), *flags(folder)], "ms.json: by itls the median token takes"),
+        ([result, str(tmp_path / "copy.json"), *flags(folder)], "copy.json has the same content as plain.json"),
         ([result], "which model was served; pass --model"),
         ([result, "--server-log", log], "which GPU served it; pass --system"),
         ([result, "--model", "llama-3.1-8b", "--system", "h201"], "h201"),
