@@ -72,7 +72,7 @@ def load_model(name_or_path: str | Path, quantization: str | None = None) -> Mod
         UserError: an unknown name (with the nearest known one), an unreadable file, or a config that is wrong.
     """
     name = str(name_or_path).strip()
-    model_id = _model_names().get(_canonical(name))
+    model_id = catalog_id(name)
     if model_id is not None:
         model = _catalog_model(model_id, quantization)
         return replace(model, hf_repo=_repository(model_id, name))
@@ -96,6 +96,11 @@ def config_file(name_or_path: str | Path | None) -> Path | None:
     if not _exists(path):
         return None
     return path / "config.json" if path.is_dir() else path
+
+
+def catalog_id(name: str) -> str | None:
+    """The id of the model that a name means, as `load_model` takes it; None for one that the catalog does not know."""
+    return _model_names().get(_canonical(name.strip()))
 
 
 def load_gpu(gpu_id: str) -> GpuSpec:

@@ -19,6 +19,7 @@ from engine.commands.arguments import ArgumentParser, integer
 from engine.commands.files import ensure_distinct
 from engine.errors import UserError
 from planner.catalog import config_file
+from planner.external.readers import refuse_twice
 
 _PROG = "memwall validate"
 _EXIT_CODES = (
@@ -56,6 +57,7 @@ def run(arguments: list[str], predictor_for: Callable[[ServedRecord], Predictor]
         if names.count(path) > 1:
             raise UserError(f"{path.name} is given {names.count(path)} times; give it once")
     outside = _outside(options)
+    refuse_twice([path for path in options.records if outside.can_read(path)])
     records, predictors = [], {}
     for path in options.records:
         if outside.can_read(path):
@@ -93,7 +95,8 @@ def _parser() -> ArgumentParser:
         nargs="+",
         metavar="RECORD",
         help="of `memwall bench serve`, one per load level (a step log NAME.steps[.RUN].jsonl.gz beside NAME.json is "
-        "read too), of `vllm bench serve --save-detailed` or SGLang's bench_serving, or a table of requests",
+        "read too), of `vllm bench serve --save-detailed` or SGLang's bench_serving, or a table of requests, whose "
+        "columns are in seconds unless their names end in _ms, _us or _ns",
     )
     parser.add_argument(
         "--profile",

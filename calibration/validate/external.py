@@ -16,6 +16,7 @@ from engine.errors import UserError
 from planner.catalog import load_gpu, load_model
 from planner.deployment import Deployment
 from planner.external.bench_detail import is_bench_detail
+from planner.external.contradictions import served_model, served_quantization
 from planner.external.readers import read_benchmark_text, read_served_runs, read_server_facts
 from planner.external.settings import ExternalSystem, external_system
 from planner.step_time import Evidence
@@ -58,14 +59,16 @@ class OutsideServer:
             UserError: it cannot be used, or it is not known what served it.
         """
         facts = read_server_facts(self.server_log, self.metrics)
-        name = self.model or facts.value("model")
+        runs = read_served_runs(path)
+        name = served_model(self.model, facts, runs)
         if name is None:
             raise UserError(f"{path.name} does not say which model was served; pass --model or --server-log")
         if self.system is None:
             raise UserError(f"{path.name} does not say which GPU served it; pass --system, e.g. h200_sxm")
-        gpu, model = load_gpu(self.system), load_model(name, self.quantization)
-        runs = read_served_runs(path)
-        found = external_system(model, gpu, facts, runs, dict(self.flags))
+        quantization = served_quantization(self.quantization, facts)
+        gpu, model = load_gpu(self.system), load_model(name, quantization)
+        given = {} if self.quantization is None else {"quantization": self.quantization}
+        found = external_system(model, gpu, facts, runs, {**self.flags, **given})
         longest = max(int((run.input_tokens + run.output_tokens).max()) for run in runs)
         limit = found.system.scheduler.max_model_len
         if longest > limit:
@@ -83,7 +86,7 @@ class OutsideServer:
             external_record(one, "an outside benchmark", load, found, model.name, gpu.name)
             for one, load in zip(names, loads, strict=True)
         ]
-        weights = {"quantization": self.quantization}
+        weights = {"quantization": quantization}
         return [(replace(record, engine=replace(record.engine, **weights)), predictor) for record in records]
 
     def _predictor(self, found: ExternalSystem) -> tuple[Predictor, ExternalSystem]:
@@ -96,7 +99,7 @@ class OutsideServer:
         guessed = [name for name, (_, origin) in found.origin.items() if origin in _GUESSES]
         important = [name for name in guessed if name in _IMPORTANT]
         notes = (f"{', '.join(important)}: neither flag nor log says, so a default stands in",) if important else ()
-        return Predictor(step_time, step_time.description, None, notes), found
+        return Predictor(step_time, step_time.description, None, (*notes, *found.warnings)), found
 
 
 _GUESSES = ("vLLM's default", "the memory model")

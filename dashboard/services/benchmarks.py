@@ -169,7 +169,7 @@ def _model_of(record: MemwallRecord, chosen: ModelSpec) -> ModelSpec:
 
 
 def _notes(runs: Sequence[ServedRun], found: ExternalSystem, record: MemwallRecord | None) -> tuple[str, ...]:
-    notes = [note for run in runs for note in run.notes]
+    notes = [*(note for run in runs for note in run.notes), *found.warnings]
     guessed = [name for name, (_, origin) in found.origin.items() if origin in _GUESSES and name in _IMPORTANT]
     if guessed and record is None:
         notes.append(f"{', '.join(guessed)}: neither the page nor a log says, so a default stands in")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,11 +15,9 @@ import typer
 from engine.commands.files import ensure_distinct
 from planner.commands import tables
 from planner.commands.options import (
-    DEFAULT_SYSTEM,
     GROUP,
     OutputOptions,
     Quantization,
-    System,
     checks_file_of,
     flag,
     gpu_from_option,
@@ -32,7 +30,9 @@ if TYPE_CHECKING:
     from planner.external.calibration import ExternalCalibration, FactorRecord
     from planner.external.errors import RunErrors
     from planner.external.memwall_record import MemwallRecord
+    from planner.external.served_run import ServedRun
     from planner.external.server_facts import ServerFacts
+    from planner.hardware import GpuSpec
 
 _SEEN = "What was seen"
 _SERVER = "The server's settings; default: what its log says, else vLLM's defaults"
@@ -55,12 +55,16 @@ _SHOWN = {
     "max_num_seqs": "",
     "max_num_batched_tokens": " tokens",
     "tensor_parallel_size": "",
+    "pipeline_parallel_size": "",
+    "data_parallel_size": "",
     "gpu_memory_utilization": "",
     "enable_prefix_caching": "",
     "enforce_eager": "",
     "async_scheduling": "",
     "num_speculative_tokens": "",
     "num_preemptions": "",
+    "prefix_cache_queries": " tokens",
+    "prefix_cache_hits": " tokens",
 }
 _MEANING = {
     "prefill": "× what prompt chunks add to a step",
@@ -125,15 +129,23 @@ def calibrate_from(
         typer.Argument(
             metavar="RESULT…",
             help="What `vllm bench serve --save-detailed` or SGLang's bench_serving wrote (the latter has no start "
-            "times: --request-rate inf without --max-concurrency), or a table of requests; or records of `memwall "
-            "bench serve`.",
+            "times: --request-rate inf without --max-concurrency), or a table of requests, with columns in seconds "
+            "unless their names end in _ms, _us or _ns; or records of `memwall bench serve`.",
         ),
     ],
     model: Annotated[
         str | None,
-        flag("--model", help="Model it served; default: what the log says.", panel=_SEEN, metavar="NAME|PATH"),
+        flag("--model", help="Model it served; default: what log or result says.", panel=_SEEN, metavar="NAME|PATH"),
     ] = None,
-    system: System = DEFAULT_SYSTEM,
+    system: Annotated[
+        str | None,
+        flag(
+            "--system",
+            help="GPU it ran on; needed, unless a record says. `memwall catalog gpus` lists them.",
+            panel=_SEEN,
+            metavar="GPU",
+        ),
+    ] = None,
     quantization: Quantization = None,
     server_log: Annotated[
         Path | None,
@@ -165,22 +177,24 @@ def calibrate_from(
     """
     from planner.catalog import load_model
     from planner.external.calibration import calibrate_external
-    from planner.external.readers import read_own_records, read_served_runs, read_server_facts
+    from planner.external.contradictions import served_quantization
+    from planner.external.readers import read_own_records, read_served_runs, read_server_facts, refuse_twice
     from planner.external.settings import external_system
 
     inputs = [*(("the benchmark", path) for path in results), ("--server-log", server_log), ("--metrics", metrics)]
     ensure_distinct([*inputs, *model_files(model)], [("--save", save), *output.files()])
+    refuse_twice(results)
     facts, flags, said_by = read_server_facts(server_log, metrics), server.given(), "flag"
     own = read_own_records(results)
     if own is None:
         runs = [run for path in results for run in read_served_runs(path)]
-        name, gpu = model or facts.value("model"), gpu_from_option(system)
+        name, gpu = _named(runs, model, facts), _gpu(results[0].name, system)
+        flags |= {} if quantization is None else {"quantization": quantization}
+        quantization = served_quantization(quantization, facts)
     else:
-        _refuse_about_own(results[0].name, own, flags, system, quantization, server_log or metrics)
+        _refuse_about_own(results[0].name, own, flags, model, system, quantization, server_log or metrics)
         runs, name, gpu, quantization = list(own.runs), model or own.model, own.gpu(), own.quantization
         flags, said_by = dict(own.flags), "record"
-    if name is None:
-        raise UserError("neither --model nor a server log says which model was served")
     spec = load_model(name, quantization)
     external = external_system(spec, gpu, facts, runs, flags, said_by=said_by)
     with _Progress() as progress:
@@ -200,19 +214,63 @@ def calibrate_from(
     tables.deliver(calibration, calibration_table(calibration, facts), output)
 
 
+def _named(runs: Sequence[ServedRun], model: str | None, facts: ServerFacts) -> str:
+    """
+    Raises:
+        UserError: nothing says which model was served.
+    """
+    from planner.external.contradictions import served_model
+
+    name = served_model(model, facts, runs)
+    if name is None:
+        unknown = next((f"; {run.name} calls it {run.model!r}" for run in runs if run.model is not None), "")
+        unknown = unknown and f"{unknown}, which the catalog does not know"
+        raise UserError(f"neither --model nor a server log says which model was served{unknown}")
+    return name
+
+
+def _gpu(file: str, system: str | None) -> GpuSpec:
+    """
+    Raises:
+        UserError: nobody says which it was, or the catalog does not know it.
+    """
+    if system is None:
+        raise UserError(f"{file} does not say which GPU served it; pass --system, e.g. h200_sxm")
+    return gpu_from_option(system)
+
+
 def _refuse_about_own(
-    file: str, own: MemwallRecord, flags: dict[str, Any], system: str, quantization: str | None, log: Path | None
+    file: str,
+    own: MemwallRecord,
+    flags: dict[str, Any],
+    model: str | None,
+    system: str | None,
+    quantization: str | None,
+    log: Path | None,
 ) -> None:
     """
     Raises:
         UserError: something is said of our own engine that its record says itself.
     """
     said = [f"--{name.replace('_', '-')}" for name in flags]
+    said += ["--model"] * _is_another_model(model, own)
     said += ["--quantization"] * (quantization not in (None, own.quantization))
-    said += ["--system"] * (system not in (DEFAULT_SYSTEM, own.gpu().id))
+    said += ["--system"] * (system is not None and gpu_from_option(system) != own.gpu())
     said += ["--server-log or --metrics"] * (log is not None)
     if said:
         raise UserError(f"{said[0]} is of servers that are not ours; {file} says itself what served it")
+
+
+def _is_another_model(model: str | None, own: MemwallRecord) -> bool:
+    """Whether this is another model than a record's; where that one's name is a path elsewhere, nobody can tell."""
+    from planner.catalog import catalog_id, load_model
+
+    known = catalog_id(own.model)
+    if model is None or known is None:
+        return False
+    if catalog_id(model) is not None:
+        return catalog_id(model) != known
+    return load_model(model).num_parameters != load_model(known).num_parameters
 
 
 class _Progress:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from planner.errors import UserError
+from planner.external.plausible import check_duration, unit_of_instant
 from planner.external.served_run import ServedRun, served_run
 from planner.workload.workload import MAX_TOKENS
 
@@ -88,7 +89,8 @@ def _run(result: dict, where: str) -> ServedRun:
         notes.append(f"{where}: skipped {failed} failed requests of {n}")
     first = arrivals + ttfts
     last = first + np.array([float(gap.sum()) for gap in gaps])
-    return served_run(
+    model = result.get("model_id")
+    run = served_run(
         where,
         arrivals[kept],
         inputs[kept],
@@ -98,7 +100,11 @@ def _run(result: dict, where: str) -> ServedRun:
         itls=tuple(gaps[i] for i in kept),
         num_failed=failed,
         notes=tuple(notes),
+        told_by="itls",
+        model=model if type(model) is str else None,
     )
+    check_duration(where, result.get("duration"), run, assumed=not result.get("start_times"))
+    return run
 
 
 def _list(result: dict, key: str, where: str, n: int | None = None) -> list:
@@ -156,7 +162,17 @@ def _arrivals(result: dict, where: str, n: int, notes: list[str]) -> np.ndarray:
         for i, value in enumerate(values):
             if type(value) not in (int, float) or not math.isfinite(value):
                 raise UserError(f"{where}: start_times[{i}] is {value!r}, which is not a number of seconds")
+            if (unit := unit_of_instant(value)) is not None:
+                raise UserError(
+                    f"{where}: start_times[{i}] is {value!r}, which is no time in seconds but one in {unit}; divide it"
+                )
         return np.array(values, np.float64)
+    ramp_up = result.get("ramp_up_strategy")
+    if ramp_up is not None:
+        raise UserError(
+            f"{where} was sent with ramp_up_strategy {ramp_up!r} and has no 'start_times', so nothing says when each "
+            "request was sent; newer vLLM (2025-09 or later) writes them with --save-detailed"
+        )
     if result.get("request_rate") in ("inf", math.inf) and result.get("max_concurrency") is None:
         notes.append(f"{where}: no start_times and request_rate inf: all requests were sent at once")
         return np.zeros(n)

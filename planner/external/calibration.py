@@ -106,7 +106,7 @@ class ExternalCalibration(Record):
         """
         if base.description != self.base:
             raise UserError(
-                f"the calibration scales step times of the {self.base}, but here they are of the {base.description}; "
+                f"the calibration scales the {_times(self.base)}, but here they are the {_times(base.description)}; "
                 "calibrate from the runs again"
             )
         self._check_base(base)
@@ -122,8 +122,8 @@ class ExternalCalibration(Record):
         for then_s, now_s in zip(self.base_steps_s or (), _typical_steps(base), strict=False):
             if abs(now_s - then_s) > _SAME_BASE * then_s:
                 raise UserError(
-                    f"the calibration scales a {self.base} that took {then_s * 1e3:.3g} ms for a typical step, and "
-                    f"the one here takes {now_s * 1e3:.3g} ms; calibrate from the runs again, or leave out the profile "
+                    f"the calibration scales the {_times(self.base)}, where a typical step took {then_s * 1e3:.3g} ms, "
+                    f"and here it takes {now_s * 1e3:.3g} ms; calibrate from the runs again, or leave out the profile "
                     "that was given beside it"
                 )
 
@@ -195,6 +195,11 @@ class ExternalCalibration(Record):
 
     def _is_assumed(self, setting: str) -> bool:
         return self.origin.get(setting) == ASSUMED
+
+
+def _times(base: str) -> str:
+    """What a base's description means, after an article: that of a transfer begins with its source."""
+    return f"step times {'' if base.startswith('from the ') else 'of the '}{base}"
 
 
 def _typical_steps(base: StepTime) -> tuple[float, float, float]:
@@ -335,12 +340,6 @@ def _warnings(
         warnings.append(
             f"{', '.join(important)}: neither flag nor log says, so a default stands in; the factors absorb it"
         )
-    hit_rates = [line.prefix_hit_rate for line in facts.stats if line.prefix_hit_rate is not None]
-    if hit_rates and hit_rates[-1] > 0.01:
-        warnings.append(
-            f"the server found {hit_rates[-1]:.0%} of prompt tokens in its prefix cache, which the runs do not show; "
-            "the prefill factor absorbs it, and holds for as much reuse only"
-        )
     simulated = sum(result.num_preemptions for result in after)
     told = facts.value("num_preemptions")
     if told is not None and abs(told - simulated) > max(5, 0.25 * max(told, simulated)):
@@ -358,7 +357,7 @@ def _warnings(
             )
     if not any((run.tpot_s > 0).any() for run in runs):
         warnings.append("no answer has more than one token at a measurable pace, so nothing shows decoding")
-    return warnings
+    return [*warnings, *external.warnings]
 
 
 def _is_correlation(rows: Sequence[Sequence[float]], size: int) -> bool:

@@ -9,6 +9,14 @@ from planner.external.server_facts import Acceptance, Found
 
 _LINE = re.compile(r"^\s*(?:vllm|sglang):(\w+)(?:\{(.*)\})?\s+(\d+(?:\.\d*)?(?:[eE][-+]?\d+)?)(?:\s+\d+)?\s*$")
 _LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
+# Counters that add up over engines, by the names of ServerFacts; vLLM 0.8 says "gpu".
+_COUNTERS = {
+    "num_preemptions": "num_preemptions",
+    "prefix_cache_queries": "prefix_cache_queries",
+    "prefix_cache_hits": "prefix_cache_hits",
+    "gpu_prefix_cache_queries": "prefix_cache_queries",
+    "gpu_prefix_cache_hits": "prefix_cache_hits",
+}
 _SPECULATION = "spec_decode_num_"
 
 
@@ -40,9 +48,9 @@ def read_metrics_line(line: str, number: int, found: dict[str, Any]) -> bool:
         _cache_config(labels, number, found)
     elif name.startswith(_SPECULATION) and not name.endswith("_created"):
         _speculation(name.removeprefix(_SPECULATION), labels, float(match[3]), number, found)
-    elif name == "num_preemptions":
-        before = found["num_preemptions"].value if "num_preemptions" in found else 0
-        found["num_preemptions"] = Found(before + int(float(match[3])), number)
+    elif (counter := _COUNTERS.get(name)) is not None:
+        before = found[counter].value if counter in found else 0
+        found[counter] = Found(before + int(float(match[3])), number)
     if line.lstrip().startswith("vllm:"):
         found.setdefault("engine", Found("vllm", number))
     return True

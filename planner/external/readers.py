@@ -85,3 +85,16 @@ def read_server_facts(*paths: Path | None) -> ServerFacts:
                 named = str(error) if path.name in str(error) else f"{path.name}: {error}"
                 raise UserError(named) from None
     return facts
+
+
+def refuse_twice(paths: Sequence[Path]) -> None:
+    """
+    Raises:
+        UserError: a file is given twice, or its content is, which would count as twice the data.
+    """
+    first: dict[str, Path] = {}
+    for path in paths:
+        same = first.setdefault(read_benchmark_text(path), path)
+        if same is not path:
+            what = "is given twice" if same.resolve() == path.resolve() else f"has the same content as {same.name}"
+            raise UserError(f"{path.name} {what}; give each benchmark once")

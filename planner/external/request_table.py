@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from planner.errors import UserError
+from planner.external.plausible import unit_of_instant
 from planner.external.served_run import CLOCK_SLACK_S, ServedRun, served_run
 from planner.workload.tables import Table, dates_ns, numbers, read_csv, read_jsonl, show_columns, whole_numbers
 
@@ -30,6 +31,7 @@ _ALIASES = {
     "output": "output_tokens output_toks output_length output_len num_output_tokens completion_tokens"
     " completion_len num_completion_tokens generated_tokens num_decode_tokens osl",
 }
+_INSTANTS = ("arrival", "scheduled", "first", "last")
 _TIMES = ("arrival", "queued", "scheduled", "first", "ttft", "last", "e2el")
 _INSTANTS = ("arrival", "queued", "scheduled", "first", "last")
 _UNITS = {"s": 1.0, "sec": 1.0, "secs": 1.0, "seconds": 1.0, "ms": 1e3, "us": 1e6, "ns": 1e9}
@@ -64,6 +66,7 @@ def read_request_table(text: str, file: str) -> ServedRun:
     table, failed = _without_failures(table, roles)
     notes = [f"{file}: skipped {failed} failed requests of {failed + len(table.frame)}"] if failed else []
     clock = _Clock(table, roles)
+    _check_instants(clock)
     arrival = clock.arrival(notes)
     first, first_column = clock.instant("first", "ttft", arrival)
     last, last_column = clock.instant("last", "e2el", arrival)
@@ -82,6 +85,7 @@ def read_request_table(text: str, file: str) -> ServedRun:
         scheduled_s=scheduled,
         num_failed=failed,
         notes=tuple(notes),
+        told_by=f"{first_column} and {last_column}",
     )
 
 
@@ -168,6 +172,24 @@ class _Clock:
         if role in self.roles:
             return self.seconds(role), self.roles[role].name
         return arrival + self.seconds(duration), self.roles[duration].name
+
+
+def _check_instants(clock: _Clock) -> None:
+    """
+    Raises:
+        UserError: a column of instants that cannot be in its unit, which is seconds where its name says none.
+    """
+    for role in _INSTANTS:
+        if role not in clock.roles:
+            continue
+        table, column, seconds = clock.table, clock.roles[role], clock.seconds(role)
+        row = next((i for i, instant in enumerate(seconds) if unit_of_instant(instant) is not None), None)
+        if row is not None:
+            unit = unit_of_instant(float(seconds[row]) * column.per_second)
+            raise UserError(
+                f"{table.where(row)}: {column.name} is {table.cell_of(row, column.name)}, which is no time in the unit "
+                f"of this column (seconds, where its name says none) but one in {unit}; end its name in _{unit}"
+            )
 
 
 def _check_order(table: Table, before: np.ndarray, earlier: str, after: np.ndarray, later: str) -> None:

@@ -55,6 +55,8 @@ class ServedRun(RequestTimes):
         itls: gaps between output events in seconds, one array per request, or None.
         num_failed: requests that got no answer, left out.
         notes: what reading changed, one sentence each.
+        told_by: the fields or columns that say how long tokens took, for reports.
+        model: what its benchmark says it asked for, which may be any name that the server gave its model.
     """
 
     name: str
@@ -67,6 +69,8 @@ class ServedRun(RequestTimes):
     itls: tuple[np.ndarray, ...] | None = None
     num_failed: int = 0
     notes: tuple[str, ...] = ()
+    told_by: str = ""
+    model: str | None = None
 
     def workload(self) -> Workload:
         """The same arrivals and lengths, for the simulator."""
@@ -85,6 +89,8 @@ def served_run(
     itls: tuple[np.ndarray, ...] | None = None,
     num_failed: int = 0,
     notes: tuple[str, ...] = (),
+    told_by: str = "",
+    model: str | None = None,
 ) -> ServedRun:
     """A run from columns in any order and of any clock: sorted by arrival, counted from the first.
 
@@ -111,6 +117,8 @@ def served_run(
         last,
         num_failed=num_failed,
         notes=notes,
+        told_by=told_by,
+        model=model,
     )
     if scheduled_s is not None:
         run = replace(run, scheduled_s=np.clip(sorted_clock(scheduled_s), arrival, first))

@@ -98,6 +98,7 @@ class ServerFacts:
         cudagraph_sizes: batch sizes with a captured graph.
         stats: the periodic lines, in order.
         num_preemptions: counted from warnings, or the server's own counter.
+        prefix_cache_queries, prefix_cache_hits: prompt tokens since the start, by the counters of /metrics.
     """
 
     engine: Found[str] | None = None
@@ -127,6 +128,10 @@ class ServerFacts:
     acceptance: Acceptance | None = None
     stats: tuple[EngineStats, ...] = ()
     num_preemptions: Found[int] | None = None
+    pipeline_parallel_size: Found[int] | None = None
+    data_parallel_size: Found[int] | None = None
+    prefix_cache_queries: Found[int] | None = None
+    prefix_cache_hits: Found[int] | None = None
 
     def value(self, name: str) -> Any:
         """The value of a fact, None where it was not found."""
@@ -148,6 +153,14 @@ class ServerFacts:
         if self.block_size is not None:
             return self.block_size.value
         return 1 if self.value("engine") == "sglang" else DEFAULT_BLOCK_SIZE
+
+    @property
+    def prefix_hit_rates(self) -> tuple[float, ...]:
+        """Shares of prompt tokens found in the prefix cache, 0 to 1: by the last line that says, then by counters."""
+        rates = [line.prefix_hit_rate for line in self.stats if line.prefix_hit_rate is not None][-1:]
+        if queries := self.value("prefix_cache_queries"):
+            rates.append((self.value("prefix_cache_hits") or 0) / queries)
+        return tuple(rates)
 
     def merged(self, other: ServerFacts) -> ServerFacts:
         """These facts, with what only the other has; its statistics lines follow these."""

@@ -30,7 +30,7 @@ def _boolean(text: str) -> bool | None:
 
 def _name(text: str) -> str | None:
     text = text.strip("'\" ").removeprefix("torch.")
-    return None if text in ("None", "auto", "") else text
+    return None if text in ("None", "null", "auto", "") else text
 
 
 def _sizes(text: str) -> tuple[int, ...]:
@@ -57,6 +57,8 @@ _PATTERNS: tuple[_Pattern, ...] = (
     ("max_num_seqs", rf"\bmax_num_seqs{_IS}{_INT}", _integer),
     ("max_num_batched_tokens", rf"\bmax_num_batched_tokens{_IS}{_INT}", _integer),
     ("tensor_parallel_size", rf"\btensor_parallel_size{_IS}{_INT}", _integer),
+    ("pipeline_parallel_size", rf"\bpipeline_parallel_size{_IS}{_INT}", _integer),
+    ("data_parallel_size", rf"\bdata_parallel_size{_IS}{_INT}", _integer),
     ("gpu_memory_utilization", rf"\bgpu_memory_utilization{_IS}{_REAL}", _number),
     ("enable_prefix_caching", rf"\benable_prefix_caching{_IS}{_BOOL}", _boolean),
     ("enable_chunked_prefill", rf"\b(?:chunked_prefill_enabled|enable_chunked_prefill){_IS}{_BOOL}", _boolean),
@@ -84,6 +86,9 @@ _PATTERNS: tuple[_Pattern, ...] = (
     ("max_num_seqs", r"\bmax_running_requests=(\d+)", _integer),
     ("max_model_len", r"\bcontext_len=(\d+)", _integer),
     ("tensor_parallel_size", r"\btp_size=(\d+)", _integer),
+    ("pipeline_parallel_size", r"\bpp_size=(\d+)", _integer),
+    ("data_parallel_size", r"\bdp_size=(\d+)", _integer),
+    ("enforce_eager", r"\bdisable_cuda_graph=(True|False)", _boolean),
     ("block_size", r"\bpage_size=(\d+)", _integer),
     ("enable_prefix_caching", r"\bdisable_radix_cache=(True|False)", lambda text: text == "False"),
     ("cudagraph_sizes", r"Capture cuda graph bs \[([\d,\s]+)\]", _sizes),

@@ -10,6 +10,8 @@ from typing import Any
 from engine.scheduling import KVCacheConfig, SchedulerConfig
 from planner.deployment import Deployment, length_for
 from planner.errors import UserError
+from planner.external.contradictions import contradictions, refuse_unmodelled
+from planner.external.plausible import check_token_times
 from planner.external.served_run import ServedRun
 from planner.external.server_facts import ServerFacts
 from planner.hardware import GpuSpec
@@ -39,12 +41,14 @@ class ExternalSystem:
         deployment: the same in the planner's words.
         depth_known: whether log or flag said how many steps are in flight.
         origin: for each setting its value and where it came from, for people.
+        warnings: what the log or the benchmark says that does not go with it, one sentence each.
     """
 
     system: System
     deployment: Deployment
     depth_known: bool
     origin: dict[str, tuple[Any, str]]
+    warnings: tuple[str, ...] = ()
 
     def with_depth(self, depth: int) -> ExternalSystem:
         """The same with this many steps in flight."""
@@ -90,13 +94,17 @@ def external_system(
         said_by: whoever set the flags, for people.
 
     Raises:
-        UserError: settings that contradict each other or the runs.
+        UserError: settings that contradict each other or the runs, or that have no counterpart here.
     """
     flags = flags or {}
+    given = flags.get("quantization")
+    refuse_unmodelled(model, facts, given)
     large = gpu.memory_bytes >= _LARGE_GPU_BYTES and "a100" not in gpu.id
     settings = _Settings(flags, said_by, facts, _LARGE if large else _SMALL)
     ranks = settings.get("tensor_parallel_size", 1)
     validate_parallelism(model, gpu, ranks)
+    if given is not None or facts.quantization is not None:
+        settings.get("quantization")
     dtype = KVCacheDtype.parse(settings.get("kv_cache_dtype", "auto"))
     longest = max(length_for(run.workload(), model) for run in runs)
     max_model_len = settings.get("max_model_len", longest, "the longest request")
@@ -142,7 +150,10 @@ def external_system(
         raise UserError(str(error)) from None
     step_time = base or deployment.step_time()
     system = System(scheduler, cache, step_time, speculation=speculation, pipeline_depth=depth)
-    return ExternalSystem(system, deployment, depth_known, settings.origin)
+    for run in runs:
+        check_token_times(run, step_time, f"{model.name} on {gpu.name}")
+    warnings = tuple(contradictions(deployment, facts, runs, step_time, given))
+    return ExternalSystem(system, deployment, depth_known, settings.origin, warnings)
 
 
 def _blocks(settings: _Settings, flags: dict[str, Any], facts: ServerFacts) -> tuple[int | None, int | None]:

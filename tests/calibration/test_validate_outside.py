@@ -131,6 +131,28 @@ def test_what_nobody_said_is_a_note(folder, capsys):
     assert "neither flag nor log says, so a default stands in" in " ".join(capsys.readouterr().out.split())
 
 
+def test_what_the_log_says_of_weights_and_prefixes_counts(folder, tmp_path, capsys):
+    log = tmp_path / "server.log"
+    stats = "Engine 000: Running: 9 reqs, Waiting: 0 reqs, GPU KV cache usage: 1.0%, Prefix cache hit rate: 91.0%\n"
+    log.write_text(LOG.replace("max_seq_len", "quantization=fp8, max_seq_len") + stats)
+    out = tmp_path / "out.json"
+    about = ["--server-log", str(log), "--system", "rtx4090", "--no-intervals", "--json", str(out)]
+    assert run([str(folder / "plain.json"), *about]) == 0
+    assert json.loads(out.read_text())["levels"][0]["engine"]["quantization"] == "fp8"
+    said = "the server found 91% of prompt tokens in its prefix cache, which the runs do not show; the prefill factor"
+    assert said in " ".join(capsys.readouterr().out.split())
+
+
+def test_the_benchmark_says_the_model_where_nothing_else_does(folder, tmp_path, capsys):
+    path = tmp_path / "named.json"
+    path.write_text(json.dumps(vllm_result(Factors()) | {"model_id": "meta-llama/Llama-3.1-8B-Instruct"}))
+    ((record, _),) = OutsideServer(system="rtx4090").read(path)
+    assert record.engine.model == "llama-3.1-8b"
+    ((_, predictor),) = OutsideServer(model="llama-3.2-1b", system="rtx4090").read(path)
+    said = "named.json is of the model meta-llama/Llama-3.1-8B-Instruct, but llama-3.2-1b is simulated"
+    assert said in predictor.notes
+
+
 def test_several_loads_of_a_file_are_levels_of_their_own(folder, tmp_path):
     path = tmp_path / "both.json"
     texts = [json.dumps(vllm_result(Factors(), seed)) for seed in (0, 1, 0)]
@@ -161,6 +183,12 @@ def test_bad_input_is_one_sentence(folder, tmp_path):
     (tmp_path / "cal.json").write_text('{\n "version": 1,\n "kind": "memwall-external-calibration"\n}\n')
     (tmp_path / "profile.json").write_text('{"version": 1, "kind": "memwall-profile"}')
     (tmp_path / "nothing.json").write_text('{"version": 1}')
+    several = tmp_path / "several.log"
+    several.write_text(LOG + "data_parallel_size=4\n")
+    slow = json.loads((folder / "plain.json").read_text())
+    (tmp_path / "ms.json").write_text(
+        json.dumps(slow | {"itls": [[1e3 * gap for gap in gaps] for gaps in slow["itls"]]})
+    )
     for arguments, words in (
         ([str(tmp_path / "cut.json.gz")], "cut.json.gz is damaged gzip data"),
         ([str(tmp_path / "empty.json")], "empty.json is empty"),
@@ -170,6 +198,9 @@ def test_bad_input_is_one_sentence(folder, tmp_path):
         ),
         ([str(tmp_path / "profile.json")], "is a profile of `memwall calibrate`, not a benchmark; it belongs behind"),
         ([str(tmp_path / "nothing.json")], "nothing.json is no record of `memwall bench`: it names no suite"),
+        ([result, "--server-log", str(several), "--system", "rtx4090"], "4 replicas shared the benchmark's requests"),
+        ([str(tmp_path / "ms.json"), *flags(folder)], "ms.json: by itls the median token takes"),
+        ([result, str(tmp_path / "copy.json"), *flags(folder)], "copy.json has the same content as plain.json"),
         ([result], "which model was served; pass --model"),
         ([result, "--server-log", log], "which GPU served it; pass --system"),
         ([result, "--model", "llama-3.1-8b", "--system", "h201"], "h201"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from importlib.metadata import EntryPoint
 from pathlib import Path
@@ -93,16 +94,17 @@ def test_bad_input_is_one_sentence(calibrate_from, result, tmp_path):
     )
     short = tmp_path / "short.csv"
     short.write_text("arrival_s,input_tokens,output_tokens,ttft_s,e2el_s\n0,5,5,0.1,0.3\n")
-    calibrate_from(short, "--model", "llama-3.1-8b").check_bad_input("answered request")
+    about = ("--model", "llama-3.1-8b", "--system", "h200_sxm")
+    calibrate_from(short, *about).check_bad_input("answered request")
     rows = "".join(f"{i},5,5,0,0.3\n" for i in range(40))
     short.write_text(f"arrival_s,input_tokens,output_tokens,ttft_s,e2el_s\n{rows}")
-    calibrate_from(short, "--model", "llama-3.1-8b").check_bad_input("streamed")
+    calibrate_from(short, *about).check_bad_input("streamed")
     (tmp_path / "binary.log").write_bytes(b"\x00\x01\x02")
     calibrate_from(result, "--server-log", tmp_path / "binary.log").check_bad_input(
         "binary.log is a binary file; server logs are UTF-8 text"
     )
     calibrate_from(tmp_path / "binary.log").check_bad_input("benchmarks are CSV, JSONL or JSON text")
-    calibrate_from(result, "--model", "llama-3.1-8b", "--held-out", "1.5").check_bad_input("held-out share")
+    calibrate_from(result, *about, "--held-out", "1.5").check_bad_input("held-out share")
 
 
 @pytest.mark.parametrize(
@@ -130,3 +132,53 @@ def test_inputs_are_not_overwritten(calibrate_from, tmp_path, monkeypatch, line,
 def test_help_says_which_results_of_sglang_can_be_used(calibrate_from):
     said = " ".join(calibrate_from("--help").out.replace("│", " ").split())
     assert "has no start times: --request-rate inf without --max-concurrency" in said
+
+
+def test_the_gpu_is_not_guessed(calibrate_from, result):
+    said = "result.json does not say which GPU served it; pass --system, e.g. h200_sxm"
+    calibrate_from(result, "--model", "llama-3.1-8b").check_bad_input(said)
+
+
+def test_data_counts_once(calibrate_from, result, tmp_path):
+    calibrate_from(result, result, "--system", "h200_sxm").check_bad_input("result.json is given twice")
+    packed = tmp_path / "copy.json.gz"
+    packed.write_bytes(gzip.compress(result.read_bytes()))
+    calibrate_from(result, packed, "--system", "h200_sxm").check_bad_input(
+        "copy.json.gz has the same content as result.json"
+    )
+
+
+def test_the_benchmark_says_the_model_where_nothing_else_does(calibrate_from, result, tmp_path):
+    named = tmp_path / "named.json"
+    document = json.loads(result.read_text())
+    named.write_text(json.dumps(document | {"model_id": "meta-llama/Llama-3.1-8B-Instruct"}))
+    done = calibrate_from(named, "--system", "rtx4090", "--max-model-len", "2048")
+    assert done.code == 0, done.err
+    assert "llama-3.1-8b on 1 × rtx4090" in done.out
+    named.write_text(json.dumps(document | {"model_id": "production"}))
+    calibrate_from(named, "--system", "rtx4090").check_bad_input(
+        "neither --model nor a server log says which model was served; named.json calls it 'production', which"
+    )
+
+
+def test_what_the_log_says_of_weights_and_prefixes_is_kept(calibrate_from, result, tmp_path):
+    log, saved = tmp_path / "server.log", tmp_path / "calibration.json"
+    stats = "Engine 000: Running: 9 reqs, Waiting: 0 reqs, GPU KV cache usage: 1.0%, Prefix cache hit rate: 91.0%\n"
+    log.write_text(LOG.replace("max_seq_len", "quantization=fp8, max_seq_len") + stats)
+    done = calibrate_from(result, "--system", "rtx4090", "--server-log", log, "--save", saved)
+    assert done.code == 0, done.err
+    calibration = load_external(saved)
+    assert calibration.quantization == "fp8"
+    assert calibration.settings["quantization"] == "fp8" and calibration.origin["quantization"] == "log line 1"
+    assert len([warning for warning in calibration.warnings if "91% of prompt tokens" in warning]) == 1
+    log.write_text(LOG)
+    metrics = tmp_path / "metrics.txt"
+    metrics.write_text('vllm:prefix_cache_queries_total{engine="0"} 1000.0\nvllm:prefix_cache_hits_total{} 910.0\n')
+    done = calibrate_from(result, "--system", "rtx4090", "--server-log", log, "--metrics", metrics, "--save", saved)
+    assert done.code == 0, done.err
+    again = load_external(saved)
+    assert again.quantization is None
+    assert set(calibration.warnings) & set(again.warnings) == {
+        "the server found 91% of prompt tokens in its prefix cache, which the runs do not show; the prefill factor "
+        "absorbs it, and holds for as much reuse only"
+    }

@@ -144,12 +144,20 @@ def test_validation_takes_such_a_calibration(trimmed, memwall):
         (["serve_h200_bf16_50.json", "--max-num-seqs", "64"], "--max-num-seqs is of servers that are not ours"),
         (["serve_h200_bf16_50.json", "--system", "h100_sxm"], "--system is of servers that are not ours"),
         (["serve_h200_bf16_50.json", "--quantization", "fp8"], "--quantization is of servers that are not ours"),
+        (["serve_h200_bf16_50.json", "--model", "llama-3.2-1b"], "--model is of servers that are not ours"),
+        (["serve_h200_bf16_50.json", "serve_h200_bf16_50.json"], "serve_h200_bf16_50.json is given twice"),
         (["validation.json"], "validation.json"),
     ],
 )
 def test_records_that_cannot_be_fitted_together(arguments, said, memwall):
     arguments = [RECORDS / each if each.endswith(".json") else each for each in arguments]
     memwall("calibrate-from", *arguments).check_bad_input(said)
+
+
+def test_the_model_of_a_record_may_be_said_again(memwall):
+    about = ["--model", "meta-llama/Llama-3.1-8B", "--system", "h200_sxm", "--held-out", "0"]
+    found = memwall("calibrate-from", RECORDS / "serve_h200_bf16_20.json", *about)
+    assert found.code == 0, found.err
 
 
 def test_a_factor_that_stands_for_something_else_is_pointed_out(tmp_path, memwall):

@@ -206,7 +206,9 @@ def test_two_of_one_deployment_are_refused(tmp_path):
 
 def test_another_base_is_refused(tmp_path):
     path = write(tmp_path, calibration(base="profile of something"))
-    with pytest.raises(UserError, match="scales step times of the profile of something, but here they are of the"):
+    with pytest.raises(
+        UserError, match="scales the step times of the profile of something, but here they are the step times"
+    ):
         plain(profiles=(path,)).step_time()
 
 

@@ -284,3 +284,67 @@ def test_json_over_several_lines(tmp_path):
     # A column of that name makes no request another kind of file.
     rows = [{"kind": "chat", "arrival_s": 0, "input_tokens": 1, "output_tokens": 2, "ttft_s": 1, "e2el_s": 2}]
     assert len(read_served_runs(written(tmp_path, "a.jsonl", as_jsonl_text(rows)))[0]) == 1
+
+
+def test_a_ramp_up_without_send_times_is_not_all_at_once(tmp_path):
+    ramp = {"ramp_up_strategy": "linear", "ramp_up_start_rps": 1, "ramp_up_end_rps": 9}
+    text = json.dumps(detail(GOOD, start_times=False) | ramp)
+    with pytest.raises(UserError, match=r"ramp_up_strategy 'linear' and has no 'start_times'.*--save-detailed"):
+        read_served_runs(written(tmp_path, "result.json", text))
+    (run,) = read_served_runs(written(tmp_path, "result.json", json.dumps(detail(GOOD) | ramp)))
+    assert run.arrival_s.tolist() == [0.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        # Both requests of GOOD take 0.75 s: sent at once, nothing is left for the rest of the minute.
+        ({"start_times": None, "duration": 60.0}, "not all sent at once, as its request_rate says: duration is 60.0 s"),
+        ({"start_times": [5e4, 5.1e4], "duration": 1.75}, "start_times span 1,000.0 s, but duration is 1.8 s"),
+        ({"ttfts": [500.0, 500.0], "duration": 1.75}, "a request takes 500.2 s, but duration is 1.8 s"),
+        ({"start_times": [1767225600000, 1767225601000]}, "start_times[0] is 1767225600000, which is no time in sec"),
+    ],
+)
+def test_times_that_contradict_their_benchmark_are_refused(tmp_path, change, words):
+    with pytest.raises(UserError) as caught:
+        read_served_runs(written(tmp_path, "result.json", json.dumps(detail(GOOD) | change)))
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "duration"),
+    [({}, 1.75), ({"start_times": None}, 0.76), ({"start_times": None, "errors": ["", "timed out"]}, 60.0)],
+)
+def test_a_duration_that_goes_with_the_requests_is_no_fault(tmp_path, change, duration):
+    text = json.dumps(detail(GOOD) | change | {"duration": duration})
+    assert len(read_served_runs(written(tmp_path, "result.json", text))) == 1
+
+
+@pytest.mark.parametrize(
+    ("column", "at", "unit"),
+    [
+        ("timestamp", 1767225600014, "ms"),
+        ("timestamp", 1767225600014000, "us"),
+        ("start_time", 1767225600014000000, "ns"),
+        ("timestamp_ms", 1767225600014000000, "ns"),
+    ],
+)
+def test_an_epoch_in_another_unit_than_its_column_is_refused(tmp_path, column, at, unit):
+    text = f"{column},ttft_s,e2el_s,input_tokens,output_tokens\n1,0.1,0.2,5,5\n{at},0.1,0.2,5,5\n"
+    with pytest.raises(UserError, match=rf"run\.csv line 3: {column} is {at}.*one in {unit}; end its name in _{unit}$"):
+        read_served_runs(written(tmp_path, "run.csv", text))
+    right = f"timestamp_{unit},ttft_s,e2el_s,input_tokens,output_tokens\n{at},0.1,0.2,5,5\n"
+    assert len(read_served_runs(written(tmp_path, "run.csv", right))[0]) == 1
+
+
+def test_seconds_since_1970_are_seconds(tmp_path):
+    text = "timestamp,ttft,e2el,input_tokens,output_tokens\n1767225600.5,0.1,0.2,5,5\n1767225601,0.1,0.2,5,5\n"
+    (run,) = read_served_runs(written(tmp_path, "run.csv", text))
+    assert run.arrival_s == pytest.approx([0.0, 0.5])
+
+
+def test_the_model_is_what_the_benchmark_asked_for(tmp_path):
+    for model in ("meta-llama/Llama-3.1-8B-Instruct", None):
+        (run,) = read_served_runs(written(tmp_path, "result.json", json.dumps(detail(GOOD, model_id=model))))
+        assert run.model == model

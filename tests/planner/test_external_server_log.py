@@ -61,6 +61,7 @@ max_running_requests=2049, context_len=131072, available_gpu_mem=17.22 GB
 rate: 0.56, cuda graph: True, gen throughput (token/s): 14806.57, #queue-req: 4,
 """
 
+WHAT = (("queries", 3), ("hits", 2))
 METRICS = """\
 # HELP vllm:cache_config_info Information of the LLMEngine CacheConfig
 # TYPE vllm:cache_config_info gauge
@@ -143,6 +144,12 @@ def test_one_line_for_size_and_concurrency():
         ("Chunked prefill is enabled with max_num_batched_tokens=2048.", "max_num_batched_tokens", 2048),
         ("INFO Asynchronous scheduling is disabled.", "async_scheduling", False),
         ("with config: model='m', max_seq_len=4096, chunked_prefill_enabled=False", "enable_chunked_prefill", False),
+        ("tensor_parallel_size=1, pipeline_parallel_size=2, data_parallel_size=4", "pipeline_parallel_size", 2),
+        ("tensor_parallel_size=1, pipeline_parallel_size=2, data_parallel_size=4", "data_parallel_size", 4),
+        ("server_args=ServerArgs(tp_size=1, pp_size=2, dp_size=4)", "pipeline_parallel_size", 2),
+        ("server_args=ServerArgs(tp_size=1, pp_size=2, dp_size=4)", "data_parallel_size", 4),
+        ("server_args=ServerArgs(tp_size=1, disable_cuda_graph=True)", "enforce_eager", True),
+        ("dtype=torch.bfloat16, quantization=fp8", "quantization", "fp8"),
         ("speculative_config=SpeculativeConfig(method='mtp', num_spec_tokens=3)", "num_speculative_tokens", 3),
         ("Graph capturing finished in 1 secs, took 0.20 GiB", "graph_gib", 0.2),
     ],
@@ -177,6 +184,18 @@ def test_metrics_count_over_engines():
     assert facts.acceptance.unconditional_rates == pytest.approx((0.8, 0.5, 0.2))
     assert facts.acceptance.conditional_rates == pytest.approx((0.8, 0.625, 0.4))
     assert facts.acceptance.drafted == 3000
+
+
+def test_prefix_counters_add_up_over_engines():
+    lines = [f'vllm:prefix_cache_{what}_total{{engine="{i}"}} 1.0e+0{n}' for i in (0, 1) for what, n in WHAT]
+    facts = read_server_log("\n".join(lines))
+    assert facts.prefix_cache_queries == Found(2000, 3) and facts.prefix_cache_hits == Found(200, 4)
+    assert facts.prefix_hit_rates == (pytest.approx(0.1),)
+
+
+def test_no_quantization_is_none_whoever_writes_it():
+    for none in ("quantization=None", "'quantization': None", '"quantization": null'):
+        assert read_server_log(f"dtype=torch.bfloat16, {none}").quantization is None
 
 
 def test_a_log_and_its_metrics_complete_each_other():
