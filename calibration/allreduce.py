@@ -109,25 +109,21 @@ def added(path: Path, record: dict[str, Any]) -> str:
     Raises:
         UserError: it is no profile, or of another GPU, or the record holds nonsense.
     """
-    from planner.errors import UserError as PlannerError
     from planner.profile.schema import parse_profile, read_profile
 
-    try:
-        text = read_profile(path)
-        measured_on = parse_profile(text, path.name).record.gpu_name
-        if measured_on != record["gpu_name"]:
-            raise UserError(
-                f"profile {path} was measured on {measured_on}, and these all-reduces on {record['gpu_name']}; they "
-                "go together only if the GPU is the same"
-            )
-        profile = json.loads(text)
-        profile["allreduce"] = record["allreduce"]
-        told = ("command", "commit", "date", "environment")
-        profile["allreduce_measured"] = {name: record[name] for name in told if name in record}
-        text = dumps(profile)
-        parse_profile(text, f"{path.name} with these all-reduces")
-    except PlannerError as error:
-        raise UserError(str(error)) from None
+    text = read_profile(path)
+    measured_on = parse_profile(text, path.name).record.gpu_name
+    if measured_on != record["gpu_name"]:
+        raise UserError(
+            f"profile {path} was measured on {measured_on}, and these all-reduces on {record['gpu_name']}; they go "
+            "together only if the GPU is the same"
+        )
+    profile = json.loads(text)
+    profile["allreduce"] = record["allreduce"]
+    told = ("command", "commit", "date", "environment")
+    profile["allreduce_measured"] = {name: record[name] for name in told if name in record}
+    text = dumps(profile)
+    parse_profile(text, f"{path.name} with these all-reduces")
     return text
 
 

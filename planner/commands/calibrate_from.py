@@ -22,6 +22,8 @@ from planner.commands.options import (
     flag,
     gpu_from_option,
     model_files,
+    profile_files,
+    profiles_from_option,
     takes_groups,
 )
 from planner.errors import UserError
@@ -154,6 +156,16 @@ def calibrate_from(
     metrics: Annotated[
         Path | None, flag("--metrics", help="The text of its /metrics.", panel=_SEEN, metavar="FILE")
     ] = None,
+    profile: Annotated[
+        list[str] | None,
+        flag(
+            "--profile",
+            help="Profiles of `memwall calibrate`, whose step times are scaled; repeatable. Default: shipped; none: "
+            "data sheets.",
+            panel=_SEEN,
+            metavar="PATH|none",
+        ),
+    ] = None,
     server: ServerOptions = GROUP,
     held_out: Annotated[
         float,
@@ -182,7 +194,7 @@ def calibrate_from(
     from planner.external.settings import external_system
 
     inputs = [*(("the benchmark", path) for path in results), ("--server-log", server_log), ("--metrics", metrics)]
-    ensure_distinct([*inputs, *model_files(model)], [("--save", save), *output.files()])
+    ensure_distinct([*inputs, *model_files(model), *profile_files(profile)], [("--save", save), *output.files()])
     refuse_twice(results)
     facts, flags, said_by = read_server_facts(server_log, metrics), server.given(), "flag"
     own = read_own_records(results)
@@ -196,7 +208,7 @@ def calibrate_from(
         runs, name, gpu, quantization = list(own.runs), model or own.model, own.gpu(), own.quantization
         flags, said_by = dict(own.flags), "record"
     spec = load_model(name, quantization)
-    external = external_system(spec, gpu, facts, runs, flags, said_by=said_by)
+    external = external_system(spec, gpu, facts, runs, flags, said_by=said_by, profiles=_profiles(profile))
     with _Progress() as progress:
         calibration = calibrate_external(
             runs,
@@ -212,6 +224,21 @@ def calibrate_from(
     if save is not None:
         tables.write_whole(save, document)
     tables.deliver(calibration, calibration_table(calibration, facts), output)
+
+
+def _profiles(paths: list[str] | None) -> tuple[str, ...] | None:
+    """
+    Raises:
+        UserError: one of them cannot be used, or is what such a command has saved.
+    """
+    from planner.profile.library import load_calibrations
+
+    if calibrations := load_calibrations(paths):
+        raise UserError(
+            f"{calibrations[0][0]} is a calibration of `memwall calibrate-from`; factors are fitted on profiles of "
+            "`memwall calibrate`, anew each time"
+        )
+    return profiles_from_option(paths, None)
 
 
 def _named(runs: Sequence[ServedRun], model: str | None, facts: ServerFacts) -> str:

@@ -84,6 +84,7 @@ def external_system(
     flags: dict[str, Any] | None = None,
     base: StepTime | None = None,
     said_by: str = "flag",
+    profiles: tuple[str, ...] | None = None,
 ) -> ExternalSystem:
     """The system to simulate for a server that answered `runs`.
 
@@ -92,6 +93,7 @@ def external_system(
         flags: settings that the user gave, by the names of ServerFacts; they go before the log.
         base: the step time to scale; that of the nearest profile, or else the roofline, if None.
         said_by: whoever set the flags, for people.
+        profiles: of which the nearest is found, as those of a `Deployment`.
 
     Raises:
         UserError: settings that contradict each other or the runs, or that have no counterpart here.
@@ -124,6 +126,7 @@ def external_system(
         enforce_eager=bool(settings.get("enforce_eager", False)),
         enable_chunked_prefill=settings.get("enable_chunked_prefill", True) is not False,
         num_gpu_blocks_override=blocks,
+        profiles=profiles,
     )
     if blocks is None:
         memory = deployment.memory()

@@ -19,6 +19,7 @@ from planner.external.scaled import Factors
 from planner.external.served_run import served_run
 from planner.roofline import RooflineStepTime
 from planner.simulation import System
+from tests.planner.profiles_for_tests import profile, write
 
 COMMANDS = [EntryPoint("calibrate-from", "planner.commands.calibrate_from:calibrate_from", cli.GROUP)]
 LOG = """\
@@ -132,6 +133,21 @@ def test_inputs_are_not_overwritten(calibrate_from, tmp_path, monkeypatch, line,
 def test_help_says_which_results_of_sglang_can_be_used(calibrate_from):
     said = " ".join(calibrate_from("--help").out.replace("│", " ").split())
     assert "has no start times: --request-rate inf without --max-concurrency" in said
+
+
+def test_a_profile_of_ones_own_is_what_is_scaled(calibrate_from, memwall, result, tmp_path):
+    own, saved = write(tmp_path, profile(), "own.json"), tmp_path / "cal.json"
+    about = (result, "--model", "llama-3.1-8b", "--system", "h200_sxm", "--max-num-seqs", "256")
+    assert calibrate_from(*about, "--profile", own, "--save", saved).code == 0
+    mine, shipped = json.loads(saved.read_text()), tmp_path / "shipped.json"
+    assert calibrate_from(*about, "--save", shipped).code == 0
+    assert mine["base_steps_s"] != json.loads(shipped.read_text())["base_steps_s"]
+    simulate = ("simulate", "--system", "h200_sxm", "--num-prompts", "20", "--request-rate", "1", "--intervals", "0")
+    assert memwall(*simulate, "--profile", saved, "--profile", own).code == 0
+    memwall(*simulate, "--profile", saved).check_bad_input("where a typical step took")
+    memwall(*simulate, "--profile", shipped, "--profile", own).check_bad_input("leave out the profile that was given")
+    calibrate_from(*about, "--profile", saved).check_bad_input("cal.json is a calibration of `memwall calibrate-from`")
+    calibrate_from(*about, "--profile", own, "--save", own).check_bad_input("would overwrite --profile")
 
 
 def test_the_gpu_is_not_guessed(calibrate_from, result):
