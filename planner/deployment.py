@@ -185,8 +185,8 @@ class Deployment:
         if self.num_gpu_blocks_override is not None or self.active_speculation is not None:
             return None
         if self.calibration_fault() is None and (calibration := self._calibration()) is not None:
-            share = self.gpu_memory_utilization if self.gpu_memory_utilization != _USUAL_MEMORY_SHARE else None
-            blocks = calibration.pool(self.max_num_seqs, self.max_num_batched_tokens, share)
+            limits, share = (self.max_num_seqs, self.max_num_batched_tokens), self.gpu_memory_utilization
+            blocks = calibration.pool(*limits, share, is_usual=share == _USUAL_MEMORY_SHARE)
             size = calibration.settings.get("block_size")
             return (size, blocks) if blocks and self.block_size in (None, size) else None
         match = self._profile_for(self.model)

@@ -177,14 +177,16 @@ class ExternalCalibration(Record):
         if fault is not None:
             raise UserError(fault)
 
-    def pool(self, max_num_seqs: int, max_num_batched_tokens: int, gpu_memory_utilization: float | None) -> int | None:
+    def pool(
+        self, max_num_seqs: int, max_num_batched_tokens: int, gpu_memory_utilization: float, is_usual: bool = False
+    ) -> int | None:
         """KV blocks that requests could hold, where the server said so and its memory was shared out like this.
 
         Args:
-            gpu_memory_utilization: None for what is usual: the server's own, whatever it was, if nothing says it.
+            is_usual: that this is the usual share, and goes with a server of which nothing says the share that it had.
         """
         asked = {"max_num_seqs": max_num_seqs, "max_num_batched_tokens": max_num_batched_tokens}
-        if gpu_memory_utilization is not None or not self._is_assumed("gpu_memory_utilization"):
+        if not (is_usual and self.origin.get("gpu_memory_utilization") == ASSUMED):
             asked["gpu_memory_utilization"] = gpu_memory_utilization
         blocks = self.settings.get("num_gpu_blocks")
         if type(blocks) is not int or self.origin.get("num_gpu_blocks") == "the memory model":
@@ -192,9 +194,6 @@ class ExternalCalibration(Record):
         if any(self.settings.get(name) != value for name, value in asked.items()):
             return None
         return blocks - 1  # vLLM counts the null block
-
-    def _is_assumed(self, setting: str) -> bool:
-        return self.origin.get(setting) == ASSUMED
 
 
 def _times(base: str) -> str:

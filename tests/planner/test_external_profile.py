@@ -128,16 +128,22 @@ def test_the_servers_pool_is_used_where_settings_are_its(path):
     assert plain().memory().num_kv_blocks != 1_800
 
 
-def test_what_the_log_does_not_say_of_memory_is_no_difference(tmp_path):
-    """A server's share of the memory that was only assumed may be the one that is usual here."""
-    said, assumed = ("log line 2", "vLLM's default")
-    for origin, blocks in ((assumed, 1_800), (said, None)):
-        found = calibration(origin={"num_gpu_blocks": "log line 3", "gpu_memory_utilization": origin})
-        path = write(tmp_path, found)
-        usual = replace(plain(profiles=(path,)), gpu_memory_utilization=0.92)
-        assert (usual.memory().num_kv_blocks == blocks) == (blocks is not None), origin
-        other = replace(plain(profiles=(path,)), gpu_memory_utilization=0.8)
-        assert other.memory().num_kv_blocks != 1_800
+@pytest.mark.parametrize(
+    ("origin", "had", "asked", "is_the_servers"),
+    [
+        ("vLLM's default", 0.9, 0.92, True),  # only assumed, and only usual: they do not differ
+        ("vLLM's default", 0.9, 0.9, True),
+        ("vLLM's default", 0.9, 0.8, False),
+        ("log line 2", 0.9, 0.92, False),
+        ("log line 2", 0.92, 0.92, True),
+    ],
+)
+def test_what_the_log_does_not_say_of_memory_is_no_difference(tmp_path, origin, had, asked, is_the_servers):
+    settings = calibration().settings | {"gpu_memory_utilization": had}
+    origins = {"num_gpu_blocks": "log line 3", "gpu_memory_utilization": origin}
+    path = write(tmp_path, calibration(settings=settings, origin=origins))
+    blocks = replace(plain(profiles=(path,)), gpu_memory_utilization=asked).memory().num_kv_blocks
+    assert (blocks == 1_800) is is_the_servers
 
 
 # ---- the time outside of steps -------------------------------------------------------------------------------------
