@@ -97,8 +97,9 @@ def _saturation(result: SimulationResult) -> list[str]:
 def load_warnings(
     workload: Workload, deployment: Deployment, memory: MemoryReport, result: SimulationResult
 ) -> list[str]:
-    """What the deployment could not do with this load: prompts it rejected, prefixes it could not keep."""
-    warnings = _prefix_capacity(workload, deployment, memory, result)
+    """What to know of it with this load: a calibration that fails, prompts it rejected, prefixes it could not keep."""
+    failure = deployment.calibration_failure()
+    warnings = [*([failure] if failure else []), *_prefix_capacity(workload, deployment, memory, result)]
     length = memory.max_model_len
     cut = int(((workload.input_tokens < length) & (workload.input_tokens + workload.output_tokens > length)).sum())
     if cut:

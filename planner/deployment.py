@@ -157,6 +157,11 @@ class Deployment:
             raise UserError(f"{names} are calibrations of the same deployment; give one of them")
         return found[0][1] if found else None
 
+    def calibration_failure(self) -> str | None:
+        """Why nothing should be planned with the calibration from outside that is given; None if nothing is wrong."""
+        calibration = None if self.calibration_fault() else self._calibration()
+        return calibration.failure() if calibration else None
+
     def _seen_as(self) -> tuple[str, str, int, str]:
         return self.model.name, self.gpu.id, self.tensor_parallel_size, str(self.kv_cache_dtype)
 

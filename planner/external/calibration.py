@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
@@ -177,6 +177,10 @@ class ExternalCalibration(Record):
         if fault is not None:
             raise UserError(fault)
 
+    def failure(self) -> str | None:
+        """Why nothing should be planned with it, in one sentence; None if it foretells the runs that it is from."""
+        return _failure(self.after, self.fitted)
+
     def pool(
         self, max_num_seqs: int, max_num_batched_tokens: int, gpu_memory_utilization: float, is_usual: bool = False
     ) -> int | None:
@@ -245,6 +249,7 @@ def calibrate_external(
     deployment = external.deployment
     fitted, tested = run_errors(runs, after, masks), run_errors(runs, after, rest)
     assert fitted is not None, "fit_factors refuses runs without fitted requests"
+    failure = _failure(tested, fitted)
     return ExternalCalibration(
         command=command,
         date=date,
@@ -265,7 +270,7 @@ def calibrate_external(
         before=run_errors(runs, before, rest),
         after=tested,
         fitted=fitted,
-        warnings=(*_useless(tested or fitted, tested is None), *_warnings(runs, external, facts, fit, after)),
+        warnings=(*([failure] if failure else []), *_warnings(runs, external, facts, fit, after)),
     )
 
 
@@ -313,15 +318,17 @@ def _run_record(run: ServedRun, mask: np.ndarray) -> RunRecord:
     )
 
 
-def _useless(errors: RunErrors, is_fitted: bool) -> Iterable[str]:
-    """What to say of a calibration that does not foretell the runs that it is from."""
+def _failure(tested: RunErrors | None, fitted: RunErrors) -> str | None:
+    """How factors fail to foretell the runs that they are from; None if they do not."""
+    errors = tested or fitted
     tpot, ttft = errors.tpot.mean if errors.tpot else 0.0, errors.ttft.p50
-    if abs(tpot) > _USELESS_TPOT or abs(ttft) > _USELESS_TTFT:
-        which = "the requests that it was fitted to" if is_fitted else "requests of the same runs that it has not seen"
-        yield (
-            f"do not plan with this: on {which} the mean TPOT is off by {tpot:+.0%} and the median TTFT by "
-            f"{ttft:+.0%}; units, arrivals or settings are probably not those of the server"
-        )
+    if abs(tpot) <= _USELESS_TPOT and abs(ttft) <= _USELESS_TTFT:
+        return None
+    which = "the requests that it was fitted to" if tested is None else "requests of its runs that it has not seen"
+    return (
+        f"do not plan with this calibration: on {which} the mean TPOT is off by {tpot:+.0%} and the median TTFT by "
+        f"{ttft:+.0%}; units, arrivals or settings are probably not those of the server"
+    )
 
 
 def _warnings(

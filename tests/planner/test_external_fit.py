@@ -329,7 +329,7 @@ def test_what_foretells_nothing_says_so(calibration):
     slow = twice_as_slow_later(run)
     external = external_system(MODEL, GPU, ServerFacts(), [slow], {"async_scheduling": True}, base=BASE)
     found = calibrate_external([slow], external, ServerFacts())
-    assert "do not plan with this: on requests of the same runs that it has not seen" in found.warnings[0]
+    assert "do not plan with this calibration: on requests of its runs that it has not seen" in found.warnings[0]
     uncertain = found.step_time(BASE).uncertainty
     assert uncertain.decode <= 1.0 and uncertain.prefill <= 1.0
     nonsense = found.model_copy(update={"after": found.after.model_copy(update={"ttft": huge(found.after.ttft)})})

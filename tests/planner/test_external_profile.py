@@ -233,6 +233,18 @@ def test_simulate_with_a_calibration(memwall, path):
     assert report["result"]["ttft_ms"]["p50"] > alone["result"]["ttft_ms"]["p50"] + 50
 
 
+def test_what_foretells_nothing_is_said_again_of_every_result(memwall, tmp_path):
+    off = calibration().fitted.tpot.model_copy(update={"mean": 0.6})
+    path = write(tmp_path, calibration(after=calibration().fitted.model_copy(update={"tpot": off})))
+    for command in ("simulate", "plan"):
+        more = ("--total-gpus", 2, "--max-num-seqs", 64, "--draws", 1, "--jobs", 1) if command == "plan" else ()
+        done = memwall(command, *LOAD, *more, "--profile", path)
+        assert done.code == 0, done.err
+        said = " ".join((done.out + done.err).split())
+        assert "do not plan with this calibration: on requests of its runs that it has not seen" in said
+        assert "off by +60%" in said
+
+
 def test_plan_with_a_calibration(memwall, path):
     line = ("plan", *LOAD, "--profile", path, "--total-gpus", 2, "--max-num-seqs", 64, "--draws", 2, "--jobs", 1)
     done = memwall(*line, "--output", "json")
