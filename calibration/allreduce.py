@@ -48,7 +48,7 @@ def run(arguments: list[str]) -> int:
     parser = ArgumentParser(_PROG, _DESCRIPTION)
     parser.add_argument("record", type=Path, metavar="RECORD", help="JSON; measured now if it is not there")
     parser.add_argument(
-        "profiles", type=Path, nargs="*", metavar="PROFILE", help="of memwall calibrate, to be added to"
+        "profiles", type=Path, nargs="*", default=[], metavar="PROFILE", help="of memwall calibrate, to be added to"
     )
     parser.add_argument("--commit", metavar="NAME", help="of the source, where it is no git checkout")
     options = parser.read(arguments)

@@ -14,12 +14,18 @@ from calibration.command import exit_code
 from calibration.measure.fit import fit_errors
 from calibration.measure.table import dumps
 from engine.bench.record import write_text
-from planner.profile.schema import read_profile
+from planner.profile.schema import parse_profile, read_profile
 
 
 def refit(path: Path) -> bool:
-    """Bring the `fit` sections of a profile up to date; whether they were not."""
-    profile = json.loads(read_profile(path))
+    """Bring the `fit` sections of a profile up to date; whether they were not.
+
+    Raises:
+        UserError: it is no profile, or cannot be read or written.
+    """
+    text = read_profile(path)
+    parse_profile(text, path.name)  # refuses what is none
+    profile = json.loads(text)
     before = dumps(profile)
     for name, errors in fit_errors(profile).items():
         profile["kv"][name]["fit"] = errors

@@ -94,6 +94,21 @@ def test_other_files_are_no_record(text, tmp_path, capsys):
     assert "record.json" in capsys.readouterr().err
 
 
+def test_a_fit_that_is_written_anew(tmp_path, content, capsys):
+    from calibration.refit import main
+
+    plain, packed = write(tmp_path, content, "plain.json"), tmp_path / "packed.json.gz"
+    packed.write_bytes(gzip.compress(plain.read_bytes()))
+    for path in (plain, packed):
+        assert main([str(path)]) == 0 and capsys.readouterr().out.endswith(": written\n")
+        assert load_profile(path).record.kv["bfloat16"].fit["decode"]["points"] > 0
+        assert main([str(path)]) == 0 and capsys.readouterr().out.endswith(": as it was\n")
+    (tmp_path / "none.json").write_text("# no profile")
+    for name, words in (("none.json", "is not JSON"), ("nowhere.json", "No such file")):
+        assert main([str(tmp_path / name)]) == 2
+        assert words in capsys.readouterr().err
+
+
 def test_one_gpu_is_too_few(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert allreduce.main([str(tmp_path / "record.json")]) == 2
