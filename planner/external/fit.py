@@ -318,14 +318,15 @@ class _Solver:
         is_reassessed = False
         for _ in range(_MAX_ITERATIONS):
             before = self.loss
-            self._tried = []
             self._jacobian = self._differences(active)
-            if not self._step(active) and not self._step_aside():
+            if not self._move(active):
                 if is_reassessed:
                     break
-                self._reassess()
                 is_reassessed = True
-                continue
+                self._reassess()
+                before = self.loss
+                if not self._move(active):
+                    break
             improved = before - self.loss
             self._rescale()
             if improved < _GOOD_ENOUGH * before:
@@ -333,7 +334,11 @@ class _Solver:
 
     def _differences(self, active: list[int]) -> np.ndarray:
         """float64 [moments, active]: how the moments move with the parameters."""
+        self._tried = []
         return np.stack([self._difference(i) for i in active], axis=1)
+
+    def _move(self, active: list[int]) -> bool:
+        return self._step(active) or self._step_aside()
 
     def _reassess(self) -> None:
         """Take the median of the loss here and around here for the loss."""
