@@ -90,7 +90,7 @@ def load_model(name_or_path: str | Path, quantization: str | None = None) -> Mod
 def config_file(name_or_path: str | Path | None) -> Path | None:
     """The config.json that `load_model` reads for a name; None where the catalog has the name, or nobody."""
     name = str(name_or_path or "").strip()
-    if not name or _canonical(name) in _model_names():
+    if not name or catalog_id(name) is not None:
         return None
     path = Path(name).expanduser()
     if not _exists(path):

@@ -159,8 +159,12 @@ class Deployment:
 
     def calibration_failure(self) -> str | None:
         """Why nothing should be planned with the calibration from outside that is given; None if nothing is wrong."""
-        calibration = None if self.calibration_fault() else self._calibration()
+        calibration = self._usable_calibration()
         return calibration.failure() if calibration else None
+
+    def _usable_calibration(self) -> ExternalCalibration | None:
+        """As `_calibration`, but None, too, where some were given and none is of this deployment."""
+        return None if self.calibration_fault() else self._calibration()
 
     def _seen_as(self) -> tuple[str, str, int, str]:
         return self.model.name, self.gpu.id, self.tensor_parallel_size, str(self.kv_cache_dtype)
@@ -189,7 +193,7 @@ class Deployment:
         """Block size and number of KV blocks that the engine had with these very settings, where that was measured."""
         if self.num_gpu_blocks_override is not None or self.active_speculation is not None:
             return None
-        if self.calibration_fault() is None and (calibration := self._calibration()) is not None:
+        if (calibration := self._usable_calibration()) is not None:
             limits, share = (self.max_num_seqs, self.max_num_batched_tokens), self.gpu_memory_utilization
             blocks = calibration.pool(*limits, share, is_usual=share == _USUAL_MEMORY_SHARE)
             size = calibration.settings.get("block_size")

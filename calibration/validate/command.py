@@ -57,10 +57,11 @@ def run(arguments: list[str], predictor_for: Callable[[ServedRecord], Predictor]
         if names.count(path) > 1:
             raise UserError(f"{path.name} is given {names.count(path)} times; give it once")
     outside = _outside(options)
-    refuse_twice([path for path in options.records if outside.can_read(path)])
+    of_others = [path for path in options.records if outside.can_read(path)]
+    refuse_twice(of_others)
     records, predictors = [], {}
     for path in options.records:
-        if outside.can_read(path):
+        if path in of_others:
             predictors.update(outside.read(path))
         else:
             records.append(read(path))

@@ -96,14 +96,9 @@ class OutsideServer:
         step_time = deployment.step_time()
         if step_time.evidence is Evidence.SCALED and not found.depth_known:
             found = found.with_depth(step_time.pipeline_depth)
-        guessed = [name for name, (_, origin) in found.origin.items() if origin in _GUESSES]
-        important = [name for name in guessed if name in _IMPORTANT]
-        notes = (f"{', '.join(important)}: neither flag nor log says, so a default stands in",) if important else ()
+        guessed = ", ".join(found.guessed)
+        notes = (f"{guessed}: neither flag nor log says, so a default stands in",) if guessed else ()
         return Predictor(step_time, step_time.description, None, (*notes, *found.warnings)), found
-
-
-_GUESSES = ("vLLM's default", "the memory model")
-_IMPORTANT = ("max_num_seqs", "max_num_batched_tokens", "num_gpu_blocks")
 
 
 def _loads(runs: Sequence[Any]) -> list[list[Any]]:

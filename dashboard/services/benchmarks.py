@@ -36,9 +36,6 @@ METRICS = {
     "output_throughput_tokens_per_s": "output tokens/s",
     "request_throughput_per_s": "requests/s",
 }
-# Settings of a server that decide much; where a default stands in for one, that is worth a sentence.
-_IMPORTANT = ("max_num_seqs", "max_num_batched_tokens", "num_gpu_blocks")
-_GUESSES = ("vLLM's default", "the memory model")
 
 
 @dataclass(frozen=True)
@@ -170,9 +167,8 @@ def _model_of(record: MemwallRecord, chosen: ModelSpec) -> ModelSpec:
 
 def _notes(runs: Sequence[ServedRun], found: ExternalSystem, record: MemwallRecord | None) -> tuple[str, ...]:
     notes = [*(note for run in runs for note in run.notes), *found.warnings]
-    guessed = [name for name, (_, origin) in found.origin.items() if origin in _GUESSES and name in _IMPORTANT]
-    if guessed and record is None:
-        notes.append(f"{', '.join(guessed)}: neither the page nor a log says, so a default stands in")
+    if found.guessed and record is None:
+        notes.append(f"{', '.join(found.guessed)}: neither the page nor a log says, so a default stands in")
     if record is None and not found.depth_known:
         notes.append("nothing says whether the server schedules a step while the one before runs; here it does not")
     return tuple(dict.fromkeys(notes))

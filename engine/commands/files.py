@@ -42,7 +42,7 @@ def ensure_different(path: Path, flag: str, source: Path, of: str) -> None:
     Raises:
         UserError: they are the same file, whatever their names.
     """
-    if source.is_file() and path.exists() and path.samefile(source):
+    if source.is_file() and _is_same(path, source):
         raise UserError(f"{flag}: {path} is the file of {of}, which would be overwritten; name another")
 
 

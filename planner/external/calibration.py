@@ -20,7 +20,7 @@ from planner.external.replay import Replayed, replay
 from planner.external.scaled import NAMES, SCALES, Factors, ScaledStepTime
 from planner.external.served_run import ServedRun
 from planner.external.server_facts import ServerFacts
-from planner.external.settings import ASSUMED, ExternalSystem
+from planner.external.settings import ASSUMED, MEMORY_MODEL, ExternalSystem
 from planner.schema import Record
 from planner.step_time import StepTime, Uncertainty
 
@@ -193,7 +193,7 @@ class ExternalCalibration(Record):
         if not (is_usual and self.origin.get("gpu_memory_utilization") == ASSUMED):
             asked["gpu_memory_utilization"] = gpu_memory_utilization
         blocks = self.settings.get("num_gpu_blocks")
-        if type(blocks) is not int or self.origin.get("num_gpu_blocks") == "the memory model":
+        if type(blocks) is not int or self.origin.get("num_gpu_blocks") == MEMORY_MODEL:
             return None
         if any(self.settings.get(name) != value for name, value in asked.items()):
             return None
@@ -340,11 +340,9 @@ def _warnings(
         depth, base = external.system.pipeline_depth, external.system.step_time.pipeline_depth
         why = "as the profile's engine has them" if depth == base == 2 else "which fits better"
         warnings.append(f"nothing says how many steps the server has in flight; {depth} are assumed, {why}")
-    guessed = [name for name, (_, origin) in external.origin.items() if origin in (ASSUMED, "the memory model")]
-    important = [name for name in guessed if name in ("max_num_seqs", "max_num_batched_tokens", "num_gpu_blocks")]
-    if important:
+    if external.guessed:
         warnings.append(
-            f"{', '.join(important)}: neither flag nor log says, so a default stands in; the factors absorb it"
+            f"{', '.join(external.guessed)}: neither flag nor log says, so a default stands in; the factors absorb it"
         )
     simulated = sum(result.num_preemptions for result in after)
     told = facts.value("num_preemptions")

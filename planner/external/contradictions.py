@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 
 from planner.catalog import catalog_id
 from planner.deployment import Deployment
 from planner.errors import UserError
 from planner.external.served_run import ServedRun
 from planner.external.server_facts import ServerFacts
-from planner.memory import GIB, plan_memory
+from planner.memory import GIB, MemoryReport, plan_memory
 from planner.model import ModelSpec
 from planner.step_time import Evidence, StepTime
 
@@ -77,7 +78,12 @@ def contradictions(
     Raises:
         UserError: the server had more memory than its GPU.
     """
-    found = [_memory(deployment, facts), *_names(deployment.model, facts, runs), _weights(deployment, facts)]
+    # Worked out once, and only where the log says something to hold against it.
+    report = cache(
+        lambda: plan_memory(deployment.model, deployment.gpu, deployment.memory_settings(), with_remedies=False)
+    )
+    found = [_memory(deployment, facts, report), *_names(deployment.model, facts, runs)]
+    found.append(_weights(deployment, facts, report))
     weights = facts.quantization
     if weights is not None and given not in (None, weights.value):
         found.append(
@@ -104,36 +110,35 @@ def _prefix_hits(facts: ServerFacts) -> str | None:
     )
 
 
-def _memory(deployment: Deployment, facts: ServerFacts) -> str | None:
-    cache, gpu = facts.kv_cache_gib, deployment.gpu
-    if cache is None:
+def _memory(deployment: Deployment, facts: ServerFacts, report: Callable[[], MemoryReport]) -> str | None:
+    told, gpu = facts.kv_cache_gib, deployment.gpu
+    if told is None:
         return None
     total = gpu.memory_bytes / GIB
     weights = facts.value("weights_gib") or 0.0
-    if cache.value + weights > total:
+    if told.value + weights > total:
         beside = f" beside {weights:,.2f} GiB of weights" if weights else ""
         raise UserError(
-            f"the server had {cache.value:,.2f} GiB of KV cache per GPU{beside} (log line {cache.line}), but "
+            f"the server had {told.value:,.2f} GiB of KV cache per GPU{beside} (log line {told.line}), but "
             f"{gpu.name} has {total:,.1f} GiB of memory; name the GPU (--system) that served"
         )
-    report = plan_memory(deployment.model, gpu, deployment.memory_settings(), with_remedies=False)
-    fixed = report.weights_bytes_per_rank + report.activation_bytes_per_rank
-    fixed += report.cuda_graph_bytes_per_rank + report.non_torch_bytes_per_rank
-    had = (cache.value + fixed / GIB) / deployment.gpu_memory_utilization
+    planned = report()
+    fixed = planned.weights_bytes_per_rank + planned.activation_bytes_per_rank
+    fixed += planned.cuda_graph_bytes_per_rank + planned.non_torch_bytes_per_rank
+    had = (told.value + fixed / GIB) / deployment.gpu_memory_utilization
     if had >= _SAME_GPU * total:
         return None
     return (
-        f"with {cache.value:,.2f} GiB of KV cache (log line {cache.line}) the server's GPU had some {had:,.0f} GiB of "
+        f"with {told.value:,.2f} GiB of KV cache (log line {told.line}) the server's GPU had some {had:,.0f} GiB of "
         f"memory, but {gpu.name} has {total:,.0f}: it was another GPU (--system), or it had other work too"
     )
 
 
-def _weights(deployment: Deployment, facts: ServerFacts) -> str | None:
+def _weights(deployment: Deployment, facts: ServerFacts, report: Callable[[], MemoryReport]) -> str | None:
     loaded = facts.weights_gib
     if loaded is None or facts.num_speculative_tokens is not None:
         return None
-    report = plan_memory(deployment.model, deployment.gpu, deployment.memory_settings(), with_remedies=False)
-    expected = report.weights_bytes_per_rank / GIB
+    expected = report().weights_bytes_per_rank / GIB
     if expected / _SAME_WEIGHTS <= loaded.value <= expected * _SAME_WEIGHTS:
         return None
     return (

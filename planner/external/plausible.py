@@ -36,6 +36,12 @@ def unit_of_instant(value: float) -> str | None:
     return next(unit for unit, most in _EPOCHS if value <= most)
 
 
+def first_impossible(instants: np.ndarray) -> int | None:
+    """The place of the first of these (float64 [n]) that cannot be in seconds; None where all can."""
+    places = np.flatnonzero(instants > _LATEST_S)
+    return int(places[0]) if places.size else None
+
+
 def check_duration(where: str, duration: Any, requests: ServedRun, assumed: bool) -> None:
     """Hold requests against the duration that their benchmark says, if it does.
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from planner.errors import UserError
-from planner.external.plausible import unit_of_instant
+from planner.external.plausible import first_impossible, unit_of_instant
 from planner.external.served_run import CLOCK_SLACK_S, ServedRun, served_run
 from planner.workload.tables import Table, dates_ns, numbers, read_csv, read_jsonl, show_columns, whole_numbers
 
@@ -31,7 +31,6 @@ _ALIASES = {
     "output": "output_tokens output_toks output_length output_len num_output_tokens completion_tokens"
     " completion_len num_completion_tokens generated_tokens num_decode_tokens osl",
 }
-_INSTANTS = ("arrival", "scheduled", "first", "last")
 _TIMES = ("arrival", "queued", "scheduled", "first", "ttft", "last", "e2el")
 _INSTANTS = ("arrival", "queued", "scheduled", "first", "last")
 _UNITS = {"s": 1.0, "sec": 1.0, "secs": 1.0, "seconds": 1.0, "ms": 1e3, "us": 1e6, "ns": 1e9}
@@ -183,7 +182,7 @@ def _check_instants(clock: _Clock) -> None:
         if role not in clock.roles:
             continue
         table, column, seconds = clock.table, clock.roles[role], clock.seconds(role)
-        row = next((i for i, instant in enumerate(seconds) if unit_of_instant(instant) is not None), None)
+        row = first_impossible(seconds)
         if row is not None:
             unit = unit_of_instant(float(seconds[row]) * column.per_second)
             raise UserError(

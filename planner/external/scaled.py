@@ -25,8 +25,6 @@ from planner.step_time import TICKS_PER_SECOND, DecodeRun, DerivedStepTime, Evid
 # Scale factors as fractions of 2**20, so that a step's ticks are integers whichever way they are reached.
 _ONE = 1 << 20
 _LISTED_STEPS = 256
-
-
 # No engine is a hundred times faster or slower than the base; none takes a second for each request of a step, or gives
 # much of the base's time back; and no request waits a minute on its way in.
 _POSSIBLE_SCALE = (0.009, 110.0)

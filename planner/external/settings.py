@@ -30,6 +30,10 @@ _ASYNC_SINCE = (0, 14)
 
 #: Where a setting comes from that neither flag nor log says.
 ASSUMED = "vLLM's default"
+#: Where the number of KV blocks comes from that neither says.
+MEMORY_MODEL = "the memory model"
+# Of the settings those that decide over latencies.
+_DECISIVE = ("max_num_seqs", "max_num_batched_tokens", "num_gpu_blocks")
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,12 @@ class ExternalSystem:
     depth_known: bool
     origin: dict[str, tuple[Any, str]]
     warnings: tuple[str, ...] = ()
+
+    @property
+    def guessed(self) -> tuple[str, ...]:
+        """The settings that decide over latencies and that neither flag nor log says."""
+        unsaid = (name for name, (_, origin) in self.origin.items() if origin in (ASSUMED, MEMORY_MODEL))
+        return tuple(name for name in unsaid if name in _DECISIVE)
 
     def with_depth(self, depth: int) -> ExternalSystem:
         """The same with this many steps in flight."""
@@ -136,7 +146,7 @@ def external_system(
                 "blocks that the server printed with --num-gpu-blocks-override, or its log"
             )
         blocks = memory.num_kv_blocks + 1
-        settings.origin["num_gpu_blocks"] = (blocks, "the memory model")
+        settings.origin["num_gpu_blocks"] = (blocks, MEMORY_MODEL)
     layout = kv_layout(model, deployment.memory_settings())
     speculation = _speculation(facts)
     depth, depth_known = _depth(settings, facts, speculation)

@@ -253,10 +253,15 @@ def step_time_of(
 
 def _complete(limits, profile: Profile, gpu: GpuSpec):
     """The limits with an fp8 rate, where the GPU has one that was not measured."""
-    measured_on = load_gpu(profile.record.gpu) if profile.record.gpu else gpu
     if limits.matmul_fp8_flops_per_s is not None:
         return limits
+    measured_on = _measured_on(profile, gpu)
     return replace(limits, matmul_fp8_flops_per_s=limits_on(limits, measured_on, measured_on).matmul_fp8_flops_per_s)
+
+
+def _measured_on(profile: Profile, gpu: GpuSpec) -> GpuSpec:
+    """The GPU of a profile; the one that is asked for where the catalog has no name for it."""
+    return load_gpu(profile.record.gpu) if profile.record.gpu else gpu
 
 
 def _link(profile: Profile, model: ModelSpec, gpu: GpuSpec, ranks: int, other_gpu: bool) -> Callable[[int], float]:
@@ -268,7 +273,7 @@ def _link(profile: Profile, model: ModelSpec, gpu: GpuSpec, ranks: int, other_gp
     if ranks == 1:
         return lambda tokens: 0.0
     sheet_s = RooflineStepTime(model, gpu, ranks).all_reduce_s
-    measured_on = load_gpu(profile.record.gpu) if profile.record.gpu else gpu
+    measured_on = _measured_on(profile, gpu)
     worlds = {world for world, _, _ in profile.tables.allreduce}
     if not worlds or measured_on.fast_link != gpu.fast_link:
         return sheet_s
