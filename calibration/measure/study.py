@@ -1,7 +1,7 @@
 """A calibration: limits of the device, an engine for each KV format, the points of its grid, and the profile of it all.
 
 The weights are loaded once. Each KV format has its share of the time: what it does not use the next ones have, and when
-it is used up, points that a profile can do without are left out.
+it is used up, points that a profile can do without are left for the end, if there is time then.
 """
 
 from __future__ import annotations
@@ -9,9 +9,10 @@ from __future__ import annotations
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +43,7 @@ VERSION = 1
 KIND = "memwall-profile"
 _LINE_EVERY_S = 5.0
 _MOST_FAILURES = 3
+_WORTH_BUILDING = 2.0
 
 
 @dataclass(frozen=True)
@@ -130,6 +132,7 @@ class _Study:
         self._failed: dict[tuple, str] = {}
         self._started = time.perf_counter()
         self._end = self._started + 60 * job.minutes
+        self._slowest_build_s = 0.0
         self._said = 0.0
         self.part = PartFile.at(job.save)
 
@@ -158,15 +161,28 @@ class _Study:
         """All that is missing."""
         self._measure_limits()
         self._measure_allreduce()
-        for index, name in enumerate(self._formats):
+        self._measure_formats(self._formats)
+        # The first format's kernels are compiled in its share of the time. What it left out the others left time for.
+        self._measure_formats([name for name in self._formats if not self._is_done(name)], again=True)
+        self._weights = None
+        self._measure_limits()
+
+    def _measure_formats(self, names: Sequence[str], *, again: bool = False) -> None:
+        """What is missing of formats, each in its share of the time that is left.
+
+        Args:
+            again: only where building the engine once more leaves most of the share.
+        """
+        for index, name in enumerate(names):
             now = time.perf_counter()
-            deadline = now + (self._end - now) / (len(self._formats) - index)
+            share = (self._end - now) / (len(names) - index)
+            if again and share < _WORTH_BUILDING * self._slowest_build_s:
+                continue
             failed = -1
             while not self._is_done(name) and failed < len(self._failed):  # again, behind a step that failed
                 failed = len(self._failed)
-                self._on_engine(name, lambda core, name=name, until=deadline: self._measure_points(core, name, until))
-        self._weights = None
-        self._measure_limits()
+                measure = partial(self._measure_points, name=name, deadline=now + share)
+                self._on_engine(name, measure)
 
     def _measure_limits(self) -> None:
         if self.part.limits is not None:
@@ -205,7 +221,9 @@ class _Study:
         core = EngineCore(replace(self._config, kv_cache_dtype=name), weights=self._weights)
         try:
             self._weights = core.weights
-            self.say(f"{name}: {core.memory.num_blocks:,} KV blocks, built in {time.perf_counter() - started:.0f} s")
+            taken = time.perf_counter() - started
+            self._slowest_build_s = max(self._slowest_build_s, taken)
+            self.say(f"{name}: {core.memory.num_blocks:,} KV blocks, built in {taken:.0f} s")
             with quiet_collector():
                 measure(core)
         finally:

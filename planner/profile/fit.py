@@ -30,10 +30,10 @@ _ENOUGH_MIXED = 5
 # What the steps of a kind are off by together: the relative standard deviation of their summed time in served loads
 # (8B on an H200, two KV formats at five loads each), predicted by a fit whose clock was told by the other four loads.
 # It is how far the state of a device differs from one run to the next.
-_COMMON_DECODE, _COMMON_PROMPT = 0.004, 0.009
+_COMMON_DECODE, _COMMON_PROMPT = 0.004, 0.005
 # The same between devices of one type: two H200s, of which one drew 89 W when idle and the other 99 W, ran the same
 # loads' steps with prompts 3 % apart, as the power limit decides their clock, and steps of decodes 1.4 %.
-_DEVICE_DECODE, _DEVICE_PROMPT = 0.010, 0.021
+_DEVICE_DECODE, _DEVICE_PROMPT = 0.013, 0.014
 # What the CPU takes for steps with prompts in all of a run, against what a profile says: about the standard deviation
 # of 65 runs on the machine that was profiled and on two others. They are virtual, and not at any time as fast.
 _COMMON_HOST = 0.14

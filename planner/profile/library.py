@@ -25,7 +25,15 @@ from planner.model import ModelSpec
 from planner.profile.schema import Profile, load_profile
 from planner.profile.shape import ModelShape
 from planner.profile.step_time import ProfileStepTime
-from planner.profile.transfer import ADDED_UNCERTAINTY, Scaling, limits_on, measured_link_s, transferred, widened
+from planner.profile.transfer import (
+    ADDED_UNCERTAINTY,
+    Scaling,
+    limits_on,
+    measured_link_s,
+    transferred,
+    transferred_clock,
+    widened,
+)
 from planner.roofline import RooflineStepTime
 
 if TYPE_CHECKING:
@@ -44,6 +52,8 @@ _CHANGE_WORDS = {
     "tensor_parallel_size": "one GPU",
     "gpu": "another GPU to {gpu}",
 }
+# What changes the matrix products of a step, and with them the power that it draws.
+_CHANGES_DENSE = frozenset({"model"})
 
 
 @dataclass(frozen=True)
@@ -245,9 +255,12 @@ def step_time_of(
         if "gpu" in changes:
             limits = limits_on(source_limits, load_gpu(record.gpu), gpu)
         link_s = _link(profile, model, gpu, tensor_parallel_size, "gpu" in changes)
-        fitted = transferred(fitted, Scaling(fitted.shape, target, source_limits, limits, link_s))
-    # Another GPU has another power limit; on the same one what a step draws stays, whatever the model.
+        scaling = Scaling(fitted.shape, target, source_limits, limits, link_s)
+        fitted, measured = transferred(fitted, scaling), fitted
+    # Another GPU has another power limit.
     clock = None if "gpu" in changes else profile.clock(match.kv_cache_dtype)
+    if clock is not None and _CHANGES_DENSE.intersection(changes):
+        clock = transferred_clock(clock, measured, scaling)
     return ProfileStepTime(fitted, origin, uncertainty, max_num_seqs, max_num_batched_tokens, clock=clock)
 
 

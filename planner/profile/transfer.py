@@ -1,20 +1,27 @@
 """From what was measured to what was not: another model, KV format, number of ranks or GPU. Utilisation stays.
 
 A time is taken apart into what a roofline at the measured limits says, and how far it was from that. The roofline is
-worked out again for the new shapes and limits; the distance is kept: as a factor as far as a step is bound by its
-FLOPs, and per layer as far as it waits for weights, where kernels that begin, end and wait for each other are what it
-is made of. Some of it comes once in a step, as sampling does. None of this is measured: all of it is EXTRAPOLATED.
+worked out again for the new shapes and limits; the distance is taken apart and kept:
+
+    once a step     sampling, to begin and to end
+    per layer       kernels that begin, end and wait for each other: what steps take that wait for weights
+    per activation  norms, rotary embedding and the like: bytes moved for each token, layer and unit of the hidden size
+    the rest        as a factor as far as a step is bound by its FLOPs, and per layer as far as it waits for weights
+
+None of this is measured: all of it is EXTRAPOLATED.
 """
 
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from engine.padding import padded_sizes
 from planner.hardware import GpuSpec
+from planner.profile.clock import USUAL_E0, USUAL_E1, USUAL_TAU_S, ClockModel
 from planner.profile.decode import DecodeFit
 from planner.profile.fit import FittedKV
 from planner.profile.host import HostFit
@@ -29,13 +36,22 @@ _FP8_REACHED = 0.86
 # What a step takes once, whatever its layers: sampling among 128,256 tokens, and to begin and end. With it the decodes
 # of Llama-3.1-8B and Llama-3.2-1B on one H200 tell each other within some per cent.
 _ONCE_S = 0.2e-3
+# Bytes that all but the matrix products and attention move, per token, layer and unit of the hidden size: two norms,
+# the rotary embedding and the activation of a Llama read and write 38 to 42.
+_ACTIVATION_BYTES = 40.0
+# Steps whose dense work is bound by its FLOPs by no more than this tell what a layer takes whatever its tokens.
+_WAITS_FOR_WEIGHTS = 0.5
+# By how much more of its cool time a hot step takes longer, for each unit that its FLOPs per second come nearer to the
+# limit, as the power that it draws does: from 64 to 2,048 tokens Llama-3.1-8B goes from 0.74 to 1.0 of the limit, and
+# from 7 to 23 % longer (0.43 to 0.70 in six fits, of four KV formats on two H200s).
+_SLOWED_BY_POWER = 0.58
 # What each change adds. The first is of a model of half or twice the size, and grows as further factors of two do that
 # are independent of each other: Llama-3.2-1B and Llama-3.1-8B on an H200, three of them apart, tell each other's steps
-# of decodes to 4 % and prompts to 17 % (root mean square), as matrices of a small model leave more of a GPU idle. The
-# others, and all of the host's, are stated, not measured: what launches take is worked out by layers, weights in fp8
-# and ranks have launches of their own, and another GPU stands in a machine with another CPU.
+# of decodes to 5 % and prompts to 10 % (root mean square over sizes). The others, and all of the host's, are stated,
+# not measured: what launches take is worked out by layers, weights in fp8 and ranks have launches of their own, and
+# another GPU stands in a machine with another CPU.
 ADDED_UNCERTAINTY = {
-    "model": Uncertainty(0.03, 0.10, host=0.10),
+    "model": Uncertainty(0.03, 0.06, host=0.10),
     "kv_cache_dtype": Uncertainty(0.04, 0.03),
     "quantization": Uncertainty(0.08, 0.10, host=0.05),
     "tensor_parallel_size": Uncertainty(0.08, 0.10, host=0.10),
@@ -83,6 +99,14 @@ class Scaling:
             found.append(shape.products.seconds(tokens, sampled, limits.copy_bytes_per_s, flops))
         return found[0], found[1]
 
+    def activations(self, tokens: int) -> tuple[float, float]:
+        """What all layers of the source and of the target move between their products, and not for attention."""
+        found = []
+        for shape, limits in ((self.source, self.source_limits), (self.target, self.target_limits)):
+            moved = _ACTIVATION_BYTES * tokens * shape.hidden_size * shape.num_layers
+            found.append(moved / limits.copy_bytes_per_s)
+        return found[0], found[1]
+
     def chunk_roofs(self, query: int, context: int) -> tuple[float, float]:
         """Attention of a chunk likewise: the longer of scoring its pairs and reading its keys."""
         found = []
@@ -116,20 +140,72 @@ def _piece_sizes(source: FittedKV, scaling: Scaling) -> tuple[int, ...]:
     return tuple(padded_sizes(elements, target.fp8, source.engine.max_num_batched_tokens))
 
 
-def _dense(sizes: Sequence[int], seconds: Sequence[float], scaling: Scaling, all_sampled: bool) -> tuple[float, ...]:
-    found = []
-    for size, measured in zip(sizes, seconds, strict=True):
-        sampled = size if all_sampled else 1
+@dataclass(frozen=True)
+class _Dense:
+    """Dense work, taken apart.
+
+    Attributes:
+        all_sampled: whether every token of a step is sampled, as in decodes; else one is.
+        gap_s: what a layer takes beyond its roofline, whatever its tokens.
+    """
+
+    scaling: Scaling
+    all_sampled: bool
+    gap_s: float
+
+    @classmethod
+    def of(cls, sizes: Sequence[int], seconds: Sequence[float], scaling: Scaling, *, all_sampled: bool) -> _Dense:
+        """Of what steps of these numbers of tokens took."""
+        found = []
+        for size, measured in zip(sizes, seconds, strict=True):
+            sampled = size if all_sampled else 1
+            if scaling.compute_share(size, sampled) <= _WAITS_FOR_WEIGHTS:
+                beyond = measured - scaling.roofs(size, sampled)[0] - _ONCE_S - scaling.activations(size)[0]
+                found.append(max(beyond, 0.0) / scaling.source.num_layers)
+        return cls(scaling, all_sampled, statistics.median(found) if found else 0.0)
+
+    def seconds(self, size: int, measured: float) -> float:
+        """What a step takes on the target that took `measured` seconds on the source."""
+        scaling, sampled = self.scaling, size if self.all_sampled else 1
         before, after = scaling.roofs(size, sampled)
         beyond = measured - before
         if beyond <= 0.0:  # faster than the limits that were measured
-            found.append(after * measured / before + scaling.link_s(size))
-            continue
+            return after * measured / before
         once = min(_ONCE_S, beyond)
+        moved, moved_after = scaling.activations(size)
+        gaps, gaps_after = (shape.num_layers * self.gap_s for shape in (scaling.source, scaling.target))
+        # Not more than there is, of either in the same proportion.
+        fixed = min(1.0, (beyond - once) / (moved + gaps)) if moved + gaps else 0.0
+        rest = beyond - once - fixed * (moved + gaps)
         share = scaling.compute_share(size, sampled)
         factor = share * after / before + (1.0 - share) * scaling.layers
-        found.append(after + once + (beyond - once) * factor + scaling.link_s(size))
-    return tuple(found)
+        return after + once + fixed * (moved_after + gaps_after) + rest * factor
+
+
+def _dense(sizes: Sequence[int], seconds: Sequence[float], scaling: Scaling, all_sampled: bool) -> tuple[float, ...]:
+    dense = _Dense.of(sizes, seconds, scaling, all_sampled=all_sampled)
+    return tuple(dense.seconds(*each) + scaling.link_s(each[0]) for each in zip(sizes, seconds, strict=True))
+
+
+def transferred_clock(clock: ClockModel, source: FittedKV, scaling: Scaling) -> ClockModel:
+    """How the device slows down with another model or weight format on it.
+
+    Cool steps are transferred as all are. How much longer a hot one takes follows from the power that it draws: it is
+    as much as on the source, and more or less by how much nearer its FLOPs per second come to the limit. How fast the
+    device heats and cools is taken for what is usual, as a model that draws little power tells little of it.
+    """
+    prompt = source.prompt
+    dense = _Dense.of(prompt.sizes, prompt.dense_s, scaling, all_sampled=False)
+    cool, hot = [], []
+    for tokens, of_cool, of_hot in zip(clock.tokens, clock.cool, clock.hot, strict=True):
+        steady = prompt.dense(tokens)
+        before, after = scaling.roofs(tokens, 1)
+        cool_s = dense.seconds(tokens, steady * of_cool)
+        slowed = of_hot / of_cool - 1.0 + _SLOWED_BY_POWER * (after / cool_s - before / (steady * of_cool))
+        cool.append(cool_s / dense.seconds(tokens, steady))
+        hot.append(cool[-1] * (1.0 + max(slowed, 0.0)))
+    usual = {"tau_s": USUAL_TAU_S, "e0": USUAL_E0, "e1": USUAL_E1}
+    return replace(clock, cool=tuple(cool), hot=tuple(hot), **usual)
 
 
 def _decode(fit: DecodeFit, scaling: Scaling) -> DecodeFit:

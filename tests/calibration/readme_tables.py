@@ -7,20 +7,39 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
+
+from planner.profile.schema import read_profile
 
 ROOT = Path(__file__).parents[2]
 RECORDS = ROOT / "calibration" / "records"
 PROFILES = ROOT / "planner" / "data" / "profiles"
-#: The one that was profiled, and others of its type.
-GPUS = {"A": RECORDS, "B": RECORDS / "device_b", "C": RECORDS / "device_c"}
-_LEVEL = re.compile(r"serve_h200_(bf16|fp8)_(\d+)")
-_NAMES = {"bf16": "bfloat16", "fp8": "fp8"}
+#: Two that were profiled, of which the first one's profile is shipped, and others of their type.
+GPUS = {"A": RECORDS} | {letter.upper(): RECORDS / f"device_{letter}" for letter in "bcde"}
+_PROFILED = ("A", "B")
+_LEVEL = re.compile(r"serve_h200_(bf16|fp8|1b)_(\d+)")
+_NAMES = {"bf16": "bfloat16", "fp8": "fp8", "1b": "1B, bfloat16"}
+#: What was to be reached: its name, how far off it may be at the most, and its metrics.
+_FIGURES = (
+    ("TPOT mean", 0.02, ("tpot_ms.mean",)),
+    ("TPOT p50", 0.02, ("tpot_ms.p50",)),
+    ("E2EL p50", 0.03, ("e2el_ms.p50",)),
+    ("E2EL p90", 0.03, ("e2el_ms.p90",)),
+    ("TTFT p50", 0.05, ("ttft_ms.p50",)),
+    ("p99 of TTFT", 0.1, ("ttft_ms.p99",)),
+    ("p99 of TPOT and of E2EL", 0.1, ("tpot_ms.p99", "e2el_ms.p99")),
+    ("throughput", 0.02, ("output_throughput_tokens_per_s",)),
+)
+
+
+def _validation(path: Path) -> dict:
+    return json.loads(path.read_text())
 
 
 def levels(path: Path) -> dict[tuple[str, int], dict]:
     """What a validation says of each load, by KV format and share of the capacity."""
-    found = json.loads(path.read_text())["levels"]
+    found = _validation(path)["levels"]
     named = {_LEVEL.fullmatch(level["record"]): level for level in found}
     return {(match[1], int(match[2])): level for match, level in named.items()}
 
@@ -35,10 +54,14 @@ def _error(level: dict, metric: str) -> str:
     return signed(level["metrics"][metric]["error"])
 
 
-def _all_rows(name: str, folder: Path) -> list[str]:
+def _prompt_steps(level: dict) -> dict:
+    return next(each for each in level["steps"] if each["kind"] == "all with prompts")
+
+
+def _all_rows(name: str, path: Path) -> list[str]:
     rows = []
-    for (kv, share), level in levels(folder / "validation.json").items():
-        steps = next(each for each in level["steps"] if each["kind"] == "all with prompts")
+    for (kv, share), level in levels(path).items():
+        steps = _prompt_steps(level)
         twice = level["num_runs"] > 1
         apart = [level["metrics"][metric]["spread"] for metric in ("ttft_ms.p50", "tpot_ms.mean")] if twice else []
         cells = [
@@ -52,26 +75,83 @@ def _all_rows(name: str, folder: Path) -> list[str]:
             f"{100 * steps['median']:.1f} / {100 * steps['p90']:.1f}",
             " / ".join(f"{100 * each:.1f}" for each in apart) or "– / –",
         ]
-        rows.append((kv, share, f"| {' | '.join(cells)} |"))
+        rows.append((kv, share, _row(cells)))
     return [row for _, _, row in sorted(rows)]
 
 
 def calibration_rows() -> list[str]:
-    """Of calibration/README.md."""
-    return [row for name, folder in GPUS.items() for row in _all_rows(name, folder)]
+    """Of calibration/README.md: every load by itself."""
+    rows = [row for name, folder in GPUS.items() for row in _all_rows(name, folder / "validation.json")]
+    return rows + _all_rows("B", GPUS["B"] / "validation_1b.json")
+
+
+def figure_rows() -> list[str]:
+    """Of calibration/README.md: of how many loads of each GPU a figure was reached."""
+    validations = [_validation(folder / "validation.json") for folder in GPUS.values()]
+    rows = []
+    for name, limit, metrics in _FIGURES:
+        errors = [
+            [[level["metrics"][metric]["error"] for metric in metrics] for level in validation["levels"]]
+            for validation in validations
+        ]
+        reached = [sum(all(abs(each) <= limit for each in one) for one in of_gpu) for of_gpu in errors]
+        worst = max((each for of_gpu in errors for one in of_gpu for each in one), key=abs)
+        cells = [name, f"{100 * limit:.0f} %"]
+        cells += [f"{count} of {len(of_gpu)}" for count, of_gpu in zip(reached, errors, strict=True)]
+        rows.append(_row([*cells, f"{signed(worst)} %"]))
+    return [*rows, *_other_figures(validations)]
+
+
+def _other_figures(validations: list[dict]) -> Iterator[str]:
+    """Of whole engines, of single steps, and of intervals."""
+    points = [[each["error"] for each in one["saturation"].values()] for one in validations]
+    known = [[error for error in of_gpu if error is not None] for of_gpu in points]
+    cells = [f"{sum(abs(each) <= 0.03 for each in of_gpu)} of {len(of_gpu)}" if of_gpu else "–" for of_gpu in known]
+    worst = max((each for of_gpu in known for each in of_gpu), key=abs)
+    yield _row(["saturation point", "3 %", *cells, f"{signed(worst)} %"])
+    steps = [[_prompt_steps(level) for level in one["levels"]] for one in validations]
+    limits = {"median": 0.02, "p90": 0.05}
+    cells = [
+        " / ".join(str(sum(each[name] <= limit for each in of_gpu)) for name, limit in limits.items())
+        for of_gpu in steps
+    ]
+    worst = " / ".join(f"{100 * max(each[name] for of_gpu in steps for each in of_gpu):.1f}" for name in limits)
+    yield _row(["steps with prompts, median / 90 %", "2 / 5 %", *cells, f"{worst} %"])
+    found = [one["coverage"]["all"] for one in validations]
+    share = sum(each["inside"] for each in found) / sum(each["of"] for each in found)
+    cells = [f"{100 * each['share']:.1f} %" for each in found]
+    yield _row(["90 % intervals that hold", "85 to 95 %", *cells, f"in all {100 * share:.1f} %"])
+
+
+def transfer_rows() -> list[str]:
+    """Of calibration/README.md: the models as foreseen from each other."""
+    rows = []
+    for name, kv, path in (
+        ("8B from 1B, bfloat16", "bf16", "validation_8b_from_1b.json"),
+        ("8B from 1B, fp8", "fp8", "validation_8b_from_1b.json"),
+        ("1B from 8B, bfloat16", "1b", "validation_1b_from_8b.json"),
+    ):
+        found = levels(GPUS["B"] / path)
+        rows.append(_row([name, *(_error(found[kv, share], "tpot_ms.mean") for share in (20, 50, 80, 95))]))
+    return rows
+
+
+def _row(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
 def fit_rows() -> list[str]:
     """Errors of the fits of the shipped profiles: of calibration/README.md."""
     rows = []
     for name in ("llama-3.1-8b", "llama-3.1-8b_fp8", "llama-3.2-1b"):
-        profile = json.loads((PROFILES / f"{name}_h200.json").read_text())
+        (path,) = PROFILES.glob(f"{name}_h200.json*")
+        profile = json.loads(read_profile(path))
         for kv, tables in profile["kv"].items():
             fit = tables["fit"]
             cells = [name.replace("_fp8", ", fp8 weights"), kv]
             cells += [_told(fit[table], "leave_one_out") for table in ("decode", "prefill", "mixed")]
             cells.append(_told(fit["service, prompt"], "in_sample"))
-            rows.append(f"| {' | '.join(cells)} |")
+            rows.append(_row(cells))
     return rows
 
 
@@ -81,15 +161,14 @@ def _told(errors: dict, which: str) -> str:
 
 
 def readme_rows() -> list[str]:
-    """Of README.md: the errors on all GPUs."""
-    found = [levels(folder / "validation.json") for folder in GPUS.values()]
+    """Of README.md: the errors on the GPUs that were profiled."""
+    found = [levels(GPUS[name] / "validation.json") for name in _PROFILED]
     rows = []
     for kv, share in sorted(found[0]):
         cells = [f"{_NAMES[kv]}, {share} %"]
-        for metric in ("ttft_ms.p50", "tpot_ms.mean", "e2el_ms.p50", "output_throughput_tokens_per_s"):
-            known = [_error(each[kv, share], metric) if (kv, share) in each else "–" for each in found]
-            cells.append(" / ".join(known))
-        rows.append(f"| {' | '.join(cells)} |")
+        metrics = ("ttft_ms.p50", "tpot_ms.mean", "e2el_ms.p50", "output_throughput_tokens_per_s")
+        cells += [" / ".join(_error(each[kv, share], metric) for each in found) for metric in metrics]
+        rows.append(_row(cells))
     return rows
 
 
@@ -106,7 +185,7 @@ def trimmed_rows() -> list[str]:
                 " / ".join(_error(level, f"e2el_ms.{at}") for at in ("p50", "p90", "p99")),
                 _error(level, "output_throughput_tokens_per_s"),
             ]
-            rows.append(((gpu, kv, share), f"| {' | '.join(cells)} |"))
+            rows.append(((gpu, kv, share), _row(cells)))
     return [row for _, row in sorted(rows)]
 
 
@@ -126,8 +205,14 @@ TABLES = (
         fit_rows,
         r"\| llama-[\w.-]+(, fp8 weights)? \| (bfloat16|fp8|int8|int4) \| \d",
     ),
-    (ROOT / "calibration" / "README.md", trimmed_rows, r"\| [ABC], (bfloat16|fp8), \d+ % from"),
-    (ROOT / "calibration" / "README.md", calibration_rows, r"\| [ABC] \| (bfloat16|fp8), \d+ % \|"),
+    (ROOT / "calibration" / "README.md", transfer_rows, r"\| \dB from \dB"),
+    (ROOT / "calibration" / "README.md", trimmed_rows, r"\| [A-E], (bfloat16|fp8), \d+ % from"),
+    (ROOT / "calibration" / "README.md", calibration_rows, r"\| [A-E] \| (1B, )?(bfloat16|fp8), \d+ % \|"),
+    (
+        ROOT / "calibration" / "README.md",
+        figure_rows,
+        r"\| (TPOT|E2EL|TTFT|p99|throughput|saturation|steps with|90 % intervals)[^|]*\| [0-9/ to]+ % \|",
+    ),
 )
 
 

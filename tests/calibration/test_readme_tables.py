@@ -5,6 +5,7 @@ import json
 import pytest
 
 from calibration.measure.fit import fit_errors
+from planner.profile.schema import read_profile
 from tests.calibration.readme_tables import PROFILES, TABLES, signed, tables
 
 
@@ -14,9 +15,9 @@ def test_tables_are_those_of_the_records(path, rows, begin):
     assert tables(text, rows(), begin) == text, "python -m tests.calibration.readme_tables writes them"
 
 
-@pytest.mark.parametrize("path", sorted(PROFILES.glob("*.json")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(PROFILES.glob("*.json*")), ids=lambda path: path.name)
 def test_profiles_tell_the_errors_of_the_present_fit(path):
-    profile = json.loads(path.read_text())
+    profile = json.loads(read_profile(path))
     for name, errors in fit_errors(profile).items():
         kept = profile["kv"][name]["fit"]
         assert set(kept) == set(errors), "python -m calibration.refit writes them"

@@ -98,7 +98,7 @@ def trimmed(tmp_path_factory, commands) -> Path:
 def test_records_say_themselves_what_served_them(trimmed):
     found = load_external(trimmed)
     assert (found.model, found.gpu, found.kv_cache_dtype) == ("llama-3.1-8b", "h200_sxm", "bfloat16")
-    assert found.settings["num_gpu_blocks"] == 14_249 and found.settings["pipeline_depth"] == 2
+    assert found.settings["num_gpu_blocks"] == 14_248 and found.settings["pipeline_depth"] == 2
     assert set(found.origin.values()) == {"record"}
     kept = load_external(RECORDS / "trimmed" / "A_bf16_50_110.json")
     for name, factor in found.factors.items():
@@ -140,7 +140,7 @@ def test_validation_takes_such_a_calibration(trimmed, memwall):
             ["serve_h200_bf16_50.json", "serve_h200_fp8_50.json"],
             "serve_h200_fp8_50.json was served with kv_cache_dtype",
         ),
-        (["serve_h200_bf16_50.json", "serve_h200_1b_50.json"], "was served with model llama-3.2-1b"),
+        (["serve_h200_bf16_50.json", "device_b/serve_h200_1b_50.json"], "was served with model llama-3.2-1b"),
         (["serve_h200_bf16_50.json", "--max-num-seqs", "64"], "--max-num-seqs is of servers that are not ours"),
         (["serve_h200_bf16_50.json", "--system", "h100_sxm"], "--system is of servers that are not ours"),
         (["serve_h200_bf16_50.json", "--quantization", "fp8"], "--quantization is of servers that are not ours"),
@@ -189,8 +189,9 @@ def test_a_table_beside_a_record_is_refused(tmp_path, memwall):
 
 
 def test_validation_refuses_a_calibration_of_another_server(trimmed, memwall):
-    for load, said in (("fp8_50", "a KV cache in fp8"), ("1b_50", "model llama-3.2-1b")):
-        found = memwall("validate", "--profile", trimmed, RECORDS / f"serve_h200_{load}.json")
+    of_1b = "device_b/serve_h200_1b_50.json"
+    for record, said in (("serve_h200_fp8_50.json", "a KV cache in fp8"), (of_1b, "model llama-3.2-1b")):
+        found = memwall("validate", "--profile", trimmed, RECORDS / record)
         assert found.code == 2 and not found.out
         assert f"was served with {said}, but cal.json was measured with" in found.err.splitlines()[-1]
 

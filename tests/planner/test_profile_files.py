@@ -3,6 +3,7 @@
 import copy
 import gzip
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -467,12 +468,74 @@ def test_what_is_beyond_the_roofline_is_kept(tmp_path):
     products = shape.products
     halves = {name: getattr(products, name) / 2 for name in ("layer_bytes", "layer_flops", "head_bytes", "head_flops")}
     half = transferred(
-        fit, Scaling(shape, replace(shape, products=replace(products, **halves)), tables.limits, tables.limits, none)
+        fit,
+        Scaling(
+            shape,
+            replace(shape, products=replace(products, **halves), hidden_size=shape.hidden_size // 2),
+            tables.limits,
+            tables.limits,
+            none,
+        ),
     )
     read_s = (products.layer_bytes + products.head_bytes) / tables.limits.copy_bytes_per_s
     assert half.decode.base_s[0] == pytest.approx(fit.decode.base_s[0] - read_s / 2, rel=1e-3)
     # At 8,192 tokens nothing but FLOPs does.
     assert half.prompt.dense_s[-1] == pytest.approx(fit.prompt.dense_s[-1] / 2, rel=0.02)
+
+
+def _made_dense_s(of, limits, tokens: int) -> float:
+    """Dense work: once a step, per layer, per activation, and beyond the FLOPs' limit by a factor."""
+    rates = limits.copy_bytes_per_s, limits.flops_per_s(fp8=False)
+    roof_s = of.products.seconds(tokens, 1, *rates)
+    bound_by_flops = 1 - (of.products.seconds(tokens, 1, rates[0], math.inf) / roof_s) ** 2
+    activations_s = 40 * of.hidden_size * tokens * of.num_layers / rates[0]
+    return 0.2e-3 + 35e-6 * of.num_layers + activations_s + roof_s * (1 + 0.2 * bound_by_flops**4)
+
+
+def _with_made_dense(fit, shape, limits):
+    dense_s = tuple(_made_dense_s(shape, limits, size) for size in fit.prompt.sizes)
+    return replace(fit, shape=shape, prompt=replace(fit.prompt, dense_s=dense_s))
+
+
+def test_dense_work_is_taken_apart_into_what_scales_in_its_own_way(path):
+    from planner.profile.shape import ModelShape
+    from planner.profile.transfer import Scaling, transferred
+
+    read = load_profile(path)
+    limits = read.tables.limits
+    large, small = ModelShape.of(LLAMA, BF16, 64), ModelShape.of(load_model("llama-3.2-1b"), BF16, 64)
+    for source, target in ((large, small), (small, large)):
+        fit = _with_made_dense(read.fitted("bfloat16"), source, limits)
+        found = transferred(fit, Scaling(source, target, limits, limits, lambda tokens: 0.0)).prompt
+        for size, seconds in zip(found.sizes, found.dense_s, strict=True):
+            bound_by_one = size <= 64 or size >= 2048  # by weights on both sides, or by FLOPs
+            assert seconds == pytest.approx(_made_dense_s(target, limits, size), rel=0.02 if bound_by_one else 0.08)
+
+
+def test_a_clock_is_transferred_by_the_power_that_steps_draw(path):
+    from planner.profile.clock import USUAL_TAU_S, ClockModel
+    from planner.profile.shape import ModelShape
+    from planner.profile.transfer import Scaling, transferred_clock
+
+    read = load_profile(path)
+    limits = read.tables.limits
+    large, small = ModelShape.of(LLAMA, BF16, 64), ModelShape.of(load_model("llama-3.2-1b"), BF16, 64)
+    fits = {shape: _with_made_dense(read.fitted("bfloat16"), shape, limits) for shape in (large, small)}
+    clock = ClockModel(0.01, 0.2, 0.5, (64, 1024), (0.98, 0.9), (1.0, 1.0), decode=1.05)
+
+    def found(source, target) -> ClockModel:
+        return transferred_clock(clock, fits[source], Scaling(source, target, limits, limits, lambda tokens: 0.0))
+
+    same = found(large, large)
+    assert same.cool == pytest.approx(clock.cool)
+    assert same.hot == pytest.approx(clock.hot)
+    assert (same.tau_s, same.decode) == (USUAL_TAU_S, 1.05)
+    # A small model's steps are made of gaps between kernels and of activations, too, and draw less power.
+    to_small, to_large = found(large, small), found(small, large)
+    for index in range(2):
+        slowed = clock.hot[index] / clock.cool[index]
+        assert 1.0 <= to_small.hot[index] / to_small.cool[index] < slowed
+        assert slowed < to_large.hot[index] / to_large.cool[index]
 
 
 def test_models_further_apart_tell_less_of_each_other():
@@ -557,7 +620,7 @@ def test_a_short_service_is_read(tmp_path, content):
 def test_another_model_is_padded_as_the_engine_pads_it(measured, other):
     """As far as the engine's own profile of it says: it leaves out sizes that a larger one beats."""
     source, target = (
-        next(each for each in SHIPPED() if each.name == f"{name}_h200.json") for name in (measured, other)
+        next(each for each in SHIPPED() if each.name.startswith(f"{name}_h200.json")) for name in (measured, other)
     )
     match = find_profile(target.spec, H200, BF16, 1, (source,))
     step_time = library.step_time_of(match, target.spec, H200, BF16, 1, 64, 256, 8192)
