@@ -211,7 +211,7 @@ TABLES = (
     (
         ROOT / "calibration" / "README.md",
         figure_rows,
-        r"\| (TPOT|E2EL|TTFT|p99|throughput|saturation|steps with|90 % intervals)[^|]*\| [0-9/ to]+ % \|",
+        r"\| (TPOT|E2EL|TTFT|p99|throughput|saturation|steps with|90 % int)[^|,]*(, median / 90 %)? \| [0-9/ to]+ % \|",
     ),
 )
 
