@@ -28,11 +28,12 @@ _QUANTILE_SPAN = 2.563
 # So many mixed points tell how far whole steps are off.
 _ENOUGH_MIXED = 5
 # What the steps of a kind are off by together: the relative standard deviation of their summed time in served loads
-# (8B on an H200, two KV formats at five loads each), predicted by a fit whose clock was told by the other four loads.
-# It is how far the state of a device differs from one run to the next.
+# (8B on two H200s, each with a profile of its own, two KV formats at six loads: 0.4 % and 0.5 to 0.6 %). It is how far
+# the state of a device differs from one run to the next.
 _COMMON_DECODE, _COMMON_PROMPT = 0.004, 0.005
-# The same between devices of one type: two H200s, of which one drew 89 W when idle and the other 99 W, ran the same
-# loads' steps with prompts 3 % apart, as the power limit decides their clock, and steps of decodes 1.4 %.
+# The same between devices of one type: the loads of five H200s, predicted with the profile of one of them. What one
+# takes less or more than their mean has a standard deviation of 1.0 %, in steps with prompts, whose clock the power
+# limit decides, as in decodes; this is of the difference of two.
 _DEVICE_DECODE, _DEVICE_PROMPT = 0.013, 0.014
 # What the CPU takes for steps with prompts in all of a run, against what a profile says: about the standard deviation
 # of 65 runs on the machine that was profiled and on two others. They are virtual, and not at any time as fast.
