@@ -488,7 +488,7 @@ def _made_dense_s(of, limits, tokens: int) -> float:
     rates = limits.copy_bytes_per_s, limits.flops_per_s(fp8=False)
     roof_s = of.products.seconds(tokens, 1, *rates)
     bound_by_flops = 1 - (of.products.seconds(tokens, 1, rates[0], math.inf) / roof_s) ** 2
-    activations_s = 40 * of.hidden_size * tokens * of.num_layers / rates[0]
+    activations_s = 45 * of.hidden_size * tokens * of.num_layers / rates[0]
     return 0.2e-3 + 35e-6 * of.num_layers + activations_s + roof_s * (1 + 0.2 * bound_by_flops**4)
 
 
