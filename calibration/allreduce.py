@@ -112,12 +112,13 @@ def added(path: Path, record: dict[str, Any]) -> str:
     from planner.profile.schema import parse_profile, read_profile
 
     text = read_profile(path)
-    measured_on = parse_profile(text, path.name).record.gpu_name
-    if measured_on != record["gpu_name"]:
-        raise UserError(
-            f"profile {path} was measured on {measured_on}, and these all-reduces on {record['gpu_name']}; they go "
-            "together only if the GPU is the same"
-        )
+    measured = parse_profile(text, path.name).record
+    for of_profile, of_record in ((measured.gpu_name, record["gpu_name"]), (measured.gpu, record.get("gpu"))):
+        if of_profile != of_record:
+            raise UserError(
+                f"profile {path} was measured on {of_profile}, and these all-reduces on {of_record}; they go "
+                "together only if the GPU is the same"
+            )
     profile = json.loads(text)
     profile["allreduce"] = record["allreduce"]
     told = ("command", "commit", "date", "environment")
@@ -142,6 +143,8 @@ def _read(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is no record of all-reduces of version {VERSION}, as `{_PROG}` writes it")
     if not isinstance(record.get("gpu_name"), str) or not isinstance(record.get("allreduce"), list):
         raise UserError(f"{path} lacks gpu_name or allreduce, a text and a list")
+    if not isinstance(record.get("environment"), dict):
+        raise UserError(f"{path} lacks environment, which says where the all-reduces were measured")
     if not record["allreduce"]:
         raise UserError(f"{path} has no all-reduce in it")
     return record

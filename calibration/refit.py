@@ -14,7 +14,10 @@ from calibration.command import exit_code
 from calibration.measure.fit import fit_errors
 from calibration.measure.table import dumps
 from engine.bench.record import write_text
+from engine.commands.arguments import ArgumentParser
 from planner.profile.schema import parse_profile, read_profile
+
+_PROG = "python -m calibration.refit"
 
 
 def refit(path: Path) -> bool:
@@ -38,12 +41,15 @@ def refit(path: Path) -> bool:
 def main(arguments: list[str]) -> int:
     """Run the command. Returns its exit code."""
 
-    def run(paths: list[str]) -> int:
-        for path in paths:
-            print(f"{path}: {'written' if refit(Path(path)) else 'as it was'}")
+    def run(arguments: list[str]) -> int:
+        parser = ArgumentParser(_PROG, "Say anew in profiles what their fit is good for, where the fit has changed.")
+        parser.add_argument("profiles", type=Path, nargs="+", metavar="PROFILE", help="of memwall calibrate")
+        options = parser.read(arguments)
+        for path in options.profiles if options else ():
+            print(f"{path}: {'written' if refit(path) else 'as it was'}")
         return 0
 
-    return exit_code("python -m calibration.refit", run, arguments)
+    return exit_code(_PROG, run, arguments)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import argparse
 import shlex
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from calibration.validate.external import OutsideServer
@@ -20,6 +21,7 @@ from engine.commands.files import ensure_distinct
 from engine.errors import UserError
 from planner.catalog import config_file
 from planner.external.readers import refuse_twice
+from planner.profile.library import NO_PROFILE
 
 _PROG = "memwall validate"
 _EXIT_CODES = (
@@ -43,6 +45,8 @@ def run(arguments: list[str], predictor_for: Callable[[ServedRecord], Predictor]
         return 0
     if not 1 <= options.runs <= _MOST_RUNS:
         raise UserError(f"--runs is {options.runs}; it must be from 1 to {_MOST_RUNS:,}")
+    if options.profile is not None and str(options.profile) == NO_PROFILE:
+        raise UserError("--profile none leaves nothing to validate; name a profile, or leave it out for a shipped one")
     if options.transfer and options.profile is None:
         raise UserError("--transfer needs --profile, of whatever the step times are to be transferred from")
     outputs = [(flag, path) for flag, path in (("--json", options.json), ("--html", options.html)) if path is not None]
@@ -64,7 +68,7 @@ def run(arguments: list[str], predictor_for: Callable[[ServedRecord], Predictor]
         if path in of_others:
             predictors.update(outside.read(path))
         else:
-            records.append(read(path))
+            records.append(_by_folder(read(path), path, options.records))
     ensure_distinct([("the step log", log) for record in records for log in record.step_logs], outputs)
     if options.transfer and predictors:
         raise UserError(f"--transfer is for records of memwall bench serve; {next(iter(predictors)).name} is none")
@@ -85,6 +89,12 @@ def run(arguments: list[str], predictor_for: Callable[[ServedRecord], Predictor]
     if options.html is not None:
         write_text(options.html, report(found, "The simulator against the engine"))
     return 1 if options.strict and not found.is_met else 0
+
+
+def _by_folder(record: ServedRecord, path: Path, paths: list[Path]) -> ServedRecord:
+    """The record, named after its folder too where another one's file is called the same."""
+    alike = [each for each in paths if each.name == path.name]
+    return record if len(alike) == 1 else replace(record, name=f"{path.resolve().parent.name}/{record.name}")
 
 
 def _parser() -> ArgumentParser:

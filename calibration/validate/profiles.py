@@ -228,15 +228,17 @@ def check_same(record: ServedRecord, profile: ProfileFacts) -> tuple[str, ...]:
         refuse("a number of KV blocks of", blocks, engine.num_kv_blocks)
     if engine.num_kv_blocks != blocks:
         notes.append(
-            f"{record.name} had {engine.num_kv_blocks:,} KV blocks, {profile.name} {blocks:,}; the record's count"
+            f"{record.name} had {engine.num_kv_blocks:,} KV blocks and {profile.name} {blocks:,}; it is simulated with "
+            "its own"
         )
     return tuple(notes)
 
 
 def _refusal(record: ServedRecord, profile: str) -> Callable[[str, Any, Any], None]:
     def refuse(what: str, of_profile: Any, of_record: Any) -> None:
+        values = ["none" if each is None else each for each in (of_record, of_profile)]
         raise UserError(
-            f"{record.name} was served with {what} {of_record}, but {profile} was measured with {of_profile}"
+            f"{record.name} was served with {what} {values[0]}, but {profile} was measured with {values[1]}"
         )
 
     return refuse

@@ -237,6 +237,8 @@ def read_bench_serve(path: Path) -> ServedRecord:
             document["commit"],
             tuple(log for log in logs if log is not None),
         )
+    except UserError:  # of a step log
+        raise
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path.name} is no complete record of `memwall bench serve`: {error!r}") from None
 

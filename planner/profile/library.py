@@ -6,10 +6,8 @@ deployment only and scale the step times that profiles or data sheets give it.
 
 from __future__ import annotations
 
-import gzip
 import json
 import math
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -22,7 +20,7 @@ from planner.errors import UserError
 from planner.hardware import GpuSpec
 from planner.kv_format import KVCacheDtype
 from planner.model import ModelSpec
-from planner.profile.schema import Profile, load_profile
+from planner.profile.schema import Profile, load_profile, read_profile
 from planner.profile.shape import ModelShape
 from planner.profile.step_time import ProfileStepTime
 from planner.profile.transfer import (
@@ -120,9 +118,8 @@ def _load_once(name: str, mtime_ns: int, size: int) -> Profile | ExternalCalibra
 def _content(name: str) -> object:
     """The JSON of a file, to tell its kind; None if it is none, which reading it as a profile will complain about."""
     try:
-        with (gzip.open if name.endswith(".gz") else open)(name, "rt", encoding="utf-8") as file:
-            return json.load(file)
-    except (OSError, EOFError, ValueError, RecursionError, zlib.error):
+        return json.loads(read_profile(Path(name)))
+    except (ValueError, RecursionError):  # which an error of the user's is, too
         return None
 
 
@@ -257,8 +254,8 @@ def step_time_of(
         link_s = _link(profile, model, gpu, tensor_parallel_size, "gpu" in changes)
         scaling = Scaling(fitted.shape, target, source_limits, limits, link_s)
         fitted, measured = transferred(fitted, scaling), fitted
-    # Another GPU has another power limit.
-    clock = None if "gpu" in changes else profile.clock(match.kv_cache_dtype)
+    # Another GPU is taken to give way to its power limit as the measured one does.
+    clock = profile.clock(match.kv_cache_dtype)
     if clock is not None and _CHANGES_DENSE.intersection(changes):
         clock = transferred_clock(clock, measured, scaling)
     return ProfileStepTime(fitted, origin, uncertainty, max_num_seqs, max_num_batched_tokens, clock=clock)
@@ -291,8 +288,9 @@ def _link(profile: Profile, model: ModelSpec, gpu: GpuSpec, ranks: int, other_gp
     if not worlds or measured_on.fast_link != gpu.fast_link:
         return sheet_s
     nearest = min(worlds, key=lambda world: abs(math.log(world / ranks)))
-    measured_s = measured_link_s(profile.tables.allreduce, nearest, model.num_layers, model.hidden_size)
+    nearest_s = RooflineStepTime(model, measured_on, nearest).all_reduce_s
+    shape = model.num_layers, model.hidden_size
+    measured_s = measured_link_s(profile.tables.allreduce, nearest, *shape, nearest_s)
     if nearest == ranks and not other_gpu:
         return measured_s
-    nearest_s = RooflineStepTime(model, measured_on, nearest).all_reduce_s
     return lambda tokens: sheet_s(tokens) * measured_s(tokens) / nearest_s(tokens)

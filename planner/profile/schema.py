@@ -33,6 +33,11 @@ _CPU_FORMAT = "float32"  # of an engine on a CPU, which no deployment has
 # and other kernels can make a larger one faster (448 tokens on an H200 took 1.3 times as long as 512), but not by far.
 _SLACK = 0.5
 # The same of all-reduces, whose library has other ways for other sizes.
+# What no all-reduce stays below or above: seconds, and bytes per second.
+_LEAST_LINK_S, _MOST_LINK_S, _LEAST_LINK, _MOST_LINK = 1e-7, 1e-2, 1e7, 1e13
+# Of the slowest step's time: what the CPU can take for one at the most, by far.
+_MOST_HOST = 10.0
+_GZIP = b"\x1f\x8b"
 _ALLREDUCE_SLACK = 0.5
 # A hot device is slower. Noise may say otherwise, and so may a CPU that could not launch a small step in time on the
 # cool one: by so much at the most. No clock gives way by more than the other.
@@ -74,6 +79,9 @@ class PointRecord(_Section):
             raise ValueError("it has neither prompt chunks nor decodes")
         if not self.low_s <= self.step_s <= self.high_s:
             raise ValueError(f"step_s {self.step_s:g} does not lie between low_s and high_s")
+        # Steps come one behind the other on one CPU.
+        if self.host_s is not None and self.host_s > _MOST_HOST * self.high_s:
+            raise ValueError(f"host_s {self.host_s:g} is of steps of which the slowest came after {self.high_s:g} s")
         return self
 
 
@@ -431,12 +439,12 @@ def read_profile(path: Path) -> str:
     try:
         if path.stat().st_size > _MAX_BYTES:
             raise UserError(f"profile {path}: the file is too large to be one")
-        with (gzip.open if path.name.endswith(".gz") else open)(path, "rt", encoding="utf-8") as file:
-            return file.read()
+        data = path.read_bytes()
+        return (gzip.decompress(data) if data[:2] == _GZIP else data).decode("utf-8")
+    except (EOFError, UnicodeDecodeError, gzip.BadGzipFile, zlib.error) as error:
+        raise UserError(f"profile {path.name} is damaged: {error}") from None
     except OSError as error:
         raise UserError(f"cannot read profile {path}: {error.strerror or error}") from None
-    except (EOFError, UnicodeDecodeError, zlib.error) as error:
-        raise UserError(f"profile {path.name} is damaged: {error}") from None
 
 
 def _check(record: ProfileRecord, tables: ProfileTables) -> None:
@@ -470,11 +478,15 @@ def _check_allreduce(rows: Iterable[tuple[int, int, float]]) -> None:
     """More bytes must not take much less time; the library changes its ways between some sizes."""
     slowest: dict[int, tuple[float, int]] = {}
     for ranks, size, seconds in sorted(rows):
+        what = f"an all-reduce of {size:,} bytes between {ranks} GPUs"
+        if slowest.get(ranks, (0.0, 0))[1] == size:
+            raise ValueError(f"{what} is there twice")
+        if not _LEAST_LINK_S + size / _MOST_LINK < seconds < _MOST_LINK_S + size / _LEAST_LINK:
+            raise ValueError(f"{what} takes {seconds:.3g} s, which no link between GPUs does")
         before_s, before = slowest.get(ranks, (0.0, 0))
         if seconds < _ALLREDUCE_SLACK * before_s:
             raise ValueError(
-                f"an all-reduce of {size:,} bytes between {ranks} GPUs takes {seconds * 1e6:.3g} us, and one of "
-                f"{before:,} bytes {before_s * 1e6:.3g} us"
+                f"{what} takes {seconds * 1e6:.3g} us, and one of {before:,} bytes {before_s * 1e6:.3g} us"
             )
         slowest[ranks] = max((before_s, before), (seconds, size))
 

@@ -142,7 +142,7 @@ def _check(runs: Sequence[Mapping[str, Any]], fitted: FittedKV) -> None:
                 seconds = fitted.prompt.seconds_of(chunks, rows, keys)
                 # Of a small step the device waits for the CPU, and that may be long.
                 host_s = _MOST_HOST * fitted.host.seconds(StepShape(chunks, [0] * rows))
-                ratios["with prompts"].append(gpu / min(max(seconds, host_s), max(seconds, gpu)))
+                ratios["with prompts"].append(gpu / (max(seconds, gpu) if gpu <= host_s else seconds))
             else:
                 ratios["of decodes"].append(gpu / fitted.decode.seconds(rows, keys, excess))
     for kind, each in ratios.items():
@@ -460,7 +460,10 @@ def _host_costs(runs: Sequence[Mapping[str, Any]], fitted: FittedKV) -> dict[str
         if usual is None or len(steps) < _FEW:
             continue
         # What it takes per request and chunk is better told by steps that were measured one by one.
-        factor = float(np.quantile([taken / usual.seconds(step) for step, taken in steps], share))
+        known = [(taken, seconds) for step, taken in steps if (seconds := usual.seconds(step)) > 0.0]
+        if len(known) < _FEW:  # points that say it takes nothing
+            continue
+        factor = float(np.quantile([taken / seconds for taken, seconds in known], share))
         costs[kind] = usual.scaled(min(max(factor, 1 / _MOST_HOST), _MOST_HOST))
     return costs
 

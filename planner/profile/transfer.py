@@ -5,6 +5,7 @@ worked out again for the new shapes and limits; the distance is taken apart and 
 
     once a step     sampling, to begin and to end
     per layer       kernels that begin, end and wait for each other: what steps take that wait for weights
+    per weight      as products of few rows read weights more slowly than a copy does
     per activation  norms, rotary embedding and the like: bytes moved for each token, layer and unit of the hidden size
     the rest        as a factor as far as a step is bound by its FLOPs, and per layer as far as it waits for weights
 
@@ -39,6 +40,9 @@ _ONCE_S = 0.2e-3
 # Bytes that all but the matrix products and attention move, per token, layer and unit of the hidden size: of
 # Llama-3.1-8B two norms with the residual stream 16, rotary embedding and cache 6, the activation 21; of 3.2-1B 46.
 _ACTIVATION_BYTES = 45.0
+# What products of few rows take longer than a copy of their weights. With it what a layer takes besides is the same,
+# some 25 us, of Llama-3.1-8B and Llama-3.2-1B in steps of 16 to 64 decodes.
+_READ_SLOWER = 0.09
 # Steps whose dense work is bound by its FLOPs by no more than this tell what a layer takes whatever its tokens.
 _WAITS_FOR_WEIGHTS = 0.5
 # By how much more of its cool time a hot step takes longer, for each unit that its FLOPs per second come nearer to the
@@ -90,6 +94,13 @@ class Scaling:
         flops = limits.flops_per_s(shape.fp8)
         read_s = shape.products.seconds(tokens, sampled, limits.copy_bytes_per_s, math.inf)
         return 1.0 - (read_s / shape.products.seconds(tokens, sampled, limits.copy_bytes_per_s, flops)) ** 2
+
+    def reads(self) -> tuple[float, float]:
+        """Reading the weights of the source and of the target."""
+        return (
+            self.source.products.seconds(1, 1, self.source_limits.copy_bytes_per_s, math.inf),
+            self.target.products.seconds(1, 1, self.target_limits.copy_bytes_per_s, math.inf),
+        )
 
     def roofs(self, tokens: int, sampled: int) -> tuple[float, float]:
         """Dense work of the source and of the target at their limits."""
@@ -160,7 +171,8 @@ class _Dense:
         for size, measured in zip(sizes, seconds, strict=True):
             sampled = size if all_sampled else 1
             if scaling.compute_share(size, sampled) <= _WAITS_FOR_WEIGHTS:
-                beyond = measured - scaling.roofs(size, sampled)[0] - _ONCE_S - scaling.activations(size)[0]
+                known_s = _ONCE_S + scaling.activations(size)[0] + _READ_SLOWER * scaling.reads()[0]
+                beyond = measured - scaling.roofs(size, sampled)[0] - known_s
                 found.append(max(beyond, 0.0) / scaling.source.num_layers)
         return cls(scaling, all_sampled, statistics.median(found) if found else 0.0)
 
@@ -172,14 +184,23 @@ class _Dense:
         if beyond <= 0.0:  # faster than the limits that were measured
             return after * measured / before
         once = min(_ONCE_S, beyond)
-        moved, moved_after = scaling.activations(size)
-        gaps, gaps_after = (shape.num_layers * self.gap_s for shape in (scaling.source, scaling.target))
-        # Not more than there is, of either in the same proportion.
-        fixed = min(1.0, (beyond - once) / (moved + gaps)) if moved + gaps else 0.0
-        rest = beyond - once - fixed * (moved + gaps)
         share = scaling.compute_share(size, sampled)
+        # Not more than there is, of each in the same proportion.
+        told, told_after = self._told(size, share)
+        fixed = min(1.0, (beyond - once) / told)
+        rest = beyond - once - fixed * told
         factor = share * after / before + (1.0 - share) * scaling.layers
-        return after + once + fixed * (moved_after + gaps_after) + rest * factor
+        return after + once + fixed * told_after + rest * factor
+
+    def _told(self, size: int, share: float) -> tuple[float, float]:
+        """What a step takes for its layers, weights and activations, on the source and on the target."""
+        scaling = self.scaling
+        return tuple(
+            shape.num_layers * self.gap_s + moved + _READ_SLOWER * (1.0 - share) * read
+            for shape, moved, read in zip(
+                (scaling.source, scaling.target), scaling.activations(size), scaling.reads(), strict=True
+            )
+        )
 
 
 def _dense(sizes: Sequence[int], seconds: Sequence[float], scaling: Scaling, all_sampled: bool) -> tuple[float, ...]:
@@ -277,24 +298,34 @@ def limits_on(limits: Limits, measured_on: GpuSpec, gpu: GpuSpec) -> Limits:
 
 
 def measured_link_s(
-    allreduce: Sequence[tuple[int, int, float]], ranks: int, num_layers: int, hidden_size: int
-) -> Callable[[int], float]:
+    allreduce: Sequence[tuple[int, int, float]],
+    ranks: int,
+    num_layers: int,
+    hidden_size: int,
+    sheet_s: Callable[[float], float],
+) -> Callable[[float], float]:
     """Two all-reduces a layer of bf16 hidden states, from a table that has some of so many ranks.
 
-    Between measured sizes a power law; below them the latency of the smallest, beyond them the rate of the largest.
+    Between measured sizes a power law; outside of them as the data sheet has it, at the distance of the nearest size.
+
+    Args:
+        sheet_s: by the data sheet, of a step of so many tokens.
     """
     table = sorted((size, seconds) for world, size, seconds in allreduce if world == ranks)
 
     def one(size: float) -> float:
-        if size <= table[0][0]:
-            return table[0][1]
         for (low, low_s), (high, high_s) in pairwise(table):
             if size <= high:
                 share = math.log(size / low) / math.log(high / low)
                 return low_s ** (1 - share) * high_s**share
-        return table[-1][1] * size / table[-1][0]
+        return table[-1][1]
 
-    return lambda tokens: 2 * num_layers * one(tokens * hidden_size * 2)
+    def link_s(tokens: float) -> float:
+        measured = min(max(tokens, table[0][0] / (2 * hidden_size)), table[-1][0] / (2 * hidden_size))
+        seconds = 2 * num_layers * one(measured * hidden_size * 2)
+        return seconds if measured == tokens else seconds * sheet_s(tokens) / sheet_s(measured)
+
+    return link_s
 
 
 def widened(uncertainty: Uncertainty, changes: Sequence[str], size_ratio: float = 1.0) -> Uncertainty:

@@ -27,7 +27,9 @@ def record(tmp_path):
     ]
     content = {"kind": "all-reduce", "version": 1, "command": "x", "commit": "abc", "date": "2026-11-23T00:00:00"}
     path = tmp_path / "allreduce.json"
-    path.write_text(json.dumps(content | {"environment": {"torch": "2"}, "gpu_name": GPU, "allreduce": rows}))
+    path.write_text(
+        json.dumps(content | {"environment": {"torch": "2"}, "gpu": "h200_sxm", "gpu_name": GPU, "allreduce": rows})
+    )
     return path
 
 
@@ -60,6 +62,8 @@ def test_a_profile_foresees_two_ranks_by_what_was_measured(tmp_path, content, re
     ("change", "words"),
     [
         ({"gpu_name": "NVIDIA H100 80GB HBM3"}, "was measured on NVIDIA H200, and these all-reduces on NVIDIA H100"),
+        ({"gpu": "h100_sxm"}, "was measured on h200_sxm, and these all-reduces on h100_sxm"),
+        ({"environment": None}, "lacks environment"),
         ({"kind": "memwall profile"}, "no record of all-reduces of version 1"),
         ({"version": 9}, "no record of all-reduces of version 1"),
         ({"allreduce": []}, "has no all-reduce in it"),
@@ -107,6 +111,8 @@ def test_a_fit_that_is_written_anew(tmp_path, content, capsys):
     for name, words in (("none.json", "is not JSON"), ("nowhere.json", "No such file")):
         assert main([str(tmp_path / name)]) == 2
         assert words in capsys.readouterr().err
+    assert main(["--help"]) == 0 and "PROFILE" in capsys.readouterr().out
+    assert main([]) == 2 and "PROFILE" in capsys.readouterr().err
 
 
 def test_one_gpu_is_too_few(tmp_path, capsys, monkeypatch):

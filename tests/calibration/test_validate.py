@@ -239,6 +239,25 @@ def test_no_record(tmp_path):
         read(tmp_path / "nothing.json")
 
 
+def test_a_step_log_that_is_none(record):
+    record.with_name("a.steps.jsonl").write_text("nothing\n")
+    with pytest.raises(UserError) as refused:
+        read(record)
+    assert "a.steps.jsonl" in str(refused.value) and "UserError" not in str(refused.value)
+
+
+def test_records_of_one_name_are_told_apart_by_their_folders(tmp_path, record, capsys):
+    (tmp_path / "other").mkdir()
+    other = write_record(tmp_path / "other" / "a.json", Settings(), load(10, seed=1), Affine(), runs=1)
+    found = tmp_path / "found.json"
+    arguments = [str(record), str(other), "--no-intervals", "--json", str(found)]
+    assert run(arguments, lambda one: Predictor(Affine(), "known")) == 0
+    levels = [level["record"] for level in json.loads(found.read_text())["levels"]]
+    assert levels == [f"{tmp_path.name}/a", "other/a"]
+    with pytest.raises(UserError, match="--profile none leaves nothing to validate"):
+        run([str(record), "--profile", "none"])
+
+
 def test_the_step_log_of_another_run(tmp_path, record):
     other = write_record(tmp_path / "b.json", Settings(), load(10, seed=1), Affine(), runs=1)
     other.with_name("b.steps.jsonl").rename(record.with_name("a.steps.jsonl"))
@@ -315,7 +334,7 @@ FACTS = ProfileFacts(
     [
         (replace(FACTS, model="other"), "model toy, but p.json was measured with other"),
         (replace(FACTS, gpu="NVIDIA B200"), "GPU Toy GPU, but p.json was measured with NVIDIA B200"),
-        (replace(FACTS, quantization="fp8"), "quantization None, but p.json was measured with fp8"),
+        (replace(FACTS, quantization="fp8"), "quantization none, but p.json was measured with fp8"),
         (replace(FACTS, num_kv_blocks={"fp8": 1}), "KV cache in bfloat16, but p.json was measured with fp8"),
         (replace(FACTS, num_kv_blocks={"bfloat16": 3000}), "number of KV blocks of 2000, but .* 3000"),
         *(

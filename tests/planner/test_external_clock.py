@@ -23,7 +23,7 @@ from planner.simulation import SimulationOptions, simulate
 RECORDS = Path(__file__).parents[2] / "calibration" / "records"
 MODEL, GPU = load_model("llama-3.1-8b"), load_gpu("h200_sxm")
 #: Of the server of the records, as its start says.
-FLAGS = {"num_gpu_blocks_override": 14_248, "block_size": 64, "max_model_len": 131_072}
+FLAGS = {"num_gpu_blocks_override": 14_249, "block_size": 64, "max_model_len": 131_072}
 BASE = Deployment(MODEL, GPU, max_model_len=8192).step_time()
 
 
@@ -98,7 +98,7 @@ def trimmed(tmp_path_factory, commands) -> Path:
 def test_records_say_themselves_what_served_them(trimmed):
     found = load_external(trimmed)
     assert (found.model, found.gpu, found.kv_cache_dtype) == ("llama-3.1-8b", "h200_sxm", "bfloat16")
-    assert found.settings["num_gpu_blocks"] == 14_248 and found.settings["pipeline_depth"] == 2
+    assert found.settings["num_gpu_blocks"] == 14_249 and found.settings["pipeline_depth"] == 2
     assert set(found.origin.values()) == {"record"}
     kept = load_external(RECORDS / "trimmed" / "A_bf16_50_110.json")
     for name, factor in found.factors.items():
