@@ -50,8 +50,6 @@ _CHANGE_WORDS = {
     "tensor_parallel_size": "one GPU",
     "gpu": "another GPU to {gpu}",
 }
-# What changes the matrix products of a step, and with them the power that it draws.
-_CHANGES_DENSE = frozenset({"model"})
 
 
 @dataclass(frozen=True)
@@ -254,9 +252,10 @@ def step_time_of(
         link_s = _link(profile, model, gpu, tensor_parallel_size, "gpu" in changes)
         scaling = Scaling(fitted.shape, target, source_limits, limits, link_s)
         fitted, measured = transferred(fitted, scaling), fitted
-    # Another GPU is taken to give way to its power limit as the measured one does.
+    # Another GPU is taken to give way to its power limit as the measured one does, and so are other weight bits and
+    # numbers of ranks; what another model draws follows from its shape.
     clock = profile.clock(match.kv_cache_dtype)
-    if clock is not None and _CHANGES_DENSE.intersection(changes):
+    if clock is not None and "model" in changes:
         clock = transferred_clock(clock, measured, scaling)
     return ProfileStepTime(fitted, origin, uncertainty, max_num_seqs, max_num_batched_tokens, clock=clock)
 

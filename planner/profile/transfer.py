@@ -238,7 +238,7 @@ def _dense(sizes: Sequence[int], seconds: Sequence[float], scaling: Scaling, all
 
 
 def transferred_clock(clock: ClockModel, source: FittedKV, scaling: Scaling) -> ClockModel:
-    """How the device slows down with another model or weight format on it.
+    """How the device slows down with another model on it.
 
     Cool steps are transferred at the limits of a cool device. How much longer a hot one takes follows from the power
     that it draws: it is as much as on the source, and more or less by how much nearer its FLOPs per second come to the
