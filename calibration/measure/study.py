@@ -43,6 +43,7 @@ VERSION = 1
 KIND = "memwall-profile"
 _LINE_EVERY_S = 5.0
 _MOST_FAILURES = 3
+# Times as long as building an engine took must be left for building one once more.
 _WORTH_BUILDING = 2.0
 
 

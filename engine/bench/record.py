@@ -15,6 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from engine.commands.files import unpacked
 from engine.errors import UserError
 from kernels.bench.results import BenchError, check_writable, write_whole
 
@@ -78,7 +79,7 @@ def read_record(path: Path) -> dict[str, Any]:
     """
     try:
         data = path.read_bytes()
-        document = json.loads(gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data)
+        document = json.loads(unpacked(data))
         if document["version"] != VERSION:
             raise UserError(f"{path.name} has version {document['version']!r}; only {VERSION} can be read")
     except OSError as error:

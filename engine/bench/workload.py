@@ -10,7 +10,6 @@ by the prompt's end; tokens behind the ids are shared with nobody.
 
 from __future__ import annotations
 
-import gzip
 import json
 import math
 import random
@@ -22,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from engine.commands.files import unpacked
 from engine.errors import UserError
 from engine.values import shown
 
@@ -142,7 +142,7 @@ def save_workload(workload: Workload, path: Path) -> None:
 def _read_text(path: Path) -> str:
     try:
         data = path.read_bytes()
-        return (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode("utf-8")
+        return unpacked(data).decode("utf-8")
     except OSError as error:
         raise UserError(f"cannot read workload {path}: {error.strerror or error}") from error
     except (EOFError, ValueError, zlib.error) as error:

@@ -1,13 +1,25 @@
-"""Files that a command is to write, and that they are not those it reads."""
+"""Files that a command is to write, that they are not those it reads, and what it reads where that may be gzip."""
 
 from __future__ import annotations
 
+import gzip
 import os
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
 from engine.errors import UserError
+
+_GZIP = b"\x1f\x8b"
+
+
+def unpacked(data: bytes) -> bytes:
+    """What a file holds, gunzipped if it is gzip by its first bytes, whatever its name.
+
+    Raises:
+        EOFError, gzip.BadGzipFile, zlib.error: it is damaged.
+    """
+    return gzip.decompress(data) if data[:2] == _GZIP else data
 
 
 def ensure_writable(path: Path, flag: str) -> None:

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from engine.commands.files import unpacked
 from planner.catalog import list_gpus
 from planner.errors import UserError
 from planner.hf_config import model_from_config
@@ -33,12 +34,11 @@ _CPU_FORMAT = "float32"  # of an engine on a CPU, which no deployment has
 # and other kernels can make a larger one faster (448 tokens on an H200 took 1.3 times as long as 512), but not by far.
 _SLACK = 0.5
 # The same of all-reduces, whose library has other ways for other sizes.
+_ALLREDUCE_SLACK = 0.5
 # What no all-reduce stays below or above: seconds, and bytes per second.
 _LEAST_LINK_S, _MOST_LINK_S, _LEAST_LINK, _MOST_LINK = 1e-7, 1e-2, 1e7, 1e13
 # Of the slowest step's time: what the CPU can take for one at the most, by far.
 _MOST_HOST = 10.0
-_GZIP = b"\x1f\x8b"
-_ALLREDUCE_SLACK = 0.5
 # A hot device is slower. Noise may say otherwise, and so may a CPU that could not launch a small step in time on the
 # cool one: by so much at the most. No clock gives way by more than the other.
 _LEAST_HEATED, _MOST_HEATED = 0.2, 3.0
@@ -439,8 +439,7 @@ def read_profile(path: Path) -> str:
     try:
         if path.stat().st_size > _MAX_BYTES:
             raise UserError(f"profile {path}: the file is too large to be one")
-        data = path.read_bytes()
-        return (gzip.decompress(data) if data[:2] == _GZIP else data).decode("utf-8")
+        return unpacked(path.read_bytes()).decode("utf-8")
     except (EOFError, UnicodeDecodeError, gzip.BadGzipFile, zlib.error) as error:
         raise UserError(f"profile {path.name} is damaged: {error}") from None
     except OSError as error:
@@ -479,11 +478,11 @@ def _check_allreduce(rows: Iterable[tuple[int, int, float]]) -> None:
     slowest: dict[int, tuple[float, int]] = {}
     for ranks, size, seconds in sorted(rows):
         what = f"an all-reduce of {size:,} bytes between {ranks} GPUs"
-        if slowest.get(ranks, (0.0, 0))[1] == size:
+        before_s, before = slowest.get(ranks, (0.0, 0))
+        if before == size:
             raise ValueError(f"{what} is there twice")
         if not _LEAST_LINK_S + size / _MOST_LINK < seconds < _MOST_LINK_S + size / _LEAST_LINK:
             raise ValueError(f"{what} takes {seconds:.3g} s, which no link between GPUs does")
-        before_s, before = slowest.get(ranks, (0.0, 0))
         if seconds < _ALLREDUCE_SLACK * before_s:
             raise ValueError(
                 f"{what} takes {seconds * 1e6:.3g} us, and one of {before:,} bytes {before_s * 1e6:.3g} us"

@@ -95,46 +95,46 @@ class Scaling:
 
     def compute_share(self, tokens: int, sampled: int) -> float:
         """How far the source's dense work is bound by its FLOPs: 0 not at all, 1 by nothing else."""
-        shape, limits = self.source, self.source_limits
-        flops = limits.flops_per_s(shape.fp8)
-        read_s = shape.products.seconds(tokens, sampled, limits.copy_bytes_per_s, math.inf)
-        return 1.0 - (read_s / shape.products.seconds(tokens, sampled, limits.copy_bytes_per_s, flops)) ** 2
+        return 1.0 - (self.reads(tokens, sampled)[0] / self.roofs(tokens, sampled)[0]) ** 2
 
     def when_cool(self) -> Scaling:
         """The same at the limits of cool devices."""
         return replace(self, source_limits=_cool(self.source_limits), target_limits=_cool(self.target_limits))
 
-    def reads(self) -> tuple[float, float]:
+    def reads(self, tokens: int, sampled: int) -> tuple[float, float]:
         """Reading the weights of the source and of the target."""
-        return (
-            self.source.products.seconds(1, 1, self.source_limits.copy_bytes_per_s, math.inf),
-            self.target.products.seconds(1, 1, self.target_limits.copy_bytes_per_s, math.inf),
+        return self._both(
+            lambda shape, limits: shape.products.seconds(tokens, sampled, limits.copy_bytes_per_s, math.inf)
         )
 
     def roofs(self, tokens: int, sampled: int) -> tuple[float, float]:
         """Dense work of the source and of the target at their limits."""
-        found = []
-        for shape, limits in ((self.source, self.source_limits), (self.target, self.target_limits)):
-            flops = limits.flops_per_s(shape.fp8)
-            found.append(shape.products.seconds(tokens, sampled, limits.copy_bytes_per_s, flops))
-        return found[0], found[1]
+        return self._both(
+            lambda shape, limits: shape.products.seconds(
+                tokens, sampled, limits.copy_bytes_per_s, limits.flops_per_s(shape.fp8)
+            )
+        )
 
     def activations(self, tokens: int) -> tuple[float, float]:
         """What all layers of the source and of the target move between their products, and not for attention."""
-        found = []
-        for shape, limits in ((self.source, self.source_limits), (self.target, self.target_limits)):
-            moved = _ACTIVATION_BYTES * tokens * shape.hidden_size * shape.num_layers
-            found.append(moved / limits.copy_bytes_per_s)
-        return found[0], found[1]
+        per_unit = _ACTIVATION_BYTES * tokens
+        return self._both(
+            lambda shape, limits: per_unit * shape.hidden_size * shape.num_layers / limits.copy_bytes_per_s
+        )
 
     def chunk_roofs(self, query: int, context: int) -> tuple[float, float]:
         """Attention of a chunk likewise: the longer of scoring its pairs and reading its keys."""
-        found = []
-        for shape, limits in ((self.source, self.source_limits), (self.target, self.target_limits)):
+
+        def seconds(shape: ModelShape, limits: Limits) -> float:
             keys = shape.decode_keys([context + query - 1])
             compute_s = shape.prompt_pairs(query, context) * shape.pair_flops / limits.matmul_flops_per_s
-            found.append(max(compute_s, keys * shape.kv_bytes / limits.copy_bytes_per_s))
-        return found[0], found[1]
+            return max(compute_s, keys * shape.kv_bytes / limits.copy_bytes_per_s)
+
+        return self._both(seconds)
+
+    def _both(self, seconds: Callable[[ModelShape, Limits], float]) -> tuple[float, float]:
+        """Of the source and of the target."""
+        return seconds(self.source, self.source_limits), seconds(self.target, self.target_limits)
 
 
 def _cool(limits: Limits) -> Limits:
@@ -195,11 +195,12 @@ class _Dense:
         is_cool: bool = False,
     ) -> _Dense:
         """Of what steps of these numbers of tokens took."""
+        scaling = scaling.when_cool() if is_cool else scaling
         found = []
         for size, measured in zip(sizes, seconds, strict=True):
             sampled = size if all_sampled else 1
             if scaling.compute_share(size, sampled) <= _WAITS_FOR_WEIGHTS:
-                known_s = _ONCE_S + scaling.activations(size)[0] + _READ_SLOWER * scaling.reads()[0]
+                known_s = _ONCE_S + scaling.activations(size)[0] + _READ_SLOWER * scaling.reads(size, sampled)[0]
                 beyond = measured - scaling.roofs(size, sampled)[0] - known_s
                 found.append(max(beyond, 0.0) / scaling.source.num_layers)
         return cls(scaling, all_sampled, statistics.median(found) if found else 0.0, is_cool)
@@ -214,20 +215,20 @@ class _Dense:
         once = min(_ONCE_S, beyond)
         share = scaling.compute_share(size, sampled)
         # Not more than there is, of each in the same proportion.
-        told, told_after = self._told(size, share)
+        told, told_after = self._told(size, sampled, share)
         fixed = min(1.0, (beyond - once) / told)
         rest = beyond - once - fixed * told
         source, target = scaling.activations(size) if self.is_cool else (before, after)
         factor = share * target / source + (1.0 - share) * scaling.layers
         return after + once + fixed * told_after + rest * factor
 
-    def _told(self, size: int, share: float) -> tuple[float, float]:
+    def _told(self, size: int, sampled: int, share: float) -> tuple[float, float]:
         """What a step takes for its layers, weights and activations, on the source and on the target."""
         scaling = self.scaling
         return tuple(
             shape.num_layers * self.gap_s + moved + _READ_SLOWER * (1.0 - share) * read
             for shape, moved, read in zip(
-                (scaling.source, scaling.target), scaling.activations(size), scaling.reads(), strict=True
+                (scaling.source, scaling.target), scaling.activations(size), scaling.reads(size, sampled), strict=True
             )
         )
 
@@ -248,14 +249,15 @@ def transferred_clock(clock: ClockModel, source: FittedKV, scaling: Scaling) -> 
     prompt = source.prompt
     dense = _Dense.of(prompt.sizes, prompt.dense_s, scaling, all_sampled=False)
     cool_s = [seconds * clock.ratios(size)[0] for size, seconds in zip(prompt.sizes, prompt.dense_s, strict=True)]
-    cool_dense = _Dense.of(prompt.sizes, cool_s, scaling.when_cool(), all_sampled=False, is_cool=True)
+    cool_dense = _Dense.of(prompt.sizes, cool_s, scaling, all_sampled=False, is_cool=True)
     cool, hot = [], []
     for tokens, of_cool, of_hot in zip(clock.tokens, clock.cool, clock.hot, strict=True):
         steady = prompt.dense(tokens)
+        measured = steady * of_cool
         before, after = scaling.roofs(tokens, 1)
-        found_s = cool_dense.seconds(tokens, steady * of_cool)
-        slowed = of_hot / of_cool - 1.0 + _SLOWED_BY_POWER * (after / found_s - before / (steady * of_cool))
-        cool.append(found_s / dense.seconds(tokens, steady))
+        found = cool_dense.seconds(tokens, measured)
+        slowed = of_hot / of_cool - 1.0 + _SLOWED_BY_POWER * (after / found - before / measured)
+        cool.append(found / dense.seconds(tokens, steady))
         hot.append(cool[-1] * (1.0 + max(slowed, 0.0)))
     usual = {"tau_s": USUAL_TAU_S, "e0": USUAL_E0, "e1": USUAL_E1}
     return replace(clock, cool=tuple(cool), hot=tuple(hot), **usual)

@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from engine.commands.files import unpacked
 from planner.errors import UserError
 from planner.workload.workload import MAX_TOKENS
 
@@ -66,9 +67,7 @@ def read_text(path: str | Path, what: str = "trace", form: str = "CSV, JSONL or 
     if path.is_dir():
         raise UserError(f"{path} is a directory; name a {what} file in it")
     try:
-        raw = path.read_bytes()
-        if raw[:2] == b"\x1f\x8b":
-            raw = gzip.decompress(raw)
+        raw = unpacked(path.read_bytes())
     except FileNotFoundError:
         raise UserError(f"there is no file {path}") from None
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:

@@ -194,7 +194,9 @@ def test_what_the_log_says_of_weights_and_prefixes_is_kept(calibrate_from, resul
     assert done.code == 0, done.err
     again = load_external(saved)
     assert again.quantization is None
-    assert (
+    # Besides what the profile at hand leaves unsaid of the factors.
+    both = {each for each in {*calibration.warnings} & {*again.warnings} if "do not show the factor" not in each}
+    assert both == {
         "the server found 91% of prompt tokens in its prefix cache, which the runs do not show; the prefill factor "
         "absorbs it, and holds for as much reuse only"
-    ) in set(calibration.warnings) & set(again.warnings)
+    }

@@ -23,7 +23,7 @@ from planner.simulation import SimulationOptions, simulate
 RECORDS = Path(__file__).parents[2] / "calibration" / "records"
 MODEL, GPU = load_model("llama-3.1-8b"), load_gpu("h200_sxm")
 #: Of the server of the records, as its start says.
-FLAGS = {"num_gpu_blocks_override": 14_249, "block_size": 64, "max_model_len": 131_072}
+FLAGS = {"num_gpu_blocks_override": 14_248, "block_size": 64, "max_model_len": 131_072}
 BASE = Deployment(MODEL, GPU, max_model_len=8192).step_time()
 
 
