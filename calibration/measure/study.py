@@ -6,6 +6,7 @@ it is used up, points that a profile can do without are left for the end, if the
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 import traceback
@@ -43,7 +44,7 @@ VERSION = 1
 KIND = "memwall-profile"
 _LINE_EVERY_S = 5.0
 _MOST_FAILURES = 3
-# Times as long as building an engine took must be left for building one once more.
+# Times as long as building an engine takes, without compiling its kernels, must be left for building one once more.
 _WORTH_BUILDING = 2.0
 
 
@@ -133,7 +134,7 @@ class _Study:
         self._failed: dict[tuple, str] = {}
         self._started = time.perf_counter()
         self._end = self._started + 60 * job.minutes
-        self._slowest_build_s = 0.0
+        self._fastest_build_s = math.inf
         self._said = 0.0
         self.part = PartFile.at(job.save)
 
@@ -177,7 +178,7 @@ class _Study:
         for index, name in enumerate(names):
             now = time.perf_counter()
             share = (self._end - now) / (len(names) - index)
-            if again and share < _WORTH_BUILDING * self._slowest_build_s:
+            if again and share < _WORTH_BUILDING * self._fastest_build_s:
                 continue
             failed = -1
             while not self._is_done(name) and failed < len(self._failed):  # again, behind a step that failed
@@ -223,7 +224,7 @@ class _Study:
         try:
             self._weights = core.weights
             taken = time.perf_counter() - started
-            self._slowest_build_s = max(self._slowest_build_s, taken)
+            self._fastest_build_s = min(self._fastest_build_s, taken)
             self.say(f"{name}: {core.memory.num_blocks:,} KV blocks, built in {taken:.0f} s")
             with quiet_collector():
                 measure(core)

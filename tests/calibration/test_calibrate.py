@@ -6,6 +6,7 @@ import json
 import math
 import random
 import sys
+import time
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -846,6 +847,24 @@ def test_what_the_first_format_left_out_is_measured_if_the_others_leave_time(tmp
         wanted = points(Room(6, 64, 128, kv["num_kv_blocks"], 32))
         found = {shape_of(name, point) for name in TABLES for point in kv[name]}
         assert found == {point.key for point in wanted}
+
+
+def test_the_compilation_of_the_first_format_keeps_nobody_from_coming_back_to_it(tmp_path, monkeypatch):
+    """400 of 600 s went into building its engine, as its kernels had to be compiled; building it again takes 5 s."""
+    save = tmp_path / "p.json"
+    monkeypatch.setattr(__name__ + ".ARGUMENTS", [argument for argument in ARGUMENTS if argument != "--quick"])
+    builds, ahead_s = [], [0.0]
+
+    def build(config, **more):
+        builds.append(config.kv_cache_dtype)
+        ahead_s[0] += 400.0 if len(builds) == 1 else 5.0
+        return EngineCore(config, **more)
+
+    monkeypatch.setattr(study, "EngineCore", build)
+    monkeypatch.setattr(study, "time", SimpleNamespace(perf_counter=lambda: time.perf_counter() + ahead_s[0]))
+    assert run(save, "--minutes", "10") == 0
+    assert builds == ["float32", "int4", "float32"]
+    assert "notes" not in json.loads(save.read_text())
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ import math
 import os
 import subprocess
 import sys
-import time
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
@@ -205,18 +204,16 @@ def test_version(memwall):
     assert outcome.out.startswith("memwall 0.1.")
 
 
-def test_executable_starts_quickly_and_imports_little():
+def test_executable_imports_little():
     code = (
         "import sys; from planner import cli; sys.argv = ['memwall', '--help']; code = cli.main(); "
         "heavy = {'numpy', 'pandas', 'scipy', 'simpy', 'plotly', 'torch', 'joblib'} & set(sys.modules); "
         "sys.exit(f'imported {heavy}' if heavy else code)"
     )
-    began = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     assert "simulate" in done.stdout
-    assert time.perf_counter() - began < 5  # about 0.25 s on an idle machine
 
 
 def test_a_reader_that_leaves_early_is_no_error():
