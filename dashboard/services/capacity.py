@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
+from dashboard.services import profiles
 from dashboard.services.questions import Engine
 from engine.scheduling import StepShape
 from planner.deployment import PriceList
@@ -13,7 +14,6 @@ from planner.errors import UserError
 from planner.hardware import GpuSpec
 from planner.memory import KVCacheDtype, MemoryReport, plan_memory
 from planner.model import MLASpec, ModelSpec
-from planner.profile.library import find_profile, load_profiles, why_unusable
 from planner.profile.shape import ModelShape
 from planner.profile.tables import Limits, point_shape
 from planner.step_time import Evidence
@@ -252,10 +252,7 @@ class Roofline:
 @lru_cache(_KEPT)
 def roofline_of(engine: Engine) -> Roofline:
     """The GPU's roof, and the measured steps of the nearest profile if it is of this GPU."""
-    dtype = KVCacheDtype.parse(engine.kv_cache_dtype)
-    profiles = load_profiles(engine.profiles)
-    usable = [each for each in profiles if why_unusable(each, engine.model, engine.gpu, False) is None]
-    match = find_profile(engine.model, engine.gpu, dtype, 1, usable) if usable else None
+    match = profiles.nearest(engine.profiles, engine.model, engine.gpu, KVCacheDtype.parse(engine.kv_cache_dtype))
     if match is None or "gpu" in match.changes:
         return Roofline(engine.gpu, None, "no profile was measured on this GPU", ())
     tables = match.profile.tables

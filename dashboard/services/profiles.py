@@ -9,8 +9,11 @@ from statistics import median
 from typing import Any
 
 from engine.scheduling import StepShape
+from planner.hardware import GpuSpec
+from planner.kv_format import KVCacheDtype
+from planner.model import ModelSpec
 from planner.profile.decode import decode_errors
-from planner.profile.library import load_profiles
+from planner.profile.library import Match, find_profile, load_profiles, why_unusable
 from planner.profile.prompt import prompt_errors
 from planner.profile.schema import Profile
 from planner.profile.tables import Point
@@ -26,6 +29,18 @@ def available(paths: tuple[str, ...] | None) -> tuple[Profile, ...]:
         UserError: one cannot be read.
     """
     return load_profiles(paths)
+
+
+def nearest(
+    paths: tuple[str, ...] | None, model: ModelSpec, gpu: GpuSpec, dtype: KVCacheDtype = KVCacheDtype.BFLOAT16
+) -> Match | None:
+    """The profile from which the step times of such a deployment on one GPU come; None where data sheets serve.
+
+    Raises:
+        UserError: one cannot be read.
+    """
+    usable = [each for each in load_profiles(paths) if why_unusable(each, model, gpu, enforce_eager=False) is None]
+    return find_profile(model, gpu, dtype, 1, usable)
 
 
 @dataclass(frozen=True)
@@ -149,7 +164,7 @@ def left_out_parity(name: str, paths: tuple[str, ...] | None, dtype: str) -> tup
 
 
 def profile_of(name: str, paths: tuple[str, ...] | None) -> Profile:
-    """A profile by its file's name."""
+    """A profile by its file's name; of several the first, which is the user's own."""
     return next(each for each in load_profiles(paths) if each.name == name)
 
 

@@ -20,6 +20,7 @@ from planner.hardware import GpuSpec
 from planner.profile.schema import Profile
 
 _OLD_DAYS = 180
+_NEAREST = "nearest"
 
 
 def page() -> None:
@@ -33,14 +34,13 @@ def page() -> None:
     if benchmark is not None:
         _compare(benchmark)
     paths = inputs.profiles()
-    known = {profile.name: profile for profile in profiles.available(paths)}
-    if not known:
+    names = tuple(dict.fromkeys(profile.name for profile in profiles.available(paths)))
+    if not names:
         st.info("There is no profile here: every step time comes from data sheets, and says that it is uncalibrated.")
         return
     left, right = st.columns(2)
     with left:
-        name = inputs.choose("Profile", tuple(known), next(iter(known)), "profile")
-    profile = known[name]
+        profile = profiles.profile_of(_chosen(names, paths), paths)
     dtypes = [dtype.value for dtype in profile.kv_cache_dtypes]
     if not dtypes:
         st.info("This profile was measured without a GPU; it has no KV format that a deployment could have.")
@@ -57,8 +57,24 @@ def page() -> None:
         st.subheader("Prompt chunks")
         show_chart(figures.curves(profiles.prefill_curves(profile, dtype), "prefill"), "prefill_curves")
     st.subheader("Predicted against measured")
-    show_chart(figures.parity(profiles.left_out_parity(name, paths, dtype)), "parity")
+    show_chart(figures.parity(profiles.left_out_parity(profile.name, paths, dtype)), "parity")
     st.caption("Each point predicted by a fit to all the others.")
+
+
+def _chosen(names: tuple[str, ...], paths: tuple[str, ...] | None) -> str:
+    """The profile to look at: usually that from which the sidebar's question is answered."""
+    match = profiles.nearest(paths, inputs.shared().model, inputs.gpu_of(inputs.DEFAULT_GPU))
+    if match is None:
+        return inputs.choose("Profile", names, names[0], "profile")
+    name = inputs.choose(
+        "Profile",
+        (_NEAREST, *names),
+        _NEAREST,
+        "profile",
+        format_func=lambda each: f"{each}: {match.profile.name}" if each == _NEAREST else each,
+        help="Which one is nearest goes by the sidebar's model and weights.",
+    )
+    return match.profile.name if name == _NEAREST else name
 
 
 def _upload() -> None:

@@ -75,6 +75,36 @@ def test_an_uploaded_profile_is_used_before_the_shipped_ones():
         )
 
 
+def shown(app) -> str:
+    """Model and weights of the profile on the page."""
+    [facts] = [each.value for each in app.caption if "measured limits" in each.value]
+    return facts.split(";")[0]
+
+
+def test_the_page_begins_with_the_profile_that_answers(open_page):
+    """It follows the sidebar until somebody chooses another one."""
+    app = open_page("calibration")
+    assert shown(app) == "llama-3.1-8b, bfloat16 weights"
+    app.selectbox(key="weights").set_value("fp8")
+    settled(app)
+    assert shown(app) == "llama-3.1-8b, bfloat16 quantised to fp8 weights"
+    app.selectbox(key="profile").set_value("llama-3.2-1b_h200.json.gz")
+    settled(app)
+    assert shown(app) == "llama-3.2-1b, bfloat16 weights"
+    app.selectbox(key="weights").set_value("as released")
+    settled(app)
+    assert shown(app) == "llama-3.2-1b, bfloat16 weights"
+    assert shown(open_page("calibration", model="llama-3.2-1b")) == "llama-3.2-1b, bfloat16 weights"
+
+
+def test_a_profile_of_the_name_of_a_shipped_one_is_the_one_that_is_shown(open_page):
+    name = "llama-3.1-8b_h200.json"
+    document = json.loads((resources.files("planner") / "data" / "profiles" / name).read_text())
+    document["date"] = "2026-01-02T00:00:00+00:00"
+    app = open_page("calibration", profiles=uploads.add_profile(name, json.dumps(document).encode()))
+    assert "2026-01-02" in app.metric[1].help
+
+
 # ---- benchmarks ----------------------------------------------------------------------------------------------------
 
 
