@@ -44,7 +44,7 @@ VERSION = 1
 KIND = "memwall-profile"
 _LINE_EVERY_S = 5.0
 _MOST_FAILURES = 3
-# Times as long as building an engine takes, without compiling its kernels, must be left for building one once more.
+# Times as long as the fastest engine took to build, most likely without compiling, must be left to build one once more.
 _WORTH_BUILDING = 2.0
 
 

@@ -22,13 +22,17 @@ _MOST_CURVES = 6
 _STEPS_PER_CURVE = 24
 
 
-def available(paths: tuple[str, ...] | None) -> tuple[Profile, ...]:
-    """The user's profiles and the shipped ones.
+def available(paths: tuple[str, ...] | None) -> dict[str, Profile]:
+    """The user's profiles and then the shipped ones, by their files' names; of several of one name the later numbered.
 
     Raises:
         UserError: one cannot be read.
     """
-    return load_profiles(paths)
+    found: dict[str, Profile] = {}
+    for profile in load_profiles(paths):
+        others = sum(each.name == profile.name for each in found.values())
+        found[f"{profile.name} ({others + 1})" if others else profile.name] = profile
+    return found
 
 
 def nearest(
@@ -143,7 +147,7 @@ class Parity:
 @lru_cache(64)
 def left_out_parity(name: str, paths: tuple[str, ...] | None, dtype: str) -> tuple[Parity, ...]:
     """Every measured step beside what a fit to all the others predicts for it."""
-    profile = profile_of(name, paths)
+    profile = available(paths)[name]
     fitted, tables = profile.fitted(dtype), profile.tables.kv[dtype].on_device(profile.launched_ahead)
     fitted = fitted.plain or fitted  # points tell of the fit to points, not of what a service added
     prompts = prompt_errors(tables.prefill, tables.mixed, fitted.decode, fitted.prompt, fitted.engine)
@@ -161,11 +165,6 @@ def left_out_parity(name: str, paths: tuple[str, ...] | None, dtype: str) -> tup
         if pairs:
             groups.append(Parity(kind, pairs))
     return tuple(groups)
-
-
-def profile_of(name: str, paths: tuple[str, ...] | None) -> Profile:
-    """A profile by its file's name; of several the first, which is the user's own."""
-    return next(each for each in load_profiles(paths) if each.name == name)
 
 
 def _name(point: Point) -> str:
@@ -190,7 +189,7 @@ class ErrorRow:
 @lru_cache(64)
 def errors(name: str, paths: tuple[str, ...] | None, dtype: str) -> tuple[ErrorRow, ...]:
     """The leave-one-out errors of a profile's fit, table by table."""
-    profile = profile_of(name, paths)
+    profile = available(paths)[name]
     stored: dict[str, Any] = profile.record.kv[dtype].fit or {}
     found = stored or profile.fitted(dtype).errors()
     return tuple(_rows(found))

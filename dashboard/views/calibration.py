@@ -34,13 +34,18 @@ def page() -> None:
     if benchmark is not None:
         _compare(benchmark)
     paths = inputs.profiles()
-    names = tuple(dict.fromkeys(profile.name for profile in profiles.available(paths)))
-    if not names:
+    known = profiles.available(paths)
+    if not known:
         st.info("There is no profile here: every step time comes from data sheets, and says that it is uncalibrated.")
         return
     left, right = st.columns(2)
     with left:
-        profile = profiles.profile_of(_chosen(names, paths), paths)
+        name, note = _chosen(known, paths)
+    if note:
+        st.info(escaped(note))
+    if name is None:
+        return
+    profile = known[name]
     dtypes = [dtype.value for dtype in profile.kv_cache_dtypes]
     if not dtypes:
         st.info("This profile was measured without a GPU; it has no KV format that a deployment could have.")
@@ -48,7 +53,7 @@ def page() -> None:
     with right:
         dtype = inputs.choose("KV cache format", dtypes, dtypes[0], "profile_kv", format_func=kv_name)
     _facts(profile, dtype)
-    _errors(profile, dtype, paths)
+    _errors(name, dtype, paths)
     left, right = st.columns(2)
     with left:
         st.subheader("Decode steps")
@@ -57,24 +62,33 @@ def page() -> None:
         st.subheader("Prompt chunks")
         show_chart(figures.curves(profiles.prefill_curves(profile, dtype), "prefill"), "prefill_curves")
     st.subheader("Predicted against measured")
-    show_chart(figures.parity(profiles.left_out_parity(profile.name, paths, dtype)), "parity")
+    show_chart(figures.parity(profiles.left_out_parity(name, paths, dtype)), "parity")
     st.caption("Each point predicted by a fit to all the others.")
 
 
-def _chosen(names: tuple[str, ...], paths: tuple[str, ...] | None) -> str:
-    """The profile to look at: usually that from which the sidebar's question is answered."""
-    match = profiles.nearest(paths, inputs.shared().model, inputs.gpu_of(inputs.DEFAULT_GPU))
-    if match is None:
-        return inputs.choose("Profile", names, names[0], "profile")
+def _chosen(known: dict[str, Profile], paths: tuple[str, ...] | None) -> tuple[str | None, str]:
+    """The name of the profile to look at, and a note.
+
+    Unless somebody chooses one, it is that from which the sidebar's model is foreseen on one GPU; None if none can be.
+    """
+    model, gpu = inputs.shared().model, inputs.gpu_of(inputs.DEFAULT_GPU)
+    match = profiles.nearest(paths, model, gpu)
+    nearest = None if match is None else next(name for name, each in known.items() if each is match.profile)
     name = inputs.choose(
         "Profile",
-        (_NEAREST, *names),
+        (_NEAREST, *known),
         _NEAREST,
         "profile",
-        format_func=lambda each: f"{each}: {match.profile.name}" if each == _NEAREST else each,
-        help="Which one is nearest goes by the sidebar's model and weights.",
+        format_func=lambda each: f"{each}: {nearest or 'none'}" if each == _NEAREST else each,
+        help=f"The nearest one is that for the sidebar's model and weights with bf16 KV on one {gpu.name}.",
     )
-    return match.profile.name if name == _NEAREST else name
+    if name != _NEAREST:
+        return name, ""
+    if match is None:
+        return None, f"No profile can serve {model.name}: its step times come from data sheets, and say uncalibrated."
+    if match.changes:
+        return nearest, f"For {model.name} this profile is transferred from {match.transfers(model, gpu)}."
+    return nearest, ""
 
 
 def _upload() -> None:
@@ -96,11 +110,21 @@ def _upload() -> None:
                 if st.session_state.get("profile_seen") != file.file_id:
                     st.session_state["profile_seen"] = file.file_id
                     inputs.add_profile(identity)
+                    _show(identity)
         for path in inputs.own_profiles().values():
-            st.caption(escaped(f"{path.name} is in use on all pages, and for everybody who opens this link here."))
+            st.caption(
+                escaped(f"{path.name} is used wherever it is nearest, on all pages, for all who open this link here.")
+            )
         if inputs.own_profiles() and st.button("Use the shipped profiles only", key="profiles_forget"):
             inputs.forget_profiles()
             st.rerun()
+
+
+def _show(identity: str) -> None:
+    """Look at a profile that was just uploaded, whether it is nearest or not."""
+    path = uploads.kept(identity)
+    if path is not None and path.name in profiles.available((str(path),)):
+        st.session_state["profile"] = path.name
 
 
 # ---- a benchmark beside the simulator ------------------------------------------------------------------------------
@@ -270,7 +294,7 @@ def _age(date: str) -> str:
     return f"{text}, old" if days > _OLD_DAYS else text
 
 
-def _errors(profile: Profile, dtype: str, paths: tuple[str, ...] | None) -> None:
+def _errors(name: str, dtype: str, paths: tuple[str, ...] | None) -> None:
     st.subheader("How far the fit is off")
 
     def shares(found: dict[str, float] | None) -> dict[str, str]:
@@ -278,7 +302,7 @@ def _errors(profile: Profile, dtype: str, paths: tuple[str, ...] | None) -> None
         return {label: f"{found[name]:.1%}" if found and name in found else "–" for name, label in names.items()}
 
     rows = []
-    for row in profiles.errors(profile.name, paths, dtype):
+    for row in profiles.errors(name, paths, dtype):
         inside, outside = shares(row.in_sample), shares(row.left_out)
         rows.append(
             {"table": row.table, "points": row.points}

@@ -65,6 +65,10 @@ class Match:
     kv_cache_dtype: KVCacheDtype
     changes: tuple[str, ...]
 
+    def transfers(self, model: ModelSpec, gpu: GpuSpec) -> str:
+        """What it has to be transferred from and to, in words; empty for an exact match."""
+        return ", ".join(_CHANGE_WORDS[change].format(model=model.name, gpu=gpu.name) for change in self.changes)
+
 
 def load_profiles(paths: Sequence[str | Path] | None) -> tuple[Profile, ...]:
     """The user's profiles, and behind them the shipped ones; only the latter for None, nothing for "none".
@@ -242,8 +246,7 @@ def step_time_of(
     record = profile.record
     origin = profile.origin(match.kv_cache_dtype)
     if changes:
-        words = ", ".join(_CHANGE_WORDS[change].format(model=model.name, gpu=gpu.name) for change in changes)
-        origin = f"from the {origin}: transferred from {words}"
+        origin = f"from the {origin}: transferred from {match.transfers(model, gpu)}"
         target = ModelShape.of(model, kv_cache_dtype, block_size, tensor_parallel_size)
         source_limits = _complete(profile.tables.limits, profile, gpu)
         limits = source_limits

@@ -11,7 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from calibration.validate.errors import LIMITS, MIXED_STEP_LIMITS, SATURATION_LIMIT
-from planner.profile.schema import read_profile
+from planner.catalog import load_gpu, load_model
+from planner.kv_format import KVCacheDtype
+from planner.profile.library import find_profile, shipped_profiles, step_time_of
+from planner.profile.schema import load_profile, read_profile
+from planner.profile.tables import Point, point_shape
 
 ROOT = Path(__file__).parents[2]
 RECORDS = ROOT / "calibration" / "records"
@@ -19,6 +23,12 @@ PROFILES = ROOT / "planner" / "data" / "profiles"
 #: Two that were profiled, of which the first one's profile is shipped, and others of their type.
 GPUS = {"A": RECORDS} | {letter.upper(): RECORDS / f"device_{letter}" for letter in "bcde"}
 _PROFILED = ("A", "B")
+_FP8_WEIGHTS_KV = "bfloat16"
+#: Steps of a table, by their prompts and decodes.
+_FP8_WEIGHTS_STEPS = {
+    **{((), ((160, count),)): f"{count} decode{'s' * (count > 1)}" for count in (1, 8, 16, 32, 128, 256)},
+    **{(((tokens, 0),), ()): f"prompt of {tokens:,}" for tokens in (64, 128, 256, 512, 2048, 8192)},
+}
 _LEVEL = re.compile(r"serve_h200_(bf16|fp8|1b)_(\d+)")
 _NAMES = {"bf16": "bfloat16", "fp8": "fp8", "1b": "1B, bfloat16"}
 #: What was to be reached: its name, and its metrics, which have one limit.
@@ -142,6 +152,36 @@ def transfer_rows() -> list[str]:
     return rows
 
 
+def fp8_weight_rows() -> list[str]:
+    """Of calibration/README.md: what fp8 weights make of the 1B model's steps, and what the 8B profile said they would.
+
+    Times on the device, of prompts that the CPU had launched in time where that was measured.
+    """
+    shipped = {profile.name: profile for profile in shipped_profiles()}
+    other = shipped["llama-3.2-1b_h200.json.gz"].tables.kv[_FP8_WEIGHTS_KV]
+    of_f = load_profile(RECORDS / "device_f" / "llama-3.2-1b_fp8_h200.json.gz").tables.kv[_FP8_WEIGHTS_KV]
+    model, gpu, kv = load_model("llama-3.2-1b", "fp8"), load_gpu("h200_sxm"), KVCacheDtype(_FP8_WEIGHTS_KV)
+    match = find_profile(model, gpu, kv, 1, [shipped["llama-3.1-8b_fp8_h200.json"]])
+    foreseen = step_time_of(match, model, gpu, kv, 1, 64, 256, 8192).fitted
+    before = {(point.prefills, point.decodes): _device_s(point) for point in other.decode + other.prefill}
+    rows = []
+    for kind, points in (("decodes", of_f.decode), ("prompts", of_f.prefill)):
+        errors = []
+        for point in points:
+            found_s, foreseen_s = _device_s(point), foreseen.seconds(point_shape(point))
+            errors.append(foreseen_s / found_s - 1)
+            step = point.prefills, point.decodes
+            if step in _FP8_WEIGHTS_STEPS:
+                times = [f"{1e3 * seconds:#.3g}" for seconds in (before[step], found_s, foreseen_s)]
+                rows.append(_row([_FP8_WEIGHTS_STEPS[step], *times, signed(errors[-1])]))
+        rows.append(_row([f"all {len(errors)} {kind}", "", "", "", f"{signed(min(errors))} to {signed(max(errors))}"]))
+    return rows
+
+
+def _device_s(point: Point) -> float:
+    return point.ahead_s or point.gpu_s or point.step_s
+
+
 def _row(cells: list[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
@@ -212,6 +252,11 @@ TABLES = (
         r"\| llama-[\w.-]+(, fp8 weights)? \| (bfloat16|fp8|int8|int4) \| \d",
     ),
     (ROOT / "calibration" / "README.md", transfer_rows, r"\| \dB from \dB"),
+    (
+        ROOT / "calibration" / "README.md",
+        fp8_weight_rows,
+        r"\| (\d+ decodes?|prompt of [\d,]+|all \d+ (decodes|prompts)) \|",
+    ),
     (ROOT / "calibration" / "README.md", trimmed_rows, r"\| [A-E], (bfloat16|fp8), \d+ % from"),
     (ROOT / "calibration" / "README.md", calibration_rows, r"\| [A-E] \| (1B, )?(bfloat16|fp8), \d+ % \|"),
     (

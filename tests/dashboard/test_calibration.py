@@ -67,8 +67,8 @@ def test_an_uploaded_profile_is_used_before_the_shipped_ones():
     path = uploads.kept(identity)
     assert path.name == "mine.json"
     found = profiles.available((str(path),))
-    assert [each.name for each in found[:1]] == ["mine.json"]
-    assert found[0].kv_cache_dtypes == PROFILE.kv_cache_dtypes
+    assert next(iter(found)) == "mine.json"
+    assert found["mine.json"].kv_cache_dtypes == PROFILE.kv_cache_dtypes
     with pytest.raises(UserError, match="version"):
         uploads.add_profile(
             "old.json", content.replace(b'"version": 1', b'"version": 7', 1).replace(b'"version":1', b'"version":7', 1)
@@ -97,12 +97,51 @@ def test_the_page_begins_with_the_profile_that_answers(open_page):
     assert shown(open_page("calibration", model="llama-3.2-1b")) == "llama-3.2-1b, bfloat16 weights"
 
 
-def test_a_profile_of_the_name_of_a_shipped_one_is_the_one_that_is_shown(open_page):
+def test_a_model_that_no_profile_serves(open_page):
+    """Experts cannot be transferred. Whoever comes back to another model sees what answers then."""
+    app = open_page("calibration", model="mixtral-8x7b")
+    assert "data sheets" in app.info[0].value
+    assert not app.metric
+    app.selectbox(key="profile").set_value("llama-3.2-1b_h200.json.gz")
+    settled(app)
+    assert shown(app) == "llama-3.2-1b, bfloat16 weights"
+    assert not app.info
+    app.selectbox(key="profile").set_value("nearest")
+    app.selectbox(key="model").set_value("llama-3.1-405b")
+    settled(app)
+    assert shown(app) == "llama-3.1-8b, bfloat16 weights"
+    assert "transferred from another model to llama-3.1-405b" in app.info[0].value
+
+
+def test_profiles_of_one_name(open_page):
+    """An uploaded one of a shipped one's name: that which answers is shown, whichever of the two it is."""
     name = "llama-3.1-8b_h200.json"
     document = json.loads((resources.files("planner") / "data" / "profiles" / name).read_text())
     document["date"] = "2026-01-02T00:00:00+00:00"
-    app = open_page("calibration", profiles=uploads.add_profile(name, json.dumps(document).encode()))
+    own = uploads.add_profile(name, json.dumps(document).encode())
+    other = uploads.add_profile(name, json.dumps(document | {"gpu": "b200"}).encode())
+    app = open_page("calibration", profiles=own)
     assert "2026-01-02" in app.metric[1].help
+    app = open_page("calibration", profiles=other)
+    assert "2026-01-02" not in app.metric[1].help
+    app.selectbox(key="profile").set_value(name)
+    settled(app)
+    assert "2026-01-02" in app.metric[1].help
+    assert f"{name} (2)" in app.selectbox(key="profile").options
+
+
+def test_what_was_just_uploaded_is_shown(open_page):
+    """Though the sidebar's model has a nearer one."""
+    app = open_page("calibration")
+    content = (resources.files("planner") / "data" / "profiles" / "llama-3.1-8b_fp8_h200.json").read_bytes()
+    app.file_uploader(key="profile_file").upload("mine.json", content, "application/json")
+    settled(app)
+    assert not app.exception
+    assert app.selectbox(key="profile").value == "mine.json"
+    assert shown(app) == "llama-3.1-8b, bfloat16 quantised to fp8 weights"
+    app.selectbox(key="profile").set_value("nearest")
+    settled(app)
+    assert shown(app) == "llama-3.1-8b, bfloat16 weights"
 
 
 # ---- benchmarks ----------------------------------------------------------------------------------------------------
